@@ -1,0 +1,30 @@
+"""Errors a user can mend: each names the thing, its value and the mend.
+
+The command line prints them as one line and exits with code 2; a traceback appears only with ``--debug``.
+"""
+
+from __future__ import annotations
+
+
+class WeightspaceError(Exception):
+    """Base of every error that weightspace raises on purpose."""
+
+
+class CheckpointError(WeightspaceError):
+    """A checkpoint file is missing, truncated, malformed or hostile."""
+
+
+class ArchitectureError(WeightspaceError):
+    """Tensors do not fit the architecture that they are said to belong to."""
+
+
+class TokenError(WeightspaceError):
+    """Tensors cannot become tokens, or tokens cannot become tensors."""
+
+
+class ZooError(WeightspaceError):
+    """A zoo, an import folder or its metadata cannot be used as it is."""
+
+
+class SettingsError(WeightspaceError):
+    """A setting is unknown, has the wrong type or an impossible value."""

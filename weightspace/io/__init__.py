@@ -1,0 +1,1 @@
+"""Bytes to tensors and back: the only code that knows file names and file formats."""

@@ -1,0 +1,281 @@
+"""What every tokenizer does: rows of layers to tokens and back.
+
+A layer is a stack of equal rows (``LayerSpec``), and a tokenizer says how far apart the starts of two rows are in the
+token sequence. All else follows: tensors are copied by whole slices between two strided views of the same rows, so that
+no index list of the size of the weights is ever built.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from weightspace.architectures.flat import expect, flat_dtype, restore, split_off, unflatten
+from weightspace.errors import ArchitectureError, SettingsError, TokenError
+from weightspace.schema import Architecture, LayerSpec, TensorSpec, WeightTokens
+
+# Masks above this many entries are built anew for each use: a cache must not hold on to the memory of huge models.
+LARGEST_CACHED_MASK = 1 << 23
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """What the tokens of one architecture have in common. The tensors are shared between models: do not write to them.
+
+    Attributes:
+        mask: ``(n, d)``, true where an entry is a weight and not padding.
+        positions: ``(n, 3)`` columns token, layer, channel: running number, layer number, row of the layer that the
+            token's first entry belongs to.
+    """
+
+    mask: Bool[Tensor, "n d"]
+    positions: Int[Tensor, "n 3"]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Equal rows, ``stride`` entries apart: a layer in the layout "channels", or one tensor in the layout "vectors".
+
+    Attributes:
+        tensors: the tensors that lie side by side in a row, in this order.
+        widths: entries a row of each tensor.
+        start: first entry in the flattened token sequence.
+        end: first entry after the block and the padding that follows it.
+        layer: number of the layer.
+        row: number of the first row within the layer.
+    """
+
+    tensors: tuple[TensorSpec, ...]
+    widths: tuple[int, ...]
+    rows: int
+    stride: int
+    start: int
+    end: int
+    layer: int
+    row: int
+
+    @property
+    def width(self) -> int:
+        return sum(self.widths)
+
+    @property
+    def padding(self) -> int:
+        """Entries between the last row and ``end``."""
+        return self.end - self.start - self.rows * self.stride
+
+
+@dataclass(frozen=True)
+class WeightTokenizer(ABC):
+    """Turns the tensors of a model into tokens of ``token_size`` entries, and back bit for bit.
+
+    Floating point tensors of any width become tokens, exactly: in float64 where one of them is F64, in float32
+    otherwise. All else (integers, booleans, complex numbers, empty tensors) is carried beside the tokens as
+    ``Architecture.exclusions`` says. A layer starts a new token.
+
+    Subclasses set ``name`` and say in ``row_stride`` where rows start.
+    """
+
+    token_size: int
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        """Checks the token size.
+
+        Raises:
+            SettingsError: ``token_size`` is below 1.
+        """
+        if self.token_size < 1:
+            raise SettingsError(f"token_size: {self.token_size} is no size; take 1 or more, e.g. 64")
+
+    @abstractmethod
+    def row_stride(self, width: int) -> int:
+        """Returns how many entries after a row of ``width`` entries the next row of the layer starts; >= ``width``."""
+
+    def token_count(self, architecture: Architecture) -> int:
+        """Returns the number of tokens of a model, without building a mask."""
+        return _length(_blocks(self, architecture.layers)) // self.token_size
+
+    def layout(self, architecture: Architecture) -> TokenLayout:
+        """Returns mask and positions of the tokens; cached, except for huge models.
+
+        Raises:
+            ArchitectureError: a layer's tensors do not form rows.
+        """
+        # The key is the layers, not the digest: the digest is equal for layers in another order.
+        blocks = _blocks(self, architecture.layers)
+        build = _layout if _length(blocks) <= LARGEST_CACHED_MASK else _layout.__wrapped__
+        return build(blocks, self.token_size)
+
+    def tokenize(self, tensors: Mapping[str, Tensor], architecture: Architecture) -> WeightTokens:
+        """Turns one model into tokens.
+
+        Args:
+            tensors: the model by name, of any strides, excluded tensors included; aliases may be there or not.
+            architecture: its specs.
+
+        Raises:
+            ArchitectureError: a tensor is missing, unknown, or has another shape or dtype.
+            TokenError: a tensor that becomes tokens holds NaN or infinite entries.
+        """
+        passthrough = split_off(tensors, architecture)
+        layout = self.layout(architecture)
+        tokens = torch.empty(layout.mask.shape, dtype=flat_dtype(architecture))
+        for spec, target in _targets(tokens[None], _blocks(self, architecture.layers)):
+            # The target is cut to the tensor's shape, for the tensor may have any strides.
+            target.view(spec.shape).copy_(expect(tensors, spec).detach())
+        if not _finite(tokens):
+            raise _not_finite(tensors, architecture)
+        return WeightTokens(tokens, layout.mask, layout.positions, architecture, passthrough)
+
+    def detokenize(self, tokens: WeightTokens) -> dict[str, Tensor]:
+        """Turns tokens into the tensors of a model as they were stored: dtypes, aliases and excluded tensors included.
+
+        Raises:
+            TokenError: the tokens have another shape than the architecture gives.
+            ArchitectureError: an excluded tensor is not in ``tokens.passthrough``.
+        """
+        flat = self.detokenize_batch(tokens.tokens[None], tokens.architecture)[0]
+        return restore(flat, tokens.architecture, tokens.passthrough)
+
+    def tokenize_batch(
+        self, flat: Float[Tensor, "models params"], architecture: Architecture
+    ) -> Float[Tensor, "models n d"]:
+        """Turns flat weight vectors of one architecture into tokens, in the dtype and on the device of ``flat``.
+
+        Entries are not checked to be finite: that is done where models enter, by ``tokenize`` and by the zoo.
+
+        Raises:
+            ArchitectureError: the vectors have another length than the architecture.
+        """
+        sources = unflatten(flat, architecture)
+        tokens = flat.new_empty(len(flat), self.token_count(architecture), self.token_size)
+        for spec, target in _targets(tokens, _blocks(self, architecture.layers)):
+            target.copy_(sources[spec.name].view(target.shape))
+        return tokens
+
+    def detokenize_batch(
+        self, tokens: Float[Tensor, "models n d"], architecture: Architecture
+    ) -> Float[Tensor, "models params"]:
+        """Turns tokens of one architecture into flat weight vectors; differentiable, padding gets no gradient.
+
+        Raises:
+            TokenError: the tokens have another shape than the architecture gives.
+        """
+        blocks = _blocks(self, architecture.layers)
+        expected = (_length(blocks) // self.token_size, self.token_size)
+        if tuple(tokens.shape[1:]) != expected:
+            raise TokenError(
+                f"tokens: expected shape {expected} a model, found {tuple(tokens.shape[1:])}; "
+                "detokenize with the tokenizer and the architecture that made them"
+            )
+        sources = [source.flatten(1) if tokens.requires_grad else source for source in _sources(tokens, blocks)]
+        if tokens.requires_grad and sources:
+            return torch.cat(sources, dim=1)
+        flat = tokens.new_empty(len(tokens), architecture.numel)
+        for target, source in zip(unflatten(flat, architecture).values(), sources, strict=True):
+            target.view(source.shape).copy_(source)
+        return flat
+
+
+@lru_cache(maxsize=64)
+def _blocks(tokenizer: WeightTokenizer, layers: tuple[LayerSpec, ...]) -> tuple[_Block, ...]:
+    """Lays out all layers one after another, each from the start of a token."""
+    blocks: list[_Block] = []
+    start = 0
+    for number, layer in enumerate(layers):
+        row = 0
+        for rows, tensors in _stacks(layer):
+            widths = tuple(tensor.numel // rows for tensor in tensors)
+            stride = tokenizer.row_stride(sum(widths))
+            blocks.append(_Block(tensors, widths, rows, stride, start, start + rows * stride, number, row))
+            start = blocks[-1].end
+            row += rows
+        start = math.ceil(start / tokenizer.token_size) * tokenizer.token_size
+        blocks[-1] = replace(blocks[-1], end=start)
+    return tuple(blocks)
+
+
+def _stacks(layer: LayerSpec) -> list[tuple[int, tuple[TensorSpec, ...]]]:
+    """Returns numbers of rows, each with the tensors that lie side by side in these rows."""
+    if layer.layout == "channels":
+        stacks = [(math.prod(layer.tensors[0].shape[:1]), layer.tensors)]
+    else:
+        stacks = [(1, (tensor,)) for tensor in layer.tensors]
+    for rows, tensors in stacks:
+        for tensor in tensors:
+            if not tensor.numel or (rows > 1 and tensor.shape[:1] != (rows,)):
+                raise ArchitectureError(
+                    f"{tensor.name}: shape {tensor.shape} does not form {rows} rows of layer {layer.name!r}; "
+                    "put it in a layer of its own or exclude it"
+                )
+    return stacks
+
+
+def _length(blocks: tuple[_Block, ...]) -> int:
+    return blocks[-1].end if blocks else 0
+
+
+@lru_cache(maxsize=32)
+def _layout(blocks: tuple[_Block, ...], token_size: int) -> TokenLayout:
+    mask = torch.empty(_length(blocks) // token_size, token_size, dtype=torch.bool)
+    for _, target in _targets(mask[None], blocks):
+        target.fill_(True)
+    first_entries = torch.arange(0, _length(blocks), token_size)
+    starts, strides, layers, rows = (
+        torch.tensor([(block.start, block.stride, block.layer, block.row) for block in blocks], dtype=torch.int64)
+        .view(-1, 4)
+        .unbind(1)
+    )
+    at = torch.searchsorted(starts.contiguous(), first_entries, right=True) - 1
+    channels = rows[at] + (first_entries - starts[at]) // strides[at]
+    positions = torch.stack([torch.arange(len(first_entries)), layers[at], channels], dim=1)
+    return TokenLayout(mask, positions)
+
+
+def _targets(tokens: Tensor, blocks: tuple[_Block, ...]) -> Iterator[tuple[TensorSpec, Tensor]]:
+    """Yields a ``(models, rows, width)`` view of uninitialised ``tokens`` for each tensor, and zeroes the padding."""
+    entries = tokens.view(len(tokens), tokens.shape[1] * tokens.shape[2])
+    for block in blocks:
+        end = block.start + block.rows * block.stride
+        rows = entries[:, block.start : end].view(len(tokens), block.rows, block.stride)
+        column = 0
+        for spec, width in zip(block.tensors, block.widths, strict=True):
+            yield spec, rows[..., column : column + width]
+            column += width
+        rows[..., column:] = 0
+        entries[:, end : block.end] = 0
+
+
+def _sources(tokens: Tensor, blocks: tuple[_Block, ...]) -> Iterator[Tensor]:
+    """Yields the ``(models, rows, width)`` view of ``tokens`` for each tensor."""
+    entries = tokens.reshape(len(tokens), tokens.shape[1] * tokens.shape[2])
+    # Splits and not slices: the gradient of a split is one concatenation, that of a slice a tensor of the whole size.
+    sizes = [size for block in blocks for size in (block.rows * block.stride, block.padding)]
+    parts = torch.split(entries, sizes, dim=1)
+    for block, part in zip(blocks, parts[::2], strict=True):
+        rows = part.view(len(tokens), block.rows, block.stride)
+        yield from torch.split(rows, [*block.widths, block.stride - block.width], dim=-1)[:-1]
+
+
+def _finite(entries: Tensor) -> bool:
+    # Extremes carry NaN and infinity, and need neither a second tensor nor a second pass.
+    return not entries.numel() or all(bool(extreme.isfinite()) for extreme in torch.aminmax(entries))
+
+
+def _not_finite(tensors: Mapping[str, Tensor], architecture: Architecture) -> TokenError:
+    counts = {spec.name: int((~tensors[spec.name].to(torch.float64).isfinite()).sum()) for spec in architecture.tensors}
+    name, count = next((name, count) for name, count in counts.items() if count)
+    others = sum(1 for other in counts.values() if other) - 1
+    also = f" (and {others} more)" if others else ""
+    return TokenError(
+        f"{name}: {count} of {tensors[name].numel()} entries are NaN or infinite{also}; "
+        "replace them with torch.nan_to_num or leave this model out"
+    )

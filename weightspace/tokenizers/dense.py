@@ -1,0 +1,24 @@
+"""Tokens without padding between rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from weightspace.tokenizers.base import WeightTokenizer
+
+
+@dataclass(frozen=True)
+class DenseTokenizer(WeightTokenizer):
+    """Lays the rows ``[w_c | b_c]`` of a layer end to end and cuts them every ``token_size`` entries.
+
+    Only a layer's last token is padded, so that a sequence is as short as tokens that do not cross layers allow. A
+    token may hold parts of several channels: its channel position is the row that its first entry belongs to. Use
+    ``ChannelTokenizer`` where tokens must follow neuron permutations.
+    """
+
+    name: ClassVar[str] = "dense"
+
+    def row_stride(self, width: int) -> int:
+        """Returns ``width``: the next row starts where this one ends."""
+        return width
