@@ -1,0 +1,237 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+from sklearn.linear_model import Ridge
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from weightspace.errors import SettingsError, ZooError
+from weightspace.probes import probe
+from weightspace.probes.probe import (
+    ESTIMATORS,
+    ProbeData,
+    ProbeRow,
+    RidgePath,
+    format_table,
+    probe_table,
+    rows_to_records,
+)
+from weightspace.probes.representations import FeatureBlock, FixedFeatures
+
+MODELS, RUNS = 240, np.repeat([f"run{i}" for i in range(60)], 4)
+
+
+@parametrize_with_checks([RidgePath()])
+def test_ridge_keeps_the_contract_of_scikit_learn(estimator: RidgePath, check: object) -> None:
+    check(estimator)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("features", [5, 80])
+def test_ridge_equals_scikit_learns_at_its_penalty(features: int) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60, features)).astype(np.float32) * np.logspace(-2, 2, features).astype(np.float32)
+    y = np.stack([x @ rng.normal(size=features), rng.normal(size=60)], axis=1)
+    mine = RidgePath().fit(x[:40], y[:40], x[40:], y[40:])
+    low, high = x[:40].min(axis=0), x[:40].max(axis=0)
+    z = (np.clip(x, low, high).astype(np.float64) - x[:40].mean(axis=0, dtype=np.float64)) / x[:40].std(
+        axis=0, dtype=np.float64
+    )
+    for target, penalty in enumerate(mine.penalty_):
+        theirs = Ridge(alpha=penalty * 40).fit(z[:40], y[:40, target])
+        np.testing.assert_allclose(mine.predict(x)[:, target], theirs.predict(z), rtol=1e-5, atol=1e-6)
+
+
+def test_ridge_chooses_the_penalty_on_validation_data() -> None:
+    rng = np.random.default_rng(0)
+    x, noise = rng.normal(size=(300, 50)), rng.normal(size=300)
+    signal = x @ rng.normal(size=50)
+    pure = RidgePath().fit(x[:100], signal[:100], x[100:], signal[100:])
+    noisy = RidgePath().fit(x[:100], noise[:100], x[100:], noise[100:])
+    assert pure.penalty_ < 1e-3 and noisy.penalty_ >= 1
+    path = [RidgePath([p]).fit(x[:100], noise[:100]).predict(x[100:]) for p in probe.PENALTIES]
+    errors = [np.square(noise[100:] - predicted).mean() for predicted in path]
+    assert noisy.penalty_ == probe.PENALTIES[int(np.argmin(errors))]
+
+
+def test_ridge_is_one_decomposition_whatever_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(50, 6)), rng.normal(size=50)
+    whole = RidgePath().fit(x, y).predict(x)
+    monkeypatch.setattr(probe, "_CHUNK_ENTRIES", 20)
+    np.testing.assert_allclose(RidgePath().fit(x, y).predict(x), whole, rtol=1e-9)
+
+
+def test_ridge_ignores_constant_features_and_does_not_extrapolate() -> None:
+    rng = np.random.default_rng(0)
+    x = np.hstack([rng.normal(size=(50, 2)), np.full((50, 1), 0.1), np.full((50, 1), 1e6)]).astype(np.float32)
+    y = x[:, 0] * 1.0
+    fitted = RidgePath().fit(x, y)
+    assert not fitted.coef_[2:].any() and np.isfinite(fitted.coef_).all()
+    wild = np.array([[1e30, 0, 5, -5]], dtype=np.float32)
+    assert fitted.predict(wild)[0] <= y.max() + 0.1
+
+
+@pytest.mark.parametrize("estimator", sorted(ESTIMATORS))
+def test_every_estimator_learns_repeats_itself_and_does_not_fit_validation(estimator: str) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(300, 4)).astype(np.float32)
+    y = np.stack([x[:, 0], -2 * x[:, 1]], axis=1).astype(np.float64)
+    data = ProbeData(x[:150], y[:150], x[150:200], y[150:200])
+    predict = ESTIMATORS[estimator](data, 0)
+    predicted = predict(x[200:])
+    assert predicted.shape == (100, 2)
+    assert (1 - ((predicted - y[200:]) ** 2).mean(0) / y[200:].var(0) > 0.3).all()
+    np.testing.assert_array_equal(predicted, predict(x[200:]))
+    np.testing.assert_array_equal(predicted, ESTIMATORS[estimator](data, 0)(x[200:]))
+    # validation targets of a far mean would show in the predictions if anything were fitted on them
+    spoiled = dataclasses.replace(data, validation_targets=data.validation_targets + 1000)
+    assert np.abs(ESTIMATORS[estimator](spoiled, 0)(x[200:])).max() < 50
+
+
+def fixed(values: np.ndarray, permuted: np.ndarray | None) -> FixedFeatures:
+    return FixedFeatures([FeatureBlock(np.arange(len(values)), values, permuted)])
+
+
+@pytest.fixture
+def zoo() -> tuple[dict[str, FixedFeatures], dict[str, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(MODELS, 5))
+    y = x[:, 0] + 0.1 * rng.normal(size=MODELS)
+    representations = {
+        "invariant": fixed(x, x),
+        "sensitive": fixed(x, x[:, ::-1].copy()),
+        "unknown": fixed(x, None),
+    }
+    return representations, {"accuracy": y, "luck": rng.normal(size=MODELS)}
+
+
+def by_key(rows: list[ProbeRow]) -> dict[tuple[str, str, str], ProbeRow]:
+    return {(row.target, row.representation, row.estimator): row for row in rows}
+
+
+def test_table_tells_signal_from_luck_and_invariance_from_collapse(zoo: tuple) -> None:
+    rows = by_key(probe_table(*zoo, RUNS, replicates=200))
+    good = rows["accuracy", "invariant", "ridge"]
+    assert good.r2 > 0.95 and good.r2_low < good.r2 < good.r2_high <= 1
+    assert good.kendall_tau > 0.85 and good.tau_low < good.kendall_tau < good.tau_high
+    assert good.permuted_r2 == good.r2 and good.permuted_tau == good.kendall_tau
+    collapsed = rows["accuracy", "sensitive", "ridge"]
+    assert collapsed.r2 == good.r2 and collapsed.permuted_r2 < 0.5
+    assert rows["luck", "invariant", "ridge"].r2 < 0.2
+    assert (good.models, good.dropped, good.dimensions, good.seeds) == (MODELS, 0, 5, (0, 1, 2))
+    unknown = rows["accuracy", "unknown", "ridge"]
+    assert math.isnan(unknown.permuted_r2) and "no neuron permutation" in unknown.note
+    assert unknown.r2 == good.r2
+
+
+def test_checkpoints_of_a_run_do_not_leak_into_the_test_side() -> None:
+    rng = np.random.default_rng(0)
+    # Features tell runs apart and nothing else: a split by checkpoint would look the answer up.
+    identity = np.repeat(rng.normal(size=(60, 30)), 4, axis=0)
+    luck = np.repeat(rng.normal(size=60), 4)
+    (row,) = probe_table(
+        {"r": fixed(identity, None)}, {"luck": luck}, RUNS, estimators={"r": ("extra-trees",)}, replicates=50
+    )
+    assert row.r2 < 0.2
+
+
+def test_representations_are_fitted_on_the_training_split_of_each_seed(zoo: tuple) -> None:
+    seen: list[np.ndarray] = []
+
+    class Spy:
+        def fit(self, train: np.ndarray) -> FixedFeatures:
+            seen.append(train)
+            return zoo[0]["invariant"]
+
+    rows = probe_table({"spy": Spy()}, zoo[1], RUNS, replicates=10)
+    assert len(seen) == 3 and not np.array_equal(seen[0], seen[1])
+    predictions = rows[0].predictions
+    assert predictions is not None
+    assert not set(RUNS[seen[0]]) & set(RUNS[predictions.rows])
+    np.testing.assert_array_equal(predictions.targets, zoo[1]["accuracy"][predictions.rows])
+
+
+def test_models_without_a_target_are_dropped_for_it_alone_and_counted(zoo: tuple) -> None:
+    representations, targets = zoo
+    targets["accuracy"][:8] = np.nan
+    targets["accuracy"][8] = np.inf
+    rows = by_key(probe_table({"x": representations["invariant"]}, targets, RUNS, replicates=10))
+    assert (rows["accuracy", "x", "ridge"].models, rows["accuracy", "x", "ridge"].dropped) == (MODELS - 9, 9)
+    assert rows["luck", "x", "ridge"].dropped == 0
+    assert rows["accuracy", "x", "ridge"].r2 > 0.9
+    assert "231 models, 9 left out without it" in format_table(list(rows.values()))
+
+
+def test_constant_targets_are_undefined_with_the_reason(zoo: tuple) -> None:
+    table = probe_table(
+        {"x": zoo[0]["invariant"]}, {"same": np.ones(MODELS)}, RUNS, estimators={"x": tuple(ESTIMATORS)}, replicates=10
+    )
+    for row in table:
+        assert math.isnan(row.r2) and math.isnan(row.kendall_tau) and math.isnan(row.r2_low)
+        assert "undefined" in row.note
+    assert "undefined" in format_table(table)
+    assert all(record["r2"] is None for record in rows_to_records(table))
+
+
+def test_same_seeds_give_the_same_table_and_progress_reaches_the_total(zoo: tuple) -> None:
+    calls: list[tuple[int, int]] = []
+    tables = [
+        probe_table(
+            {"x": zoo[0]["invariant"]},
+            zoo[1],
+            RUNS,
+            seeds=(3, 4),
+            estimators={"x": ("ridge", "boosting")},
+            replicates=20,
+            progress=lambda done, total: calls.append((done, total)),
+        )
+        for _ in range(2)
+    ]
+    assert tables[0] == tables[1]
+    assert calls[:8] == [(i, 8) for i in range(1, 9)]
+
+
+def test_fixed_test_runs_are_tested_at_every_seed(zoo: tuple) -> None:
+    rows = probe_table({"x": zoo[0]["invariant"]}, zoo[1], RUNS, test_runs=["run1", "run7"], replicates=10)
+    assert rows[0].predictions is not None
+    assert set(RUNS[rows[0].predictions.rows]) == {"run1", "run7"}
+
+
+def test_standard_estimators_follow_the_representation(zoo: tuple) -> None:
+    rows = probe_table({"s(W)": zoo[0]["invariant"], "W": zoo[0]["invariant"]}, zoo[1], RUNS, (0,), replicates=10)
+    named = [(row.representation, row.estimator) for row in rows if row.target == "luck"]
+    assert named == [("s(W)", "ridge"), ("s(W)", "boosting"), ("W", "ridge")]
+
+
+def test_records_are_json_and_the_table_names_everything(zoo: tuple) -> None:
+    rows = probe_table(*zoo, RUNS, replicates=10)
+    records = json.loads(json.dumps(rows_to_records(rows), allow_nan=False))
+    assert len(records) == len(rows) == 6
+    assert records[0]["representation"] == "invariant" and records[0]["seeds"] == [0, 1, 2]
+    assert "predictions" not in records[0]
+    text = format_table(rows)
+    for word in ("accuracy: 240 models", "luck", "invariant", "sensitive", "ridge", "R2 permuted", "note: no neuron"):
+        assert word in text
+    widths = {len(line) for line in text.split("\n\n")[0].splitlines()[1:5]}
+    assert len(widths) == 1
+
+
+def test_refusals_name_the_thing(zoo: tuple) -> None:
+    representations, targets = zoo
+    few = np.where(np.isin(RUNS, [f"run{i}" for i in range(9)]), targets["luck"], np.nan)
+    with pytest.raises(ZooError, match=r"target 'few': known for 9 runs"):
+        probe_table(representations, {"few": few}, RUNS)
+    with pytest.raises(ZooError, match="target 'short'"):
+        probe_table(representations, {"short": np.ones(3)}, RUNS)
+    with pytest.raises(ZooError, match="target 'text'"):
+        probe_table(representations, {"text": np.array(["a"] * MODELS)}, RUNS)
+    with pytest.raises(SettingsError, match="'forest'"):
+        probe_table(representations, targets, RUNS, estimators={"invariant": ("forest",)})
+    with pytest.raises(SettingsError, match="'nowhere'"):
+        probe_table(representations, targets, RUNS, estimators={"nowhere": ("ridge",)})
+    with pytest.raises(SettingsError, match="seeds"):
+        probe_table(representations, targets, RUNS, ())

@@ -1,0 +1,175 @@
+"""Neuron permutations on batches of flat weight vectors.
+
+Reordering the hidden channels of a layer, and the same channels wherever they are read, leaves the function of a
+network unchanged (Hecht-Nielsen, 1990). A permutation ``p`` acts by gathering: channel ``i`` of the result is channel
+``p[i]`` of the original.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from weightspace.architectures.flat import offsets
+from weightspace.errors import ArchitectureError
+from weightspace.schema import Architecture, PermutationGroup
+
+Permutations: TypeAlias = tuple[Int[Tensor, "models _size"], ...]
+
+# Bounds the gather index of one step to 128 MiB, however many models there are.
+_INDEX_ENTRIES = 2**24
+
+
+@dataclass(frozen=True)
+class PermutedTensor:
+    """A tensor of the flat vector that at least one group acts on.
+
+    Attributes:
+        name: tensor name.
+        shape: its shape.
+        offset: where it starts in the flat vector.
+        axes: ``{axis: (group number, block)}``.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    axes: dict[int, tuple[int, int]]
+
+    @property
+    def span(self) -> slice:
+        """The tensor's place in the flat vector."""
+        return slice(self.offset, self.offset + math.prod(self.shape))
+
+
+@lru_cache(maxsize=256)
+def permuted_tensors(architecture: Architecture) -> tuple[PermutedTensor, ...]:
+    """Lists the tensors that the groups of ``architecture`` act on, in flat order.
+
+    Raises:
+        ArchitectureError: a group names an unknown tensor or axis, does not fit the axis, or two act on one axis.
+    """
+    start = offsets(architecture)
+    shapes = {tensor.name: tensor.shape for tensor in architecture.tensors}
+    axes: dict[str, dict[int, tuple[int, int]]] = {}
+    for number, group in enumerate(architecture.groups):
+        for item in group.axes:
+            shape = shapes.get(item.tensor)
+            if shape is None or not 0 <= item.axis < len(shape) or shape[item.axis] != group.size * item.block:
+                raise ArchitectureError(
+                    f"permutation group {number}: {group.size} channels of {item.block} do not fit axis {item.axis} of "
+                    f"{item.tensor!r} with shape {shape}; infer the architecture from these tensors"
+                )
+            if item.axis in axes.setdefault(item.tensor, {}):
+                raise ArchitectureError(
+                    f"permutation group {number}: axis {item.axis} of {item.tensor!r} is permuted twice; "
+                    "keep one group an axis"
+                )
+            axes[item.tensor][item.axis] = (number, item.block)
+    return tuple(
+        PermutedTensor(tensor.name, tensor.shape, start[tensor.name], axes[tensor.name])
+        for tensor in architecture.tensors
+        if tensor.name in axes
+    )
+
+
+def identity_permutations(
+    architecture: Architecture, models: int, device: torch.device | str | None = None
+) -> Permutations:
+    """Builds the permutations that change nothing, for ``models`` models."""
+    return tuple(torch.arange(g.size, device=device).repeat(models, 1) for g in architecture.groups)
+
+
+def random_permutations(architecture: Architecture, models: int, generator: torch.Generator) -> Permutations:
+    """Draws an independent uniform permutation for every model and every group, on the device of ``generator``."""
+
+    def draw(group: PermutationGroup) -> Tensor:
+        # float64 makes ties between draws, which would favour some permutations, practically impossible
+        keys = torch.rand(models, group.size, generator=generator, device=generator.device, dtype=torch.float64)
+        return keys.argsort(dim=1)
+
+    return tuple(draw(group) for group in architecture.groups)
+
+
+def inverse(permutations: Permutations) -> Permutations:
+    """Builds the permutations that undo: after ``permute`` by p, ``permute`` by their inverse gives the original."""
+    return tuple(p.argsort(dim=1) for p in permutations)
+
+
+def compose(first: Permutations, second: Permutations) -> Permutations:
+    """Merges two steps into one: permuting by the result is permuting by ``first`` and then by ``second``."""
+    return tuple(p.gather(1, q) for p, q in zip(first, second, strict=True))
+
+
+def permute(
+    flat: Float[Tensor, "models params"], permutations: Permutations, architecture: Architecture
+) -> Float[Tensor, "models params"]:
+    """Reorders the hidden channels of many models at once: one gather through an index that is built by broadcasting.
+
+    Args:
+        flat: flat weights, one row a model.
+        permutations: one ``(models, size)`` tensor for each group of ``architecture``.
+        architecture: shared by all rows.
+
+    Returns:
+        New weights, bit-exact copies of the entries of ``flat`` in their new places.
+
+    Raises:
+        ArchitectureError: ``flat`` or ``permutations`` do not fit ``architecture``.
+    """
+    check_flat(flat, architecture)
+    expected = [(len(flat), group.size) for group in architecture.groups]
+    if [tuple(p.shape) for p in permutations] != expected:
+        raise ArchitectureError(
+            f"permutations of shapes {[tuple(p.shape) for p in permutations]} do not fit the groups {expected}; "
+            "draw them for this architecture and number of models"
+        )
+    if not permutations:
+        return flat.clone()
+    permutations = tuple(p.to(flat.device) for p in permutations)
+    step = max(1, _INDEX_ENTRIES // max(1, architecture.numel))
+    parts = [
+        flat[i : i + step].gather(1, _flat_index(architecture, tuple(p[i : i + step] for p in permutations)))
+        for i in range(0, len(flat), step)
+    ]
+    return torch.cat(parts) if parts else flat.clone()
+
+
+def check_flat(flat: Tensor, architecture: Architecture) -> None:
+    """Checks that ``flat`` is ``(models, params)`` of ``architecture``.
+
+    Raises:
+        ArchitectureError: it is not.
+    """
+    if flat.ndim != 2 or flat.shape[1] != architecture.numel:
+        raise ArchitectureError(
+            f"flat weights have shape {tuple(flat.shape)}, the architecture needs (models, {architecture.numel}); "
+            "flatten the tensors with this architecture"
+        )
+
+
+def _flat_index(architecture: Architecture, permutations: Permutations) -> Int[Tensor, "models params"]:
+    models, device = len(permutations[0]), permutations[0].device
+    index = torch.arange(architecture.numel, device=device).repeat(models, 1)
+    for tensor in permuted_tensors(architecture):
+        # entry (i, j, ...) comes from offset + sum over axes of stride * source: only permuted axes differ from arange
+        place = index[:, tensor.span].unflatten(1, tensor.shape)
+        for axis, (number, block) in tensor.axes.items():
+            stride = math.prod(tensor.shape[axis + 1 :])
+            source = spread(permutations[number], block)
+            shift = (source - torch.arange(tensor.shape[axis], device=device)) * stride
+            place += shift.reshape(-1, *(1,) * axis, tensor.shape[axis], *(1,) * (len(tensor.shape) - axis - 1))
+    return index
+
+
+def spread(permutation: Int[Tensor, "models size"], block: int) -> Int[Tensor, "models entries"]:
+    """Turns a permutation of channels into one of an axis that holds ``block`` consecutive entries a channel."""
+    if block == 1:
+        return permutation
+    return (permutation.unsqueeze(-1) * block + torch.arange(block, device=permutation.device)).flatten(1)

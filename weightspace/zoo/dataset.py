@@ -1,0 +1,322 @@
+"""A zoo as one value: its index in memory, its weights read when they are asked for, in bounded pieces."""
+
+from __future__ import annotations
+
+import json
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from weightspace.architectures.flat import flat_from_bytes
+from weightspace.architectures.infer import infer_architecture
+from weightspace.errors import ZooError
+from weightspace.io.checkpoint import Checkpoint, open_checkpoint_bytes
+from weightspace.io.header import Header, parse_header, shown
+from weightspace.schema import Architecture, ModelRef, PermutationGroup, ZooEntry
+from weightspace.zoo.storage import check_index, header_digest, read_state, read_table, reading
+from weightspace.zoo.writer import ZooWriter
+
+__all__ = ["Zoo", "ZooBatch", "ZooWriter", "load_zoo"]
+
+_PASS_BYTES = 64 * 2**20
+_CACHED_GROUPS = 2
+
+
+@dataclass(frozen=True, eq=False)
+class ZooBatch:
+    """Some models of a zoo that share one header.
+
+    Attributes:
+        rows: their row numbers in the zoo, ascending.
+        header: digest of the header that they share.
+        architecture: their architecture.
+        flat: one flat weight vector a model, in the order of ``architecture.tensors``.
+    """
+
+    rows: np.ndarray
+    header: str
+    architecture: Architecture
+    flat: Float[Tensor, "models params"]
+
+
+class Zoo:
+    """A complete zoo on disk: its index is in memory, weights are read row group by row group when asked for."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Opens the zoo in the folder ``path``; see ``load_zoo``."""
+        self.path = Path(path)
+        state = read_state(self.path)
+        if state is None:
+            raise ZooError(f"{path}: no zoo (there is no zoo.json); give the folder of a zoo or import one")
+        if not state["complete"] or not state["shards"]:
+            raise ZooError(f"{path}: the zoo is incomplete; run the command that writes it again and it goes on")
+        self.settings: Mapping[str, Any] = state["settings"]
+        self.digest: str = state["digest"]
+        self._table = _joined([self.path / "index" / f"{name}.parquet" for name in state["shards"]])
+        check_index(self._table, self.path)
+        self.result_names = tuple(field.name for field in self._table.schema if pa.types.is_float64(field.type))
+        self._groups = _located([self.path / "weights" / f"{name}.parquet" for name in state["shards"]])
+        self._group_ends = np.cumsum([group.rows for group in self._groups])
+        if not len(self) or sum(group.rows for group in self._groups) != len(self):
+            raise ZooError(f"{path}: {len(self)} models in index and another number in weights; write the zoo again")
+        self._header_numbers, headers = pd.factorize(self._table["header"].to_numpy())
+        self._headers: list[str] = list(headers)
+        self._sizes = self._table["size"].to_numpy()
+        self._layouts: dict[str, tuple[Header, Architecture]] = {}
+        self._read_group = lru_cache(maxsize=_CACHED_GROUPS)(self._read_group_from_disk)
+
+    def __len__(self) -> int:
+        """Number of models."""
+        return int(self._table.num_rows)
+
+    def __repr__(self) -> str:
+        """Returns where it is and how many models and headers it has."""
+        return f"Zoo({str(self.path)!r}, {len(self)} models of {len(self._headers)} headers)"
+
+    @cached_property
+    def index(self) -> pd.DataFrame:
+        """One row a model: ids, results, JSON texts, header digest and size in bytes; no weights."""
+        frame: pd.DataFrame = self._table.to_pandas()
+        return frame
+
+    @property
+    def architectures(self) -> Mapping[str, Architecture]:
+        """Architecture by header digest, in the order of first appearance.
+
+        Where models of one header come with different configs, only the permutation groups that all of them imply are
+        kept.
+        """
+        # Headers are numbered by first appearance, so these rows ascend.
+        _, firsts = np.unique(self._header_numbers, return_index=True)
+        missing = firsts[[self._header_of(row) not in self._layouts for row in firsts]]
+        for row, blob in zip(missing, self._blobs(missing), strict=True):
+            self._layout(self._header_of(row), blob)
+        return {header: self._layouts[header][1] for header in self._headers}
+
+    def entries(self) -> Iterator[ZooEntry]:
+        """Yields what is known of each model, in row order."""
+        for batch in self._table.to_batches(max_chunksize=1024):
+            for values in batch.to_pylist():
+                yield _entry(values, self.result_names)
+
+    def entry(self, row: SupportsIndex) -> ZooEntry:
+        """Returns what is known of the model in ``row``."""
+        self._check_rows(np.array([operator.index(row)]))
+        return _entry(self._table.slice(operator.index(row), 1).to_pylist()[0], self.result_names)
+
+    def blob(self, row: SupportsIndex) -> bytes:
+        """Returns the complete safetensors bytes of the model in ``row``."""
+        chosen = np.array([operator.index(row)])
+        self._check_rows(chosen)
+        return next(self._blobs(chosen))
+
+    def checkpoint(self, row: SupportsIndex) -> Checkpoint:
+        """Opens the model in ``row`` like a file, with its config."""
+        entry = self.entry(row)
+        return open_checkpoint_bytes(self.blob(row), where=f"{self.path}: {entry.model_id}", config=entry.config)
+
+    def batches(self, rows: Sequence[int] | np.ndarray | None = None, chunk: int = 1024) -> Iterator[ZooBatch]:
+        """Yields the models of ``rows`` (all by default), each once, header by header.
+
+        Headers stand in the order of first appearance and their models in ascending row order. Headers may interleave
+        on disk: small ones are collected together in one pass over the row groups. Memory is bounded by ``chunk`` and a
+        fixed number of bytes, whichever is less; a batch has at least one model.
+        """
+        chosen = np.arange(len(self)) if rows is None else np.unique(np.asarray(rows, dtype=np.int64))
+        self._check_rows(chosen)
+        for members in self._passes(chosen):
+            if len(members) == 1:
+                for part in self._parts(members[0], chunk):
+                    yield self._batch(part, list(self._blobs(part)))
+                continue
+            together = np.sort(np.concatenate(members))
+            held = dict(zip(together.tolist(), self._blobs(together), strict=True))
+            for own in members:
+                for part in self._parts(own, chunk):
+                    yield self._batch(part, [held.pop(row) for row in part.tolist()])
+
+    def flat(self, rows: Sequence[int] | np.ndarray) -> Float[Tensor, "models params"]:
+        """Returns the flat weight vectors of ``rows``, in this order; all must share one header.
+
+        Raises:
+            ZooError: the models have different headers, or there are none.
+        """
+        chosen, inverse = np.unique(np.asarray(rows, dtype=np.int64), return_inverse=True)
+        self._check_rows(chosen)
+        headers = {self._header_of(row) for row in chosen}
+        if len(headers) != 1:
+            raise ZooError(f"{self.path}: flat() needs models of one header, got {len(headers)}; use batches()")
+        flat = torch.cat([batch.flat for batch in self.batches(chosen)])
+        return flat if np.array_equal(inverse, np.arange(len(flat))) else flat[torch.from_numpy(inverse)]
+
+    def _check_rows(self, rows: np.ndarray) -> None:
+        if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
+            wrong = int(rows.min() if rows.min() < 0 else rows.max())
+            raise IndexError(f"{self.path}: no row {wrong} in a zoo of {len(self)} models")
+
+    def _header_of(self, row: SupportsIndex) -> str:
+        number: int = self._header_numbers[row]
+        return self._headers[number]
+
+    def _passes(self, rows: np.ndarray) -> Iterator[list[np.ndarray]]:
+        """Packs the headers of ``rows`` into passes whose weights fit into memory; a large one stands alone."""
+        members: list[np.ndarray] = []
+        held = 0
+        for own in _grouped(rows, self._header_numbers[rows]):
+            size = int(self._sizes[own].sum())
+            if members and held + size > _PASS_BYTES:
+                yield members
+                members, held = [], 0
+            members.append(own)
+            held += size
+        if members:
+            yield members
+
+    def _parts(self, rows: np.ndarray, chunk: int) -> Iterator[np.ndarray]:
+        step = max(1, min(chunk, _PASS_BYTES // max(1, int(self._sizes[rows[0]]))))
+        return (rows[start : start + step] for start in range(0, len(rows), step))
+
+    def _blobs(self, rows: np.ndarray) -> Iterator[bytes]:
+        for row in rows:
+            group = int(np.searchsorted(self._group_ends, row, side="right"))
+            column = self._read_group(group)
+            yield column[int(row) - int(self._group_ends[group]) + len(column)].as_py()
+
+    def _read_group_from_disk(self, number: int) -> pa.ChunkedArray:
+        group = self._groups[number]
+        with reading(group.shard), pq.ParquetFile(group.shard, page_checksum_verification=True) as file:
+            column = file.read_row_group(group.number, columns=["weights"])["weights"]
+        if not pa.types.is_large_binary(column.type) or column.null_count:
+            raise ZooError(f"{group.shard}: weights are not bytes in every row; write the zoo again")
+        return column
+
+    def _batch(self, rows: np.ndarray, blobs: list[bytes]) -> ZooBatch:
+        header = self._header_of(rows[0])
+        layout, architecture = self._layout(header, blobs[0])
+        return ZooBatch(rows, header, architecture, flat_from_bytes(blobs, layout, architecture))
+
+    def _layout(self, digest: str, blob: bytes) -> tuple[Header, Architecture]:
+        """Returns how models of this header are laid out; ``blob`` is one of them."""
+        where = f"{self.path}: header {digest}"
+        if digest not in self._layouts:
+            header = parse_header(blob, file_size=len(blob), where=where)
+            checkpoint = open_checkpoint_bytes(blob, where=where)
+            configs = self._table["config"].filter(pc.equal(self._table["header"], digest)).unique().to_pylist()
+            inferred = [
+                infer_architecture(
+                    checkpoint.specs.values(), config=_parsed(config, dict, where), aliases=checkpoint.aliases
+                )
+                for config in configs
+            ]
+            self._layouts[digest] = header, _agreed(inferred)
+        header, architecture = self._layouts[digest]
+        if header_digest(blob, header) != digest:
+            raise ZooError(f"{where}: the index names it but the weights have another; write the zoo again")
+        return header, architecture
+
+
+def load_zoo(path: str | Path) -> Zoo:
+    """Opens a zoo that is complete.
+
+    Args:
+        path: folder of the zoo.
+
+    Raises:
+        ZooError: there is no zoo, it is incomplete or damaged, or a newer version wrote it.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise ZooError(
+            f"{path}: no such folder; zoos are opened from disk, so fetch one that lies elsewhere first "
+            "(hf download --repo-type dataset)"
+        )
+    return Zoo(folder)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A row group of a weights shard."""
+
+    shard: Path
+    number: int
+    rows: int
+
+
+def _located(shards: Sequence[Path]) -> list[_Group]:
+    groups: list[_Group] = []
+    for shard in shards:
+        with reading(shard):
+            footer = pq.read_metadata(shard)
+        groups += [_Group(shard, number, footer.row_group(number).num_rows) for number in range(footer.num_row_groups)]
+    return groups
+
+
+def _joined(shards: Sequence[Path]) -> pa.Table:
+    tables = [read_table(shard) for shard in shards]
+    for shard, table in zip(shards, tables, strict=True):
+        if not table.schema.equals(tables[0].schema):
+            raise ZooError(f"{shard}: other columns than {shards[0].name}; write the zoo again")
+    return pa.concat_tables(tables)
+
+
+def _grouped(rows: np.ndarray, keys: np.ndarray) -> list[np.ndarray]:
+    """Cuts ``rows`` into arrays of equal keys, by first appearance, each in the order of ``rows``."""
+    _, firsts, numbers = np.unique(keys, return_index=True, return_inverse=True)
+    order = np.argsort(numbers, kind="stable")
+    parts = np.split(rows[order], np.cumsum(np.bincount(numbers))[:-1])
+    return [parts[number] for number in np.argsort(firsts)]
+
+
+def _entry(values: Mapping[str, Any], results: Sequence[str]) -> ZooEntry:
+    where, revision, subfolder = values["model_id"], values["revision"], values["subfolder"]
+    location = values["ref"].removesuffix(f":{subfolder}" if subfolder else "")
+    location = location.removesuffix(f"@{revision}" if revision else "")
+    return ZooEntry(
+        model_id=values["model_id"],
+        run_id=values["run_id"],
+        ref=ModelRef(location, revision, subfolder),
+        dataset=values["dataset"],
+        results={name: values[name] for name in results if values[name] is not None},
+        hyperparameters=_parsed(values["hyperparameters"], dict, where),
+        config=_parsed(values["config"], dict, where),
+        licence=values["licence"],
+        base_model=values["base_model"],
+        lineage=tuple(_parsed(values["lineage"], list, where)),
+    )
+
+
+def _parsed(text: str | None, kind: type, where: str) -> Any:
+    if text is None:
+        return None
+    with suppress(ValueError, RecursionError):
+        value = json.loads(text)
+        if isinstance(value, kind):
+            return value
+    raise ZooError(f"{where}: the index holds {shown(text)} where a JSON {kind.__name__} belongs; write the zoo again")
+
+
+def _agreed(inferred: Sequence[Architecture]) -> Architecture:
+    """The first architecture with the permutation groups that all of them have."""
+    first, *others = inferred
+    kept = tuple(group for group in first.groups if all(_has(other, group) for other in others))
+    if len(kept) == len(first.groups):
+        return first
+    note = f"{len(first.groups) - len(kept)} permutation groups left out: configs of models with this header disagree"
+    return replace(first, groups=kept, notes=(*first.notes, note))
+
+
+def _has(architecture: Architecture, group: PermutationGroup) -> bool:
+    return any(set(other.axes) == set(group.axes) for other in architecture.groups)
