@@ -26,7 +26,7 @@ from weightspace.probes.representations import (
     weight_invariants,
     weight_statistics,
 )
-from weightspace.probes.splits import Split, split_by_run
+from weightspace.zoo.splits import Split, split_by_run
 
 __all__ = [
     "ESTIMATORS",

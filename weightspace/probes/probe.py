@@ -24,7 +24,7 @@ from threadpoolctl import threadpool_limits
 from weightspace.errors import SettingsError, ZooError
 from weightspace.probes.metrics import RunBootstrap, interval, kendall_tau, r2
 from weightspace.probes.representations import Representation
-from weightspace.probes.splits import MIN_RUNS, Split, split_by_run
+from weightspace.zoo.splits import MIN_RUNS, Split, split_by_run
 
 # Relative to a standardised feature's own variance.
 PENALTIES = tuple(float(p) for p in np.logspace(-6, 4, 21))

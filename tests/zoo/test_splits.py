@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weightspace.errors import SettingsError, ZooError
-from weightspace.probes.splits import split_by_run
+from weightspace.zoo.splits import split_by_run
 
 
 @settings(deadline=None, max_examples=50)

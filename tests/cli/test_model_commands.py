@@ -1,0 +1,82 @@
+"""``train``, ``embed``, ``probe`` and ``demo``: what they call and print; the work is tested where it is done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+
+from weightspace.cli.main import main, program
+
+
+def invoke(*words: str) -> str:
+    result = CliRunner().invoke(program, words, catch_exceptions=False)
+    assert result.exit_code == 0
+    return result.stdout
+
+
+def test_train_autoencoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[Any] = []
+
+    def train_autoencoder(zoo: Path, output: Path, settings: Any) -> Path:
+        training = settings.training
+        called.append((zoo, output, training.steps, training.seed, training.mixed_precision))
+        return output / "encoder"
+
+    monkeypatch.setattr("weightspace.training.autoencoder.train_autoencoder", train_autoencoder)
+    (tmp_path / "train.yaml").write_text("training: {steps: 40, seed: 5}\n")
+    words = ("train", "autoencoder", "--zoo", "z", "--output", "e", "--config", str(tmp_path / "train.yaml"))
+    assert invoke(*words, "--steps", "30", "--mixed-precision", "bf16") == f"encoder: {Path('e/encoder')}\n"
+    assert json.loads(invoke(*words, "--json")) == {"encoder": str(Path("e/encoder"))}
+    assert called[0] == (Path("z"), Path("e"), 30, 5, "bf16")
+    assert called[1][2:4] == (40, 5)
+
+
+def test_train_autoencoder_refuses_unknown_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "train.yaml").write_text("training: {step: 40}\n")
+    words = ["train", "autoencoder", "--zoo", "z", "--output", "e", "--config", str(tmp_path / "train.yaml")]
+    assert main(words) == 2
+    assert "'step'; did you mean 'steps'" in capsys.readouterr().err
+
+
+def test_embed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frame = pd.DataFrame({"model_id": ["a", "b"], "embedding": [[0.0] * 3, [1.0] * 3]})
+    written: list[Any] = []
+
+    def embed(locations: Sequence[str], encoder: str) -> pd.DataFrame:
+        assert list(locations) == ["zoo", "file.safetensors"]
+        assert encoder == "enc"
+        return frame
+
+    monkeypatch.setattr("weightspace.index.embed", embed)
+    monkeypatch.setattr("weightspace.index.save_embeddings", lambda *arguments: written.append(arguments))
+    words = ("embed", "zoo", "file.safetensors", "--encoder", "enc", "--output", "e.parquet")
+    assert invoke(*words) == "e.parquet: 2 embeddings of 3 numbers\n"
+    assert json.loads(invoke(*words, "--json")) == {"output": "e.parquet", "models": 2, "size": 3}
+    assert written[0][0] is frame
+    assert written[0][1] == Path("e.parquet")
+
+
+def test_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[Any] = []
+
+    def probe_zoo(zoo: Path, encoder: str | None, targets: Sequence[str], seeds: Sequence[int]) -> list[Any]:
+        called.append((zoo, encoder, tuple(targets), tuple(seeds)))
+        return []
+
+    monkeypatch.setattr("weightspace.probes.zoo.probe_zoo", probe_zoo)
+    assert json.loads(invoke("probe", "z", "--json")) == []
+    invoke("probe", "z", "--encoder", "e", "--target", "step", "--target", "test_loss", "--seed", "7", "--json")
+    assert called[0] == (Path("z"), None, ("test_accuracy",), (0, 1, 2))
+    assert called[1] == (Path("z"), "e", ("step", "test_loss"), (7,))
+
+
+def test_demo_ends_with_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weightspace.demo.run_demo", lambda output, settings: output / "report.html")
+    assert invoke("demo", "--output", "d") == f"report: {Path('d/report.html')}\n"
+    assert json.loads(invoke("demo", "--json")) == {"report": str(Path("demo/report.html"))}

@@ -1,0 +1,83 @@
+"""Trained models as data: checkpoints become tokens, tokens become embeddings, and embeddings answer questions.
+
+Importing the package is fast: no torch and no transformers. Public names are loaded when they are first used, and
+``transformers.AutoModel`` knows this library's models as soon as it is imported, before or after this package.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from weightspace.models import register
+
+if TYPE_CHECKING:
+    from weightspace.architectures.infer import infer_architecture
+    from weightspace.errors import WeightspaceError
+    from weightspace.index import embed
+    from weightspace.inspection import inspect_location
+    from weightspace.io.checkpoint import open_checkpoint, save_checkpoint
+    from weightspace.models.autoencoder.configuration_autoencoder import WeightAutoencoderConfig
+    from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
+    from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel
+    from weightspace.tokenizers import get_tokenizer
+    from weightspace.training.autoencoder import train_autoencoder
+    from weightspace.zoo.dataset import load_zoo
+    from weightspace.zoo.exporting import export_folder
+    from weightspace.zoo.importing import import_folder
+    from weightspace.zoo.training import train_zoo
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "WeightAutoencoderConfig": "weightspace.models.autoencoder.configuration_autoencoder",
+    "WeightAutoencoderModel": "weightspace.models.autoencoder.modeling_autoencoder",
+    "WeightFeatureExtractor": "weightspace.models.autoencoder.feature_extraction_autoencoder",
+    "WeightspaceError": "weightspace.errors",
+    "embed": "weightspace.index",
+    "export_folder": "weightspace.zoo.exporting",
+    "get_tokenizer": "weightspace.tokenizers",
+    "import_folder": "weightspace.zoo.importing",
+    "infer_architecture": "weightspace.architectures.infer",
+    "inspect_location": "weightspace.inspection",
+    "load_zoo": "weightspace.zoo.dataset",
+    "open_checkpoint": "weightspace.io.checkpoint",
+    "save_checkpoint": "weightspace.io.checkpoint",
+    "train_autoencoder": "weightspace.training.autoencoder",
+    "train_zoo": "weightspace.zoo.training",
+}
+
+__all__ = [
+    "WeightAutoencoderConfig",
+    "WeightAutoencoderModel",
+    "WeightFeatureExtractor",
+    "WeightspaceError",
+    "__version__",
+    "embed",
+    "export_folder",
+    "get_tokenizer",
+    "import_folder",
+    "infer_architecture",
+    "inspect_location",
+    "load_zoo",
+    "open_checkpoint",
+    "save_checkpoint",
+    "train_autoencoder",
+    "train_zoo",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a public name from its module (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    """Lists the public names, loaded or not."""
+    return sorted({*globals(), *__all__})
+
+
+register()

@@ -1,0 +1,27 @@
+"""What a reader gets to see of a zoo and its encoder: the report page, and the numbers behind it as JSON."""
+
+from __future__ import annotations
+
+from weightspace.analysis.report import (
+    ALL_ARCHITECTURES,
+    Curve,
+    PredictedTrue,
+    ReconstructionRow,
+    Report,
+    ZooMap,
+    write_report,
+)
+from weightspace.analysis.verdicts import Verdict, probe_verdicts, reconstruction_verdicts
+
+__all__ = [
+    "ALL_ARCHITECTURES",
+    "Curve",
+    "PredictedTrue",
+    "ReconstructionRow",
+    "Report",
+    "Verdict",
+    "ZooMap",
+    "probe_verdicts",
+    "reconstruction_verdicts",
+    "write_report",
+]

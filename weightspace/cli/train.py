@@ -1,0 +1,46 @@
+"""``weightspace train``: one command a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from weightspace.cli.options import config_option, json_option, settings_from
+from weightspace.cli.output import print_json
+
+
+@click.group()
+def train() -> None:
+    """Train models of weights."""
+
+
+@train.command()
+@click.option("--zoo", type=click.Path(path_type=Path), required=True, help="Zoo to train on.")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder of the encoder.")
+@config_option
+@click.option("--steps", type=int, show_default="from the settings", help="Optimizer steps.")
+@click.option("--seed", type=int, show_default="from the settings", help="Seed of weights, views and order.")
+@click.option("--mixed-precision", type=click.Choice(["no", "fp16", "bf16"]), show_default="from the settings")
+@json_option
+def autoencoder(
+    zoo: Path,
+    output: Path,
+    config: Path | None,
+    steps: int | None,
+    seed: int | None,
+    mixed_precision: str | None,
+    as_json: bool,
+) -> None:
+    """Train a weight autoencoder.
+
+    After an interruption, the same command goes on.
+    """
+    from weightspace.training.autoencoder import AutoencoderSettings, train_autoencoder
+
+    overrides = {"training.steps": steps, "training.seed": seed, "training.mixed_precision": mixed_precision}
+    encoder = train_autoencoder(zoo, output, settings_from(AutoencoderSettings, config, overrides))
+    if as_json:
+        print_json({"encoder": str(encoder)})
+    else:
+        click.echo(f"encoder: {encoder}")

@@ -1,0 +1,163 @@
+"""What a checkpoint is, from its header alone: layers, symmetries, token counts, and what would be left out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from weightspace.architectures.infer import infer_architecture
+from weightspace.errors import CheckpointError, WeightspaceError
+from weightspace.io.checkpoint import Checkpoint, open_checkpoint
+from weightspace.schema import Architecture
+from weightspace.tokenizers import TOKENIZERS, get_tokenizer
+
+TOKEN_SIZE = 64
+"""Entries a token that counts are given for by default."""
+
+_INDEX = ".safetensors.index.json"
+_CHECKED_ENTRIES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is known of one checkpoint.
+
+    Attributes:
+        location: path of the file, or of the index of a sharded checkpoint.
+        architecture: layers, permutation groups, and what would be left out.
+        left_out: number of entries of the excluded tensors by name.
+        token_counts: tokens by tokenizer name, at ``token_size`` entries a token.
+        not_finite: number of NaN and infinite entries by tensor name, tensors without any left out; None if the values
+            were not read.
+    """
+
+    location: str
+    architecture: Architecture
+    left_out: Mapping[str, int]
+    token_size: int
+    token_counts: Mapping[str, int]
+    not_finite: Mapping[str, int] | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Entries that become tokens."""
+        return self.architecture.numel
+
+    @property
+    def dtypes(self) -> dict[str, int]:
+        """Entries that become tokens by stored dtype."""
+        counts: dict[str, int] = {}
+        for tensor in self.architecture.tensors:
+            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel
+        return counts
+
+    def to_record(self) -> dict[str, Any]:
+        """Builds a JSON-ready mapping of everything."""
+        architecture = self.architecture
+        return {
+            "location": self.location,
+            "parameters": self.parameters,
+            "dtypes": self.dtypes,
+            "token_size": self.token_size,
+            "tokens": dict(self.token_counts),
+            "ordered": architecture.ordered,
+            "layers": [
+                {**asdict(layer), "rows": layer.rows, "width": layer.width, "parameters": layer.numel}
+                for layer in architecture.layers
+            ],
+            "permutation_groups": [asdict(group) for group in architecture.groups],
+            "left_out": [
+                {**asdict(exclusion), "entries": self.left_out[exclusion.tensor]}
+                for exclusion in architecture.exclusions
+            ],
+            "aliases": dict(architecture.aliases),
+            "notes": list(architecture.notes),
+            "not_finite": None if self.not_finite is None else dict(self.not_finite),
+        }
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Everything that was found at a location: ``unreadable`` holds ``(path, reason)`` of files that cannot be used."""
+
+    inspections: tuple[Inspection, ...]
+    unreadable: tuple[tuple[str, str], ...] = ()
+
+
+def inspect_location(location: str | Path, *, token_size: int = TOKEN_SIZE, check_values: bool = False) -> Survey:
+    """Inspects a safetensors file, a folder that holds one checkpoint, or every checkpoint in a tree of folders.
+
+    Only headers are read unless ``check_values`` is set. Hidden folders of a tree are passed over.
+
+    Args:
+        location: path of a file or folder.
+        token_size: entries a token, for the token counts.
+        check_values: also reads all weights and counts NaN and infinite entries.
+
+    Raises:
+        WeightspaceError: the only checkpoint there is cannot be read, or there is none. In a tree of several, those
+            that cannot be read are listed with the reason instead.
+    """
+    tokenizers = [get_tokenizer(name, token_size) for name in TOKENIZERS]
+    inferred: dict[object, Architecture] = {}
+
+    def inspect(path: str | Path) -> Inspection:
+        checkpoint = open_checkpoint(path)
+        # Models of a tree mostly share a few headers, and architectures are the slow part.
+        key = (tuple(checkpoint.specs.values()), checkpoint.aliases, json.dumps(checkpoint.config, sort_keys=True))
+        if key not in inferred:
+            inferred[key] = infer_architecture(
+                checkpoint.specs.values(), config=checkpoint.config, aliases=checkpoint.aliases
+            )
+        architecture = inferred[key]
+        return Inspection(
+            checkpoint.where,
+            architecture,
+            {exclusion.tensor: checkpoint.specs[exclusion.tensor].numel for exclusion in architecture.exclusions},
+            token_size,
+            {tokenizer.name: tokenizer.token_count(architecture) for tokenizer in tokenizers},
+            _not_finite(checkpoint, architecture) if check_values else None,
+        )
+
+    paths = list(_checkpoints_in(Path(location))) if Path(location).is_dir() else []
+    if not paths and (Path(location) / "zoo.json").is_file():
+        raise CheckpointError(f"{location}: this is a zoo; use `weightspace zoo info`")
+    if len(paths) < 2:
+        return Survey((inspect(paths[0] if paths else location),))
+    inspections, unreadable = [], []
+    for path in tqdm(paths, desc="inspect", unit="file", disable=None):
+        try:
+            inspections.append(inspect(path))
+        except WeightspaceError as error:
+            unreadable.append((str(path), str(error)))
+    return Survey(tuple(inspections), tuple(unreadable))
+
+
+def _checkpoints_in(folder: Path) -> Iterator[Path]:
+    """Yields the safetensors files of a tree and, in place of their shards, the indexes of sharded checkpoints."""
+    found = [path for path in sorted(folder.rglob("*.safetensors*")) if _is_visible(path.relative_to(folder))]
+    shards = tuple(str(path).removesuffix(_INDEX) + "-" for path in found if path.name.endswith(_INDEX))
+    for path in found:
+        if path.name.endswith(_INDEX) or (path.suffix == ".safetensors" and not str(path).startswith(shards)):
+            yield path
+
+
+def _is_visible(path: Path) -> bool:
+    return not any(part.startswith(".") for part in path.parts)
+
+
+def _not_finite(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, int]:
+    counts = {}
+    for spec in architecture.tensors:
+        parts = checkpoint.tensor(spec.name).flatten().split(_CHECKED_ENTRIES)
+        # torch.isfinite does not know the one-byte floats.
+        counts[spec.name] = sum(
+            int((~torch.isfinite(part.float() if part.itemsize == 1 else part)).sum()) for part in parts
+        )
+    return {name: count for name, count in counts.items() if count}

@@ -1,0 +1,95 @@
+"""Encoders and generators of weights as transformers models, and their registration with transformers' auto classes."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+_CONFIG = ("weightspace.models.autoencoder.configuration_autoencoder", "WeightAutoencoderConfig")
+
+
+@dataclass(frozen=True)
+class _Link:
+    """An auto class and the class of this library that it must know, each as its module and name."""
+
+    auto: tuple[str, str]
+    ours: tuple[str, str]
+
+    def make(self) -> None:
+        auto, ours, config = (
+            getattr(importlib.import_module(module), name) for module, name in (self.auto, self.ours, _CONFIG)
+        )
+        auto.register(config.model_type if ours is config else config, ours, exist_ok=True)
+
+
+_LINKS = (
+    _Link(("transformers.models.auto.configuration_auto", "AutoConfig"), _CONFIG),
+    _Link(
+        ("transformers.models.auto.modeling_auto", "AutoModel"),
+        ("weightspace.models.autoencoder.modeling_autoencoder", "WeightAutoencoderModel"),
+    ),
+    _Link(
+        ("transformers.models.auto.feature_extraction_auto", "AutoFeatureExtractor"),
+        ("weightspace.models.autoencoder.feature_extraction_autoencoder", "WeightFeatureExtractor"),
+    ),
+)
+
+
+def register() -> None:
+    """Makes ``AutoConfig``, ``AutoModel`` and ``AutoFeatureExtractor`` know this library's models.
+
+    Nothing heavy is imported for it: a class is registered right away if the module of its auto class is imported
+    already, and otherwise as soon as that happens. Calling it again changes nothing.
+    """
+    if not any(isinstance(finder, _Watch) for finder in sys.meta_path):
+        watch = _Watch()
+        sys.meta_path.insert(0, watch)
+        watch.make_links()
+
+
+class _Watch(MetaPathFinder):
+    """Leaves finding modules to the other finders, and makes the links when an import of auto classes is over.
+
+    Our models import parts of transformers, some of which import the auto classes themselves. So links are not made
+    while any module of either side is half imported, but when the outermost of them is complete.
+    """
+
+    def __init__(self) -> None:
+        self._pending = set(_LINKS)
+        self._running: set[str] = set()
+
+    def make_links(self) -> None:
+        """Registers every class whose auto class is there by now."""
+        for link in tuple(self._pending):
+            if link.auto[0] in sys.modules and not self._running:
+                link.make()
+                self._pending.discard(link)
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Finds modules of transformers and of this package as usual, and has links made after they were executed."""
+        if not self._pending or not fullname.startswith(("transformers.", f"{__name__}.")):
+            return None
+        found = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((spec for spec in found if spec is not None), None)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            self._running.add(fullname)
+            try:
+                execute(module)
+            finally:
+                self._running.discard(fullname)
+            self.make_links()
+
+        # Only this loader's method changes; whoever asks it for source or resources gets the usual answers.
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec

@@ -1,0 +1,1 @@
+"""SANE-style sequence autoencoder of weight tokens, with its input side."""

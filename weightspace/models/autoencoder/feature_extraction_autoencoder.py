@@ -1,0 +1,146 @@
+"""The input side of weight encoders: checkpoints to model inputs, and decoded tokens back to weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformers.feature_extraction_utils import BatchFeature, FeatureExtractionMixin
+
+from weightspace.architectures.flat import flatten
+from weightspace.architectures.infer import infer_architecture
+from weightspace.errors import TokenError
+from weightspace.io.checkpoint import Checkpoint, open_checkpoint
+from weightspace.io.header import dtype_name
+from weightspace.schema import Architecture, TensorSpec
+from weightspace.tokenizers import get_tokenizer
+from weightspace.tokenizers.normalization import TokenNormalizer
+
+Weights = str | Path | Checkpoint | Mapping[str, Tensor]
+"""A checkpoint's location, an open checkpoint, or a state dict."""
+
+
+class WeightFeatureExtractor(FeatureExtractionMixin):
+    """Turns models into the inputs of a weight encoder, with the statistics that the encoder was trained with.
+
+    Saved beside a model by `save_pretrained` and loaded by `AutoFeatureExtractor.from_pretrained`.
+
+    Args:
+        tokenizer: name of the weight tokenizer, ``"channel"`` or ``"dense"``.
+        token_size: entries a token.
+        mean: mean of the training zoo's weights.
+        std: their standard deviation.
+    """
+
+    model_input_names = ["weight_values", "weight_mask", "position_ids", "attention_mask"]  # noqa: RUF012
+
+    def __init__(
+        self, tokenizer: str = "channel", token_size: int = 64, mean: float = 0.0, std: float = 1.0, **kwargs: object
+    ) -> None:
+        super().__init__(**kwargs)
+        self.tokenizer = tokenizer
+        self.token_size = token_size
+        self.mean = mean
+        self.std = std
+        self._tokenizer = get_tokenizer(tokenizer, token_size)
+        self._normalizer = TokenNormalizer(mean, std)
+
+    def to_dict(self) -> dict[str, object]:
+        """Everything that `from_pretrained` needs, ready for JSON."""
+        return {key: value for key, value in super().to_dict().items() if not key.startswith("_")}
+
+    def __call__(self, models: Weights | Sequence[Weights]) -> BatchFeature:
+        """Builds one padded batch of whole models, of any mix of architectures.
+
+        Args:
+            models: one model or several: locations, open checkpoints or state dicts.
+
+        Returns:
+            ``weight_values (batch, n, d)``, ``weight_mask (batch, n, d)``, ``position_ids (batch, n, 3)`` and
+            ``attention_mask (batch, n)``; n is the longest model's number of tokens.
+
+        Raises:
+            WeightspaceError: a model cannot be read, or holds entries that are not finite.
+        """
+        single = isinstance(models, str | Path | Checkpoint | Mapping)
+        items: Sequence[Weights] = [models] if single else models  # type: ignore[list-item, assignment]
+        batches = []
+        for item in items:
+            architecture, tensors = _opened(item)
+            tokens = self._tokenizer.tokenize(tensors, architecture)
+            values = self._normalizer.normalize(tokens.tokens.float(), tokens.mask)
+            batches.append((values, tokens.mask, tokens.positions))
+        longest = max(len(values) for values, _, _ in batches)
+        return BatchFeature(
+            {
+                "weight_values": torch.stack([_padded(values, longest) for values, _, _ in batches]),
+                "weight_mask": torch.stack([_padded(mask, longest) for _, mask, _ in batches]),
+                "position_ids": torch.stack([_padded(positions, longest) for _, _, positions in batches]),
+                "attention_mask": torch.stack(
+                    [_padded(torch.ones(len(values), dtype=torch.bool), longest) for values, _, _ in batches]
+                ),
+            }
+        )
+
+    def batch(self, flat: Float[Tensor, "models params"], architecture: Architecture) -> BatchFeature:
+        """Builds the batch of many models of one architecture from their flat weight vectors.
+
+        Raises:
+            ArchitectureError: the vectors have another length than the architecture.
+        """
+        layout = self._tokenizer.layout(architecture)
+        values = self._tokenizer.tokenize_batch(flat.float(), architecture)
+        return BatchFeature(
+            {
+                "weight_values": self._normalizer.normalize(values, layout.mask),
+                "weight_mask": layout.mask.expand(values.shape),
+                "position_ids": layout.positions.expand(len(flat), -1, -1),
+                "attention_mask": torch.ones(values.shape[:2], dtype=torch.bool),
+            }
+        )
+
+    def mask(self, architecture: Architecture) -> Bool[Tensor, "n d"]:
+        """True where a token entry of this architecture is a weight."""
+        return self._tokenizer.layout(architecture).mask
+
+    def token_count(self, architecture: Architecture) -> int:
+        """Number of tokens of a model of this architecture."""
+        return self._tokenizer.token_count(architecture)
+
+    def restore(
+        self, reconstruction: Float[Tensor, "models n d"], architecture: Architecture
+    ) -> Float[Tensor, "models params"]:
+        """Turns decoded tokens back into flat weight vectors; differentiable.
+
+        Raises:
+            TokenError: the tokens have another shape than the architecture gives.
+        """
+        mask = self._tokenizer.layout(architecture).mask
+        if reconstruction.shape[1:] != mask.shape:
+            raise TokenError(
+                f"decoded tokens: expected {tuple(mask.shape)} a model, found {tuple(reconstruction.shape[1:])}; "
+                "restore with the architecture of the models that were encoded"
+            )
+        tokens = self._normalizer.denormalize(reconstruction, mask)
+        return self._tokenizer.detokenize_batch(tokens, architecture)
+
+
+def _opened(model: Weights) -> tuple[Architecture, Mapping[str, Tensor]]:
+    if isinstance(model, Mapping):
+        specs = [TensorSpec(name, tuple(value.shape), dtype_name(value.dtype)) for name, value in model.items()]
+        return infer_architecture(specs), model
+    checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    architecture = infer_architecture(
+        checkpoint.specs.values(), config=checkpoint.config, aliases=checkpoint.aliases
+    )
+    return architecture, checkpoint.tensors()
+
+
+def _padded(values: Tensor, length: int) -> Tensor:
+    return torch.cat([values, values.new_zeros(length - len(values), *values.shape[1:])])
+
+
+__all__ = ["WeightFeatureExtractor"]

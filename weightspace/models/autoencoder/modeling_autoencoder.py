@@ -1,0 +1,216 @@
+"""The weight autoencoder: weight tokens to latents, latents back to weight tokens, and one embedding a model."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from weightspace.losses import masked_mse, nt_xent
+from weightspace.models.autoencoder.configuration_autoencoder import WeightAutoencoderConfig
+from weightspace.models.layers import (
+    PositionEmbedding,
+    TokenLayer,
+    TokenTransformer,
+    depth_moments,
+    initialize_linear,
+)
+
+
+@dataclass
+class WeightAutoencoderOutput(ModelOutput):
+    """What [`WeightAutoencoderModel`] returns.
+
+    Attributes:
+        loss: `beta * reconstruction_loss + (1 - beta) * contrastive_loss`.
+        reconstruction_loss: masked mean squared error in units of the targets' variance.
+        contrastive_loss: NT-Xent between the two views; None for a single view.
+        reconstruction: `(batch, n, token_size)` decoded tokens, zero in the padding.
+        latents: `(batch, n, latent_size)`.
+        pooler_output: `(batch, features)` embedding of each model.
+    """
+
+    loss: Tensor | None = None
+    reconstruction_loss: Tensor | None = None
+    contrastive_loss: Tensor | None = None
+    reconstruction: Tensor | None = None
+    latents: Tensor | None = None
+    pooler_output: Tensor | None = None
+
+
+class WeightAutoencoderModel(PreTrainedModel):
+    """Transformer autoencoder on weight tokens in the manner of SANE (Schürholt et al., 2024).
+
+    Every token is compressed to `latent_size` numbers while it sees the other tokens of its window. The embedding of a
+    model pools the encoder's states over tokens; see [`depth_moments`].
+    """
+
+    config: WeightAutoencoderConfig
+    base_model_prefix = "weight_autoencoder"
+    main_input_name = "weight_values"
+    input_modalities = ("weight",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TokenLayer"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: WeightAutoencoderConfig) -> None:
+        super().__init__(config)
+        width = config.hidden_size
+        self.token_in = nn.Linear(2 * config.token_size, width)
+        self.encoder_positions = PositionEmbedding(config)
+        self.encoder = TokenTransformer(config, config.num_encoder_layers)
+        self.to_latent = nn.Linear(width, config.latent_size)
+        self.from_latent = nn.Linear(config.latent_size, width)
+        self.mask_in = nn.Linear(config.token_size, width, bias=False)
+        self.decoder_positions = PositionEmbedding(config)
+        self.decoder = TokenTransformer(config, config.num_decoder_layers)
+        self.token_out = nn.Linear(width, config.token_size)
+        features = 2 * config.depth_bins * width
+        self.projection = nn.Sequential(
+            nn.LayerNorm(features), nn.Linear(features, width), nn.GELU(), nn.Linear(width, config.projection_size)
+        )
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # Variance 1 / fan_in keeps signals of weight tokens, which carry no vocabulary-sized embedding, at unit scale.
+        if isinstance(module, nn.Linear):
+            initialize_linear(module)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, TokenTransformer):
+            # Each layer adds to the residual stream twice: their sum should start at the scale of one.
+            for layer in module.layers:
+                assert isinstance(layer, TokenLayer)
+                for last in (layer.attention.out, layer.feed_forward_out):
+                    initialize_linear(last, scale=(2 * len(module.layers)) ** -0.5)
+
+    def encode(
+        self,
+        weight_values: Float[Tensor, "batch n d"],
+        weight_mask: Bool[Tensor, "batch n d"],
+        position_ids: Int[Tensor, "batch n 3"],
+        attention_mask: Bool[Tensor, "batch n"] | None = None,
+    ) -> tuple[Float[Tensor, "batch n latent"], Float[Tensor, "batch n width"]]:
+        """Compresses tokens.
+
+        Args:
+            weight_values: normalised token entries, zero in the padding.
+            weight_mask: true where an entry is a weight.
+            position_ids: columns token, layer, channel.
+            attention_mask: true where there is a token; all true if left out.
+
+        Returns:
+            Latents, and the encoder's states that embeddings are pooled from.
+        """
+        hidden = self.token_in(torch.cat([weight_values, weight_mask.to(weight_values.dtype)], dim=-1))
+        hidden = hidden + self.encoder_positions(position_ids)
+        hidden = self._in_windows(self.encoder, hidden, attention_mask)
+        return self.to_latent(hidden), hidden
+
+    def decode(
+        self,
+        latents: Float[Tensor, "batch n latent"],
+        weight_mask: Bool[Tensor, "batch n d"],
+        position_ids: Int[Tensor, "batch n 3"],
+        attention_mask: Bool[Tensor, "batch n"] | None = None,
+    ) -> Float[Tensor, "batch n d"]:
+        """Expands latents to normalised tokens; ``weight_mask`` says which entries exist, all others are zero."""
+        mask = weight_mask.to(latents.dtype)
+        hidden = self.from_latent(latents) + self.mask_in(mask) + self.decoder_positions(position_ids)
+        hidden = self._in_windows(self.decoder, hidden, attention_mask)
+        return self.token_out(hidden) * mask
+
+    def get_weight_features(
+        self,
+        weight_values: Float[Tensor, "batch n d"],
+        weight_mask: Bool[Tensor, "batch n d"],
+        position_ids: Int[Tensor, "batch n 3"],
+        attention_mask: Bool[Tensor, "batch n"] | None = None,
+        depths: Float[Tensor, "batch n"] | None = None,
+    ) -> BaseModelOutputWithPooling:
+        """Embeds whole models.
+
+        Args:
+            weight_values: as in `encode`.
+            weight_mask: as in `encode`.
+            position_ids: as in `encode`.
+            attention_mask: as in `encode`.
+            depths: relative depth of each token's layer, 0 to 1; derived from ``position_ids`` if left out, which is
+                right for sequences that hold a whole model.
+
+        Returns:
+            Latents as ``last_hidden_state`` and one embedding a model as ``pooler_output``.
+        """
+        latents, hidden = self.encode(weight_values, weight_mask, position_ids, attention_mask)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=latents, pooler_output=self._pool(hidden, position_ids, attention_mask, depths)
+        )
+
+    def forward(
+        self,
+        weight_values: Float[Tensor, "batch n d"],
+        weight_mask: Bool[Tensor, "batch n d"],
+        position_ids: Int[Tensor, "batch n 3"],
+        attention_mask: Bool[Tensor, "batch n"] | None = None,
+        depths: Float[Tensor, "batch n"] | None = None,
+        labels: Float[Tensor, "batch n d"] | None = None,
+        views: int = 1,
+        return_loss: bool = True,
+    ) -> WeightAutoencoderOutput:
+        """Encodes, decodes and scores tokens.
+
+        Args:
+            weight_values: as in `encode`; possibly erased or noisy.
+            weight_mask: as in `encode`.
+            position_ids: as in `encode`.
+            attention_mask: as in `encode`.
+            depths: as in `get_weight_features`.
+            labels: tokens to reconstruct; ``weight_values`` if left out.
+            views: 2 if the second half of the batch holds other views of the models of the first half, in the same
+                order; the contrastive loss needs them.
+            return_loss: leave out the losses if false.
+        """
+        latents, hidden = self.encode(weight_values, weight_mask, position_ids, attention_mask)
+        reconstruction = self.decode(latents, weight_mask, position_ids, attention_mask)
+        pooled = self._pool(hidden, position_ids, attention_mask, depths)
+        output = WeightAutoencoderOutput(reconstruction=reconstruction, latents=latents, pooler_output=pooled)
+        if return_loss:
+            target = weight_values if labels is None else labels
+            output["reconstruction_loss"] = masked_mse(reconstruction.float(), target.float(), weight_mask)
+            output["loss"] = self.config.beta * output["reconstruction_loss"]
+            if views == 2:
+                first, second = self.projection(pooled).float().chunk(2)
+                output["contrastive_loss"] = nt_xent(first, second, float(self.config.temperature))
+                output["loss"] = output["loss"] + (1 - self.config.beta) * output["contrastive_loss"]
+        return output
+
+    def _pool(
+        self, hidden: Tensor, position_ids: Tensor, attention_mask: Tensor | None, depths: Tensor | None
+    ) -> Tensor:
+        mask = hidden.new_ones(hidden.shape[:2], dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        if depths is None:
+            layers = position_ids[..., 1].float()
+            depths = layers / (layers * mask).amax(1, keepdim=True).clamp(min=1)
+        return depth_moments(hidden.float(), depths.float(), mask, self.config.depth_bins)
+
+    def _in_windows(self, stack: TokenTransformer, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Runs ``stack`` on windows of the sequence, so that cost grows with its length and not with the square."""
+        batch, length, width = hidden.shape
+        mask = hidden.new_ones(batch, length, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        window = self.config.window
+        if length <= window:
+            return stack(hidden, mask)
+        missing = -length % window
+        hidden = nn.functional.pad(hidden, (0, 0, 0, missing)).view(-1, window, width)
+        mask = nn.functional.pad(mask, (0, missing)).view(-1, window)
+        return stack(hidden, mask).view(batch, -1, width)[:, :length]
+
+
+__all__ = ["WeightAutoencoderModel", "WeightAutoencoderOutput"]

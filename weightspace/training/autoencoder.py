@@ -1,0 +1,335 @@
+"""Trains the weight autoencoder on a zoo."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from weightspace.architectures.families import FamilyConfig, family_config, stacked_forward
+from weightspace.architectures.flat import unflatten
+from weightspace.errors import SettingsError, ZooError
+from weightspace.losses import behaviour_loss, masked_mse
+from weightspace.models.autoencoder.configuration_autoencoder import WeightAutoencoderConfig
+from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
+from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel
+from weightspace.schema import Architecture
+from weightspace.tokenizers import get_tokenizer
+from weightspace.tokenizers.normalization import TokenNormalizer
+from weightspace.training.batches import BatchPart, ViewBatch, ViewBatches
+from weightspace.training.loop import Objective, clear_checkpoints, fit
+from weightspace.training.settings import LoopSettings
+from weightspace.zoo.dataset import Zoo, load_zoo
+from weightspace.zoo.images import load_images
+from weightspace.zoo.splits import Split, split_by_run
+from weightspace.zoo.storage import write_text
+from weightspace.zoo.views import Augmentation
+
+TRAINING_FILE = "training.json"
+_WIDEST_TOKEN = 256
+_VALIDATION_MODELS = 256
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """Shape of the autoencoder; see `WeightAutoencoderConfig` for the fields.
+
+    Attributes:
+        tokenizer: ``"channel"`` or ``"dense"``.
+        token_size: entries a token; None takes the widest row of the zoo's layers, at most 256.
+        latent_size: numbers a token is compressed to; None takes the largest that keeps the latents of every
+            architecture in the zoo at least ``compression`` times smaller than its weights.
+        compression: see ``latent_size``.
+        window: tokens that attend to each other.
+        hidden_size: width of the transformer.
+        layers: transformer layers of the encoder, and of the decoder.
+        heads: attention heads.
+        beta: weight of the reconstruction loss against NT-Xent.
+        temperature: of NT-Xent.
+    """
+
+    tokenizer: str = "channel"
+    token_size: int | None = None
+    latent_size: int | None = None
+    compression: float = 4.0
+    window: int = 64
+    hidden_size: int = 128
+    layers: int = 2
+    heads: int = 4
+    beta: float = 0.95
+    temperature: float = 0.1
+
+
+@dataclass(frozen=True)
+class BehaviourSettings:
+    """The behaviour loss, for models whose function the library can run.
+
+    Attributes:
+        weight: share of the behaviour loss; the structure loss weighs ``1 - weight``. 0 turns it off.
+        images: query images a model and step, drawn from the training split of the model's own dataset.
+    """
+
+    weight: float = 0.75
+    images: int = 32
+
+    def __post_init__(self) -> None:
+        """Refuses shares outside of 0 to 1 and an empty query."""
+        if not 0 <= self.weight < 1 or self.images < 1:
+            raise SettingsError(f"behaviour: weight {self.weight} must be 0 to below 1, images {self.images} at least 1")
+
+
+@dataclass(frozen=True)
+class AutoencoderSettings:
+    """Everything that determines a trained autoencoder besides the zoo.
+
+    Attributes:
+        encoder: shape of the model.
+        augmentation: how views differ.
+        behaviour: the behaviour loss.
+        loop: the training loop.
+        split_seed: number of the split over runs; the test runs are never seen in training.
+    """
+
+    encoder: EncoderSettings = field(default_factory=EncoderSettings)
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    behaviour: BehaviourSettings = field(default_factory=BehaviourSettings)
+    loop: LoopSettings = field(default_factory=LoopSettings)
+    split_seed: int = 0
+
+
+def train_autoencoder(zoo: Path | str, output: Path | str, settings: AutoencoderSettings) -> Path:
+    """Trains an autoencoder on the training runs of a zoo and saves it as a `save_pretrained` folder.
+
+    A finished folder with the same settings and zoo is left as it is; an unfinished one goes on where it stopped.
+    ``training.json`` beside the model records settings, zoo and held-out runs.
+
+    Args:
+        zoo: folder of the zoo.
+        output: folder of the encoder.
+        settings: see `AutoencoderSettings`.
+
+    Returns:
+        ``output`` as a path.
+
+    Raises:
+        ZooError: the zoo cannot be used, or ``output`` holds an encoder of other settings or another zoo.
+        SettingsError: the settings do not fit the zoo or this machine.
+    """
+    output, opened = Path(output), load_zoo(zoo)
+    facts = {"zoo": str(opened.path), "zoo_digest": opened.digest, "settings": asdict(settings)}
+    identity = hashlib.sha256(json.dumps([facts["zoo_digest"], facts["settings"]]).encode()).hexdigest()[:16]
+    state = read_training(output)
+    if state is not None and state["identity"] != identity:
+        raise ZooError(
+            f"{output}: holds an encoder of another zoo or other settings ({state['identity']}, asked for {identity}); "
+            "choose another --output or delete it"
+        )
+    if state is not None and state["complete"]:
+        return output
+    split = split_by_run(opened.index["run_id"].to_numpy(), settings.split_seed)
+    output.mkdir(parents=True, exist_ok=True)
+    runs = opened.index["run_id"].to_numpy()
+    facts |= {
+        "identity": identity,
+        "validation_runs": sorted(set(runs[split.validation])),
+        "test_runs": sorted(set(runs[split.test])),
+    }
+    _write_training(output, {**facts, "complete": False})
+    extractor, config = _fitted_input(opened, split, settings.encoder)
+    torch.manual_seed(settings.loop.seed)
+    model = WeightAutoencoderModel._from_config(config, attn_implementation="eager")
+    loop = settings.loop
+    batches = ViewBatches(
+        opened, split.train, extractor, settings.augmentation, loop.batch_size, config.window, loop.seed
+    )
+    objective = AutoencoderObjective(opened, split.validation, extractor, settings.behaviour, loop.seed)
+    trained = fit(model, batches, objective, loop, output)
+    trained.save_pretrained(output)
+    extractor.save_pretrained(output)
+    _write_training(output, {**facts, "complete": True, "parameters": trained.num_parameters()})
+    clear_checkpoints(output)
+    return output
+
+
+def read_training(folder: Path | str) -> dict[str, Any] | None:
+    """Reads what ``training.json`` records of an encoder's training; None if there is none.
+
+    Raises:
+        ZooError: the file is not what this library writes.
+    """
+    path = Path(folder) / TRAINING_FILE
+    if not path.exists():
+        return None
+    try:
+        state = json.loads(path.read_text())
+        if not isinstance(state["complete"], bool) or not isinstance(state["test_runs"], list):
+            raise TypeError
+    except (ValueError, KeyError, TypeError):
+        raise ZooError(f"{path}: not a training record; train the encoder again") from None
+    return dict(state)
+
+
+class AutoencoderObjective(Objective[ViewBatch]):
+    """Structure (masked MSE and NT-Xent, from the model) mixed with behaviour."""
+
+    def __init__(
+        self,
+        zoo: Zoo,
+        validation: Int[np.ndarray, "models"],
+        extractor: WeightFeatureExtractor,
+        behaviour: BehaviourSettings,
+        seed: int,
+    ) -> None:
+        self._extractor, self._behaviour, self._seed = extractor, behaviour, seed
+        self._queries = QueryImages(zoo) if behaviour.weight else None
+        chosen = np.random.default_rng(seed).permutation(validation)[:_VALIDATION_MODELS]
+        self._validation = list(zoo.batches(chosen))
+
+    def losses(self, model: nn.Module, batch: ViewBatch) -> Mapping[str, Tensor]:
+        """``loss``, ``reconstruction``, ``contrastive`` and, where functions can be run, ``behaviour``."""
+        device = next(model.parameters()).device
+        inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.inputs.items()}
+        output = model(**inputs)
+        losses = {"loss": output.loss, "reconstruction": output.reconstruction_loss}
+        losses["contrastive"] = output.contrastive_loss
+        generator = torch.Generator().manual_seed(self._seed + batch.number)
+        behaviour = self._behaviour_of(output.reconstruction.float(), batch.parts, generator)
+        if behaviour is not None:
+            weight = self._behaviour.weight
+            losses |= {"loss": (1 - weight) * output.loss + weight * behaviour, "behaviour": behaviour}
+        return losses
+
+    def validate(self, model: nn.Module) -> Mapping[str, float]:
+        """Reconstruction and behaviour of unseen, unaugmented models."""
+        totals: dict[str, list[tuple[float, int]]] = {}
+        device = next(model.parameters()).device
+        for part in self._validation:
+            inputs = self._extractor.batch(part.flat, part.architecture).to(device)
+            output = model(**inputs, return_loss=False)
+            structure = masked_mse(output.reconstruction.float(), inputs["weight_values"], inputs["weight_mask"])
+            totals.setdefault("reconstruction", []).append((float(structure), len(part.rows)))
+            everyone = BatchPart(part.architecture, part.rows, torch.arange(len(part.rows)), part.flat)
+            generator = torch.Generator().manual_seed(self._seed)
+            behaviour = self._behaviour_of(output.reconstruction.float(), [everyone], generator)
+            if behaviour is not None:
+                totals.setdefault("behaviour", []).append((float(behaviour), len(part.rows)))
+        return {
+            name: sum(value * count for value, count in values) / sum(count for _, count in values)
+            for name, values in totals.items()
+        }
+
+    def _behaviour_of(
+        self, reconstruction: Tensor, parts: list[BatchPart], generator: torch.Generator
+    ) -> Tensor | None:
+        if self._queries is None:
+            return None
+        values, count = [], 0
+        for part in parts:
+            length = self._extractor.token_count(part.architecture)
+            decoded = self._extractor.restore(
+                reconstruction[part.places.to(reconstruction.device), :length], part.architecture
+            )
+            for config, places in self._queries.functions(part.rows).items():
+                images = self._queries.draw(part.rows[places], self._behaviour.images, generator).to(decoded.device)
+                original = run_flat(config, part.architecture, part.flat[places].to(decoded), images)
+                imitated = run_flat(config, part.architecture, decoded[places], images)
+                values.append(behaviour_loss(imitated, original) * len(places))
+                count += len(places)
+        return torch.stack(values).sum() / count if values else None
+
+
+def run_flat(
+    config: FamilyConfig,
+    architecture: Architecture,
+    flat: Float[Tensor, "models params"],
+    images: Float[Tensor, "models batch c h w"],
+) -> Float[Tensor, "models batch classes"]:
+    """Runs models that are given as flat weight vectors."""
+    return stacked_forward(config, unflatten(flat, architecture), images)
+
+
+class QueryImages:
+    """Training images of the datasets that a zoo's models were trained on, where function and dataset are known."""
+
+    def __init__(self, zoo: Zoo) -> None:
+        configs = {text: _family(text) for text in zoo.index["config"].dropna().unique()}
+        self._configs = [configs.get(text) for text in zoo.index["config"]]
+        self._datasets = zoo.index["dataset"].to_numpy()
+        runnable = {name for name, config in zip(self._datasets, self._configs, strict=True) if config and name}
+        self._ranges: dict[str, tuple[int, int]] = {}
+        images, start = [], 0
+        for name in sorted(runnable):
+            part = load_images(name).train_images
+            self._ranges[name] = (start, len(part))
+            start += len(part)
+            images.append(part)
+        self._images = torch.cat(images) if images else torch.empty(0)
+
+    def functions(self, rows: Int[np.ndarray, "models"]) -> dict[FamilyConfig, list[int]]:
+        """Groups the places of those rows whose models can be run by their config."""
+        groups: dict[FamilyConfig, list[int]] = {}
+        for place, row in enumerate(rows):
+            config = self._configs[row]
+            if config is not None and self._datasets[row] in self._ranges:
+                groups.setdefault(config, []).append(place)
+        return groups
+
+    def draw(
+        self, rows: Int[np.ndarray, "models"], count: int, generator: torch.Generator
+    ) -> Float[Tensor, "models count c h w"]:
+        """Draws ``count`` training images of each model's own dataset, with replacement."""
+        starts, sizes = torch.tensor([self._ranges[self._datasets[row]] for row in rows]).unsqueeze(-1).unbind(1)
+        chosen = (torch.rand(len(rows), count, generator=generator) * sizes).long() + starts
+        return self._images[chosen]
+
+
+def _family(text: str) -> FamilyConfig | None:
+    values = json.loads(text)
+    return family_config(values) if isinstance(values, dict) else None
+
+
+def _fitted_input(
+    zoo: Zoo, split: Split, settings: EncoderSettings
+) -> tuple[WeightFeatureExtractor, WeightAutoencoderConfig]:
+    architectures = zoo.architectures.values()
+    widest = max((layer.width for architecture in architectures for layer in architecture.layers), default=0)
+    if not widest:
+        raise ZooError(f"{zoo.path}: no model has a floating point tensor; there is nothing to encode")
+    token_size = settings.token_size or min(widest, _WIDEST_TOKEN)
+    tokenizer = get_tokenizer(settings.tokenizer, token_size)
+    normalizer = TokenNormalizer.fit(
+        (tokenizer.tokenize_batch(batch.flat, batch.architecture), tokenizer.layout(batch.architecture).mask)
+        for batch in zoo.batches(split.train)
+    )
+    extractor = WeightFeatureExtractor(settings.tokenizer, token_size, normalizer.mean, normalizer.std)
+    room = min(a.numel / extractor.token_count(a) for a in architectures if a.numel)
+    latent_size = settings.latent_size or max(1, math.floor(room / settings.compression))
+    try:
+        config = WeightAutoencoderConfig(
+            token_size=token_size,
+            latent_size=latent_size,
+            window=settings.window,
+            hidden_size=settings.hidden_size,
+            num_encoder_layers=settings.layers,
+            num_decoder_layers=settings.layers,
+            num_attention_heads=settings.heads,
+            intermediate_size=4 * settings.hidden_size,
+            beta=settings.beta,
+            temperature=settings.temperature,
+        )
+    except Exception as error:  # strict configs raise their own family of errors
+        raise SettingsError(f"encoder: {' '.join(str(error).split())}") from error
+    return extractor, config
+
+
+def _write_training(output: Path, facts: Mapping[str, Any]) -> None:
+    write_text(output / TRAINING_FILE, json.dumps(facts, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,221 @@
+"""One training loop on Accelerate: any model, any loss, one process or many.
+
+A micro-batch is a pure function of (seed, number of the micro-batch, process), so that a run that was stopped and
+started again sees the same batches and ends with the same weights, without saved random states of data loaders.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, set_seed
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm.auto import tqdm
+
+from weightspace.errors import SettingsError
+from weightspace.training.settings import LoopSettings
+
+Batch = TypeVar("Batch", covariant=True)
+_CHECKPOINTS, _HISTORY = "checkpoints", "history.jsonl"
+
+
+class Batches(Protocol[Batch]):
+    """A source of micro-batches that can start anywhere."""
+
+    def __call__(self, start: int, process: int, processes: int) -> Iterator[Batch]:
+        """Yields the micro-batches of one process from number ``start`` on, without end."""
+
+
+class Objective(Generic[Batch]):
+    """What is minimised, and what is looked at on the validation split."""
+
+    def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:  # type: ignore[misc]
+        """Returns named scalars; ``"loss"`` is minimised, the others are logged beside it."""
+        raise NotImplementedError
+
+    def validate(self, model: nn.Module) -> Mapping[str, float]:
+        """Returns named validation figures."""
+        return {}
+
+
+def resolve_precision(name: str) -> str:
+    """Says which precision ``"auto"`` means on this machine.
+
+    bf16 pays where there are matrix units for it: a GPU with bf16, or a processor with AMX.
+
+    Raises:
+        SettingsError: fp16 on a processor, where Accelerate would train without a gradient scaler.
+    """
+    if name == "auto":
+        cuda = torch.cuda.is_available()
+        return "bf16" if (torch.cuda.is_bf16_supported() if cuda else torch.cpu._is_amx_tile_supported()) else "no"
+    if name == "fp16" and not torch.cuda.is_available():
+        raise SettingsError("mixed_precision: fp16 needs a GPU; choose bf16 or no")
+    return name
+
+
+def fit(
+    model: nn.Module, batches: Batches[Batch], objective: Objective[Batch], settings: LoopSettings, output: Path
+) -> nn.Module:
+    """Trains ``model`` and returns it, unwrapped and on the CPU.
+
+    Progress, history (``history.jsonl``) and checkpoints go to ``output``. A run that finds its own checkpoint there
+    goes on from it and ends as the uninterrupted run would have.
+
+    Args:
+        model: the model to train.
+        batches: the training data.
+        objective: losses and validation.
+        settings: see `LoopSettings`.
+        output: folder of this run alone.
+
+    Raises:
+        SettingsError: the settings do not fit this machine or the way the processes were started.
+    """
+    tracker = [] if settings.tracker == "none" else [settings.tracker]
+    accelerator = Accelerator(
+        mixed_precision=resolve_precision(settings.mixed_precision),
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        log_with=tracker or None,
+        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
+    )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and accelerator.num_processes == 1:
+        raise SettingsError(
+            "WORLD_SIZE is set but Accelerate runs one process; start with `accelerate launch`, "
+            "on processors with ACCELERATE_USE_CPU=true and --multi_gpu"
+        )
+    set_seed(settings.seed, device_specific=True)
+    output.mkdir(parents=True, exist_ok=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.95)
+    )
+    scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(step, settings))
+    # The scheduler stays outside of `prepare`: Accelerate would step it once for every process.
+    model, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.register_for_checkpointing(scheduler)
+    done = _resume(accelerator, output)
+    history = _History(output / _HISTORY, done) if accelerator.is_main_process else None
+    if tracker:
+        accelerator.init_trackers("weightspace", config=_flat(asdict(settings)))
+    micro = settings.gradient_accumulation_steps
+    stream = batches(done * micro, accelerator.process_index, accelerator.num_processes)
+    model.train()
+    with tqdm(
+        total=settings.steps, initial=done, desc="train", unit="step", disable=not accelerator.is_main_process
+    ) as bar:
+        for step in range(done + 1, settings.steps + 1):
+            sums: dict[str, Tensor] = {}
+            for _ in range(micro):
+                with accelerator.accumulate(model):
+                    losses = objective.losses(model, next(stream))
+                    accelerator.backward(losses["loss"])
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                for name, value in losses.items():
+                    sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value.detach() / micro
+            scheduler.step()
+            row: dict[str, float] = {}
+            if step % settings.log_every == 0 or step == settings.steps:
+                row = {name: float(accelerator.reduce(value, "mean")) for name, value in sums.items()}
+                row["learning_rate"] = scheduler.get_last_lr()[0]
+                if not math.isfinite(row["loss"]):
+                    raise SettingsError(
+                        f"learning_rate: the loss became {row['loss']} at step {step} with {settings.learning_rate}; "
+                        "choose a smaller one"
+                    )
+                bar.set_postfix(loss=f"{row['loss']:.4f}")
+            if step == settings.steps or (settings.validate_every and step % settings.validate_every == 0):
+                row |= _validate(objective, accelerator.unwrap_model(model))
+            if row:
+                accelerator.log(row, step=step)
+                if history:
+                    history.append(step, row)
+            bar.update()
+            if settings.checkpoint_every and step % settings.checkpoint_every == 0 and step < settings.steps:
+                _save(accelerator, output, step, settings.keep_checkpoints)
+    accelerator.end_training()
+    return accelerator.unwrap_model(model).cpu().eval()
+
+
+def clear_checkpoints(output: Path) -> None:
+    """Removes the checkpoints of a run that is complete."""
+    shutil.rmtree(output / _CHECKPOINTS, ignore_errors=True)
+
+
+def read_history(output: Path) -> list[dict[str, float]]:
+    """Reads the history of a run: one mapping a logged step, with ``"step"`` in each; empty if there is none."""
+    path = output / _HISTORY
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def learning_rate_factor(step: int, settings: LoopSettings) -> float:
+    """Learning rate at ``step`` (from 0) as a share of its peak."""
+    warmup = max(1, round(settings.warmup * settings.steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, settings.steps - warmup)
+    if settings.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return 1.0 if settings.schedule == "constant" else max(0.0, 1 - progress)
+
+
+class _History:
+    """Rows of figures as JSON lines; steps after a checkpoint that is resumed from are written anew."""
+
+    def __init__(self, path: Path, done: int) -> None:
+        self._path = path
+        kept = [row for row in read_history(path.parent) if row["step"] <= done]
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+    def append(self, step: int, row: Mapping[str, float]) -> None:
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **row}) + "\n")
+
+
+@torch.no_grad()
+def _validate(objective: Objective[Any], model: nn.Module) -> dict[str, float]:
+    model.eval()
+    figures = {f"validation_{name}": value for name, value in objective.validate(model).items()}
+    model.train()
+    return figures
+
+
+def _save(accelerator: Accelerator, output: Path, step: int, keep: int) -> None:
+    folder = output / _CHECKPOINTS / f"step-{step:08d}"
+    partial = folder.with_suffix(".partial")
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        # The rename makes the checkpoint whole: a folder without the suffix is complete.
+        partial.rename(folder)
+        for old in sorted(folder.parent.glob("step-????????"))[:-keep]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def _resume(accelerator: Accelerator, output: Path) -> int:
+    if accelerator.is_main_process:
+        for partial in (output / _CHECKPOINTS).glob("*.partial"):
+            shutil.rmtree(partial)
+    accelerator.wait_for_everyone()
+    found = sorted((output / _CHECKPOINTS).glob("step-????????"))
+    if not found:
+        return 0
+    accelerator.load_state(str(found[-1]))
+    return int(found[-1].name.removeprefix("step-"))
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, int | float | str | bool]:
+    return {key: value if isinstance(value, int | float | str | bool) else str(value) for key, value in settings.items()}

@@ -1,0 +1,230 @@
+"""Trains a zoo: many runs drawn from a seeded grid of hyper-parameters, on variants of one image dataset."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tqdm.auto import tqdm
+
+from weightspace.architectures.families import Activation, FamilyConfig, Initialization, config_mapping, family_config
+from weightspace.errors import SettingsError
+from weightspace.io.checkpoint import checkpoint_bytes
+from weightspace.schema import ModelRef, ZooEntry
+from weightspace.zoo.dataset import Zoo, load_zoo
+from weightspace.zoo.images import load_images, variants
+from weightspace.zoo.population import Recipe, Snapshot, train_population
+from weightspace.zoo.writer import ZooWriter
+
+_RUNS_TOGETHER = 256
+
+
+@dataclass(frozen=True)
+class ZooSettings:
+    """Which runs a zoo has. Every run draws one value of each list; datasets and architectures are dealt in turn.
+
+    Attributes:
+        dataset: base dataset: ``"digits"``, a local folder or a Hub id; see `weightspace.zoo.images.load_images`.
+        class_subsets: class numbers of each subset, all of one length.
+        rotations: orientations of the images, degrees.
+        polarities: ``"normal"`` and ``"inverted"``.
+        architectures: configs of families without ``image_shape``, ``classes`` and ``activation``, which the dataset
+            and the grid give, e.g. ``{"family": "mlp", "hidden": [20]}``.
+        runs: number of training runs.
+        seed: draws the grid and everything random in the runs.
+        activations: grid of activations.
+        learning_rates: grid of AdamW's peak learning rates.
+        weight_decays: grid of AdamW's weight decays.
+        initializations: grid of initialisation schemes.
+        label_noise: grid of shares of training labels that are replaced at random.
+        train_sizes: grid of numbers of training images.
+        steps: grid of numbers of optimizer steps.
+        checkpoints: shares of a run's steps after which its weights are kept.
+        batch_size: images a model and step.
+        device: ``"auto"`` is a GPU where there is one.
+    """
+
+    dataset: str = "digits"
+    class_subsets: tuple[tuple[int, ...], ...] = ((0, 1, 2, 3, 4), (5, 6, 7, 8, 9), (0, 2, 4, 6, 8), (1, 3, 5, 7, 9))
+    rotations: tuple[int, ...] = (0, 90, 180, 270)
+    polarities: tuple[Literal["normal", "inverted"], ...] = ("normal", "inverted")
+    architectures: tuple[dict[str, Any], ...] = (
+        {"family": "mlp", "hidden": [20]},
+        {"family": "cnn", "channels": [10, 20]},
+    )
+    runs: int = 1200
+    seed: int = 0
+    activations: tuple[Activation, ...] = ("relu", "gelu", "tanh")
+    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    weight_decays: tuple[float, ...] = (0.0, 0.01, 0.1, 1.0)
+    initializations: tuple[Initialization, ...] = (
+        "kaiming_uniform",
+        "kaiming_normal",
+        "xavier_uniform",
+        "xavier_normal",
+    )
+    label_noise: tuple[float, ...] = (0.0, 0.1, 0.25)
+    train_sizes: tuple[int, ...] = (60, 120, 250, 500)
+    steps: tuple[int, ...] = (250, 500, 1000)
+    checkpoints: tuple[float, ...] = (0.2, 0.6, 1.0)
+    batch_size: int = 32
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Refuses empty grids and impossible values."""
+        for setting in fields(self):
+            if getattr(self, setting.name) == ():
+                raise SettingsError(f"{setting.name}: the list is empty, give at least one value")
+        for name in ("runs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name}: {getattr(self, name)} is too small, give 1 or more")
+        for name in ("train_sizes", "steps"):
+            if min(getattr(self, name)) < 1:
+                raise SettingsError(f"{name}: {min(getattr(self, name))} is too small, give 1 or more")
+        for name, low, high in (("checkpoints", 0, 1), ("label_noise", -1e-9, 1)):
+            wrong = [value for value in getattr(self, name) if not low < value <= high]
+            if wrong:
+                raise SettingsError(f"{name}: {wrong[0]} is no share, give values up to 1")
+        if min(self.learning_rates) <= 0 or min(self.weight_decays) < 0:
+            raise SettingsError("learning_rates must be positive and weight_decays at least 0")
+        if len({len(subset) for subset in self.class_subsets}) > 1:
+            raise SettingsError("class_subsets: give subsets of one length; the models share their number of outputs")
+
+
+def train_zoo(settings: ZooSettings, output: Path | str) -> Zoo:
+    """Trains the runs that ``settings`` describe and writes them as a zoo.
+
+    Models of one architecture train together. A zoo that was interrupted goes on with the shards that are missing; a
+    complete zoo of the same settings is left as it is.
+
+    Args:
+        settings: see `ZooSettings`.
+        output: folder of the zoo.
+
+    Raises:
+        SettingsError: an architecture or a training size does not fit the dataset.
+        ZooError: the dataset cannot be opened, or ``output`` holds a zoo of other settings.
+    """
+    writer = ZooWriter(output, settings={"kind": "trained", **_described(settings)})
+    recipes = draw_recipes(settings)
+    shards = list(_shards(recipes))
+    snapshots = len(settings.checkpoints)
+    with tqdm(total=len(recipes), desc="train zoo", unit="run") as bar:
+        for number, members in enumerate(shards):
+            name = f"population-{number:05d}"
+            if not writer.has_shard(name):
+                _train_shard(writer, name, members, settings, number)
+            bar.update(len(members))
+            bar.set_postfix(checkpoints=bar.n * snapshots)
+    writer.finish()
+    return load_zoo(output)
+
+
+def draw_recipes(settings: ZooSettings) -> list[Recipe]:
+    """Draws the recipe of every run; the same settings give the same recipes.
+
+    Raises:
+        SettingsError: an architecture's config is wrong.
+        ZooError: the dataset cannot be opened.
+    """
+    datasets = variants(settings.dataset, settings.class_subsets, settings.rotations, settings.polarities)
+    first = load_images(datasets[0])
+    shape = tuple(first.train_images.shape[1:])
+    draw = random.Random(settings.seed)
+    recipes = []
+    for number in range(settings.runs):
+        architecture = settings.architectures[number % len(settings.architectures)]
+        activation = draw.choice(settings.activations)
+        recipes.append(
+            Recipe(
+                run_id=f"run-{number:06d}",
+                dataset=datasets[number // len(settings.architectures) % len(datasets)],
+                config=_completed(architecture, shape, first.classes, activation),
+                learning_rate=draw.choice(settings.learning_rates),
+                weight_decay=draw.choice(settings.weight_decays),
+                initialization=draw.choice(settings.initializations),
+                label_noise=draw.choice(settings.label_noise),
+                train_size=draw.choice(settings.train_sizes),
+                steps=draw.choice(settings.steps),
+            )
+        )
+    return recipes
+
+
+def _completed(
+    architecture: dict[str, Any], image_shape: tuple[int, ...], classes: int, activation: Activation
+) -> FamilyConfig:
+    given = {"image_shape": image_shape, "classes": classes, "activation": activation}
+    twice = sorted(architecture.keys() & given.keys())
+    if twice:
+        raise SettingsError(f"architectures: {twice[0]} comes from the dataset and the grid; leave it out")
+    config = family_config({**architecture, **given})
+    if config is None:
+        raise SettingsError(f"architectures: {architecture!r} names no family; choose family: mlp or cnn")
+    return config
+
+
+def _described(settings: ZooSettings) -> dict[str, Any]:
+    """The settings that decide what is in the zoo: where it is trained is none of them."""
+    values = asdict(settings)
+    del values["device"]
+    return values
+
+
+def _shards(recipes: Sequence[Recipe]) -> Iterator[list[Recipe]]:
+    populations: dict[FamilyConfig, list[Recipe]] = {}
+    for recipe in recipes:
+        populations.setdefault(recipe.config, []).append(recipe)
+    for members in populations.values():
+        # Runs of about equal length side by side: nobody waits long for the slowest of the population.
+        ordered = sorted(members, key=lambda recipe: (recipe.steps, recipe.run_id))
+        yield from (ordered[start : start + _RUNS_TOGETHER] for start in range(0, len(ordered), _RUNS_TOGETHER))
+
+
+def _train_shard(
+    writer: ZooWriter, name: str, members: Sequence[Recipe], settings: ZooSettings, number: int
+) -> None:
+    datasets = {dataset: load_images(dataset) for dataset in dict.fromkeys(recipe.dataset for recipe in members)}
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    seed = int.from_bytes(hashlib.sha256(f"{settings.seed}/{number}".encode()).digest()[:6])
+    entries: list[ZooEntry] = []
+    blobs: list[bytes] = []
+    for snapshot in train_population(
+        members,
+        datasets,
+        checkpoints=settings.checkpoints,
+        batch_size=settings.batch_size,
+        seed=seed,
+        device=device,
+    ):
+        for entry, blob in _stored(snapshot, members):
+            entries.append(entry)
+            blobs.append(blob)
+    order = sorted(range(len(entries)), key=lambda i: entries[i].model_id)
+    writer.write_shard(name, [entries[i] for i in order], [blobs[i] for i in order])
+
+
+def _stored(snapshot: Snapshot, recipes: Sequence[Recipe]) -> Iterator[tuple[ZooEntry, bytes]]:
+    for place, (member, step) in enumerate(zip(snapshot.members, snapshot.steps, strict=True)):
+        recipe = recipes[member]
+        tensors = {name: value[place].clone() for name, value in snapshot.parameters.items()}
+        model_id = f"{recipe.run_id}-step-{step:06d}"
+        results = {name: float(values[place]) for name, values in snapshot.results.items()}
+        entry = ZooEntry(
+            model_id=model_id,
+            run_id=recipe.run_id,
+            ref=ModelRef(f"./{model_id}.safetensors"),
+            dataset=recipe.dataset,
+            results={**results, "step": float(step), "train_size": float(recipe.train_size)},
+            hyperparameters=recipe.hyperparameters(),
+            config=json.loads(json.dumps(config_mapping(recipe.config))),
+        )
+        yield entry, checkpoint_bytes(tensors)
