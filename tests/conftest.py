@@ -72,3 +72,61 @@ def _expect_loopback(host: str) -> None:
         inside = False
     if not inside:
         raise RuntimeError(f"a test wants to reach {host!r}; tests stay on this machine")
+
+
+# What follows imports the library in the fixtures: at the top it would be loaded before the hook is in place.
+
+
+@pytest.fixture(scope="session")
+def tiny_zoo_settings() -> Any:
+    """Settings of ``tiny_zoo``: two architectures, each with two activations."""
+    from weightspace.zoo.training import ZooSettings
+
+    return ZooSettings(
+        runs=24,
+        architectures=({"family": "mlp", "hidden": [6]}, {"family": "cnn", "channels": [3, 4]}),
+        activations=("relu", "tanh"),
+        learning_rates=(3e-3, 1e-2),
+        train_sizes=(40, 80),
+        steps=(6, 12),
+        checkpoints=(0.5, 1.0),
+        batch_size=16,
+        device="cpu",
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_zoo(tmp_path_factory: pytest.TempPathFactory, tiny_zoo_settings: Any) -> Any:
+    """48 models of 24 runs. Tests read it and write nothing into its folder."""
+    from weightspace.zoo.training import train_zoo
+
+    return train_zoo(tiny_zoo_settings, tmp_path_factory.mktemp("tiny") / "zoo")
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder_settings() -> Any:
+    """Settings of ``tiny_encoder``: float32, so that results compare to the last bit on any processor."""
+    from weightspace.training.autoencoder import AutoencoderSettings, BehaviourSettings, EncoderSettings
+    from weightspace.training.settings import LoopSettings
+
+    return AutoencoderSettings(
+        encoder=EncoderSettings(hidden_size=32, layers=1, heads=2, window=16),
+        behaviour=BehaviourSettings(weight=0.5, images=4),
+        loop=LoopSettings(
+            steps=20,
+            batch_size=8,
+            mixed_precision="no",
+            tracker="none",
+            log_every=5,
+            validate_every=10,
+            checkpoint_every=8,
+        ),
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory, tiny_zoo: Any, tiny_encoder_settings: Any) -> Path:
+    """Folder of an autoencoder that was trained on ``tiny_zoo``. Tests read it and write nothing into it."""
+    from weightspace.training.autoencoder import train_autoencoder
+
+    return train_autoencoder(tiny_zoo.path, tmp_path_factory.mktemp("tiny") / "encoder", tiny_encoder_settings)

@@ -21,12 +21,12 @@ from weightspace.errors import SettingsError
 T = TypeVar("T")
 
 
-def settings_from_mapping(cls: type[T], values: Mapping[str, Any], *, where: str = "settings") -> T:
+def settings_from_mapping(cls: type[T], values: Any, *, where: str = "settings") -> T:
     """Builds the dataclass ``cls`` from ``values``; nested dataclasses are built from nested mappings.
 
     Args:
         cls: a dataclass whose fields are annotated with types.
-        values: keys are field names.
+        values: a mapping whose keys are field names.
         where: what the values come from; named in errors.
 
     Raises:

@@ -24,12 +24,12 @@ def test_train_autoencoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     called: list[Any] = []
 
     def train_autoencoder(zoo: Path, output: Path, settings: Any) -> Path:
-        training = settings.training
-        called.append((zoo, output, training.steps, training.seed, training.mixed_precision))
+        loop = settings.loop
+        called.append((zoo, output, loop.steps, loop.seed, loop.mixed_precision))
         return output / "encoder"
 
     monkeypatch.setattr("weightspace.training.autoencoder.train_autoencoder", train_autoencoder)
-    (tmp_path / "train.yaml").write_text("training: {steps: 40, seed: 5}\n")
+    (tmp_path / "train.yaml").write_text("loop: {steps: 40, seed: 5}\n")
     words = ("train", "autoencoder", "--zoo", "z", "--output", "e", "--config", str(tmp_path / "train.yaml"))
     assert invoke(*words, "--steps", "30", "--mixed-precision", "bf16") == f"encoder: {Path('e/encoder')}\n"
     assert json.loads(invoke(*words, "--json")) == {"encoder": str(Path("e/encoder"))}
@@ -38,7 +38,7 @@ def test_train_autoencoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_train_autoencoder_refuses_unknown_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "train.yaml").write_text("training: {step: 40}\n")
+    (tmp_path / "train.yaml").write_text("loop: {step: 40}\n")
     words = ["train", "autoencoder", "--zoo", "z", "--output", "e", "--config", str(tmp_path / "train.yaml")]
     assert main(words) == 2
     assert "'step'; did you mean 'steps'" in capsys.readouterr().err

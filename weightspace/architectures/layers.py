@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from weightspace.schema import LayerKind, LayerSpec, TensorSpec
 
@@ -40,10 +40,11 @@ def group_layers(specs: Iterable[TensorSpec]) -> tuple[LayerSpec, ...]:
     """Groups tensors into layers by their names, in natural order of the layers' names; every tensor is in one layer.
 
     A weight takes the bias beside it (``fc.weight``, ``fc.bias``; ``rnn.weight_ih_l0``, ``rnn.bias_ih_l0``) if that has
-    an entry for each row; a norm layer is its scale, shift and running statistics; whatever is left stands alone.
+    an entry for each row; a norm layer is its scale, shift and running statistics; whatever is left stands alone. A layer
+    goes by what its tensors' names have in common, or by its first tensor where something else has that name.
     """
     free = {spec.name: spec for spec in sorted(specs, key=lambda spec: natural_key(spec.name))}
-    layers = []
+    taken, layers = set(free), []
     # Weights claim their companions first, so that a bias is alone only where no weight wants it.
     for name in (*filter(_leads, free), *free):
         if name in free:
@@ -52,7 +53,8 @@ def group_layers(specs: Iterable[TensorSpec]) -> tuple[LayerSpec, ...]:
                 other = free.get(companion)
                 if other is not None and _fits(tensors[0], other):
                     tensors.append(free.pop(companion))
-            layers.append(_layer(tuple(tensors)))
+            layers.append(_layer(tuple(tensors), taken))
+            taken.add(layers[-1].name)
     return tuple(sorted(layers, key=lambda layer: natural_key(layer.name)))
 
 
@@ -85,12 +87,14 @@ def _fits(weight: TensorSpec, other: TensorSpec) -> bool:
     return other.shape == weight.shape[:1] and bool(weight.shape)
 
 
-def _layer(tensors: tuple[TensorSpec, ...]) -> LayerSpec:
+def _layer(tensors: tuple[TensorSpec, ...], taken: Container[str]) -> LayerSpec:
+    """Builds a layer whose name is none of ``taken``, which holds the names of all tensors."""
     first = tensors[0]
     prefix, leaf = _split(first.name)
     named = prefix and (leaf == "weight" or (len(tensors) > 1 and leaf in ("gamma", "running_mean")))
-    name = prefix if named else first.name
-    return LayerSpec(name, _kind(tensors, name, leaf), tensors, "channels" if len(first.shape) > 1 else "vectors")
+    kind = _kind(tensors, prefix if named else first.name, leaf)
+    name = prefix if named and prefix not in taken else first.name
+    return LayerSpec(name, kind, tensors, "channels" if len(first.shape) > 1 else "vectors")
 
 
 def _kind(tensors: tuple[TensorSpec, ...], name: str, leaf: str) -> LayerKind:

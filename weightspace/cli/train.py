@@ -21,7 +21,7 @@ def train() -> None:
 @config_option
 @click.option("--steps", type=int, show_default="from the settings", help="Optimizer steps.")
 @click.option("--seed", type=int, show_default="from the settings", help="Seed of weights, views and order.")
-@click.option("--mixed-precision", type=click.Choice(["no", "fp16", "bf16"]), show_default="from the settings")
+@click.option("--mixed-precision", type=click.Choice(["auto", "no", "bf16", "fp16"]), show_default="from the settings")
 @json_option
 def autoencoder(
     zoo: Path,
@@ -38,7 +38,7 @@ def autoencoder(
     """
     from weightspace.training.autoencoder import AutoencoderSettings, train_autoencoder
 
-    overrides = {"training.steps": steps, "training.seed": seed, "training.mixed_precision": mixed_precision}
+    overrides = {"loop.steps": steps, "loop.seed": seed, "loop.mixed_precision": mixed_precision}
     encoder = train_autoencoder(zoo, output, settings_from(AutoencoderSettings, config, overrides))
     if as_json:
         print_json({"encoder": str(encoder)})

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -29,6 +29,7 @@ Batch = TypeVar("Batch", covariant=True)
 _CHECKPOINTS, _HISTORY = "checkpoints", "history.jsonl"
 
 
+@runtime_checkable
 class Batches(Protocol[Batch]):
     """A source of micro-batches that can start anywhere."""
 

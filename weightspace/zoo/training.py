@@ -35,7 +35,7 @@ class ZooSettings:
         rotations: orientations of the images, degrees.
         polarities: ``"normal"`` and ``"inverted"``.
         architectures: configs of families without ``image_shape``, ``classes`` and ``activation``, which the dataset
-            and the grid give, e.g. ``{"family": "mlp", "hidden": [20]}``.
+            and the grid give, e.g. ``{"family": "mlp", "hidden": [24]}``.
         runs: number of training runs.
         seed: draws the grid and everything random in the runs.
         activations: grid of activations.
@@ -55,8 +55,8 @@ class ZooSettings:
     rotations: tuple[int, ...] = (0, 90, 180, 270)
     polarities: tuple[Literal["normal", "inverted"], ...] = ("normal", "inverted")
     architectures: tuple[dict[str, Any], ...] = (
-        {"family": "mlp", "hidden": [20]},
-        {"family": "cnn", "channels": [10, 20]},
+        {"family": "mlp", "hidden": [24]},
+        {"family": "cnn", "channels": [24], "kernel_size": 7, "stride": 4},
     )
     runs: int = 1200
     seed: int = 0

@@ -16,8 +16,10 @@ from weightspace.models.layers import (
     PositionEmbedding,
     TokenLayer,
     TokenTransformer,
-    depth_moments,
+    depth_weights,
+    entry_moments,
     initialize_linear,
+    state_moments,
 )
 
 
@@ -46,7 +48,8 @@ class WeightAutoencoderModel(PreTrainedModel):
     """Transformer autoencoder on weight tokens in the manner of SANE (Schürholt et al., 2024).
 
     Every token is compressed to `latent_size` numbers while it sees the other tokens of its window. The embedding of a
-    model pools the encoder's states over tokens; see [`depth_moments`].
+    model holds, for each of `depth_bins` parts of the network, moments of the encoder's states and of the weights
+    themselves; see [`state_moments`] and [`entry_moments`].
     """
 
     config: WeightAutoencoderConfig
@@ -70,7 +73,7 @@ class WeightAutoencoderModel(PreTrainedModel):
         self.decoder_positions = PositionEmbedding(config)
         self.decoder = TokenTransformer(config, config.num_decoder_layers)
         self.token_out = nn.Linear(width, config.token_size)
-        features = 2 * config.depth_bins * width
+        features = config.depth_bins * (2 * width + 7)
         self.projection = nn.Sequential(
             nn.LayerNorm(features), nn.Linear(features, width), nn.GELU(), nn.Linear(width, config.projection_size)
         )
@@ -150,7 +153,7 @@ class WeightAutoencoderModel(PreTrainedModel):
         """
         latents, hidden = self.encode(weight_values, weight_mask, position_ids, attention_mask)
         return BaseModelOutputWithPooling(
-            last_hidden_state=latents, pooler_output=self._pool(hidden, position_ids, attention_mask, depths)
+            last_hidden_state=latents, pooler_output=self._pool(hidden, weight_values, weight_mask, position_ids, attention_mask, depths)
         )
 
     def forward(
@@ -179,7 +182,7 @@ class WeightAutoencoderModel(PreTrainedModel):
         """
         latents, hidden = self.encode(weight_values, weight_mask, position_ids, attention_mask)
         reconstruction = self.decode(latents, weight_mask, position_ids, attention_mask)
-        pooled = self._pool(hidden, position_ids, attention_mask, depths)
+        pooled = self._pool(hidden, weight_values, weight_mask, position_ids, attention_mask, depths)
         output = WeightAutoencoderOutput(reconstruction=reconstruction, latents=latents, pooler_output=pooled)
         if return_loss:
             target = weight_values if labels is None else labels
@@ -192,13 +195,21 @@ class WeightAutoencoderModel(PreTrainedModel):
         return output
 
     def _pool(
-        self, hidden: Tensor, position_ids: Tensor, attention_mask: Tensor | None, depths: Tensor | None
+        self,
+        hidden: Tensor,
+        weight_values: Tensor,
+        weight_mask: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None,
+        depths: Tensor | None,
     ) -> Tensor:
         mask = hidden.new_ones(hidden.shape[:2], dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         if depths is None:
             layers = position_ids[..., 1].float()
             depths = layers / (layers * mask).amax(1, keepdim=True).clamp(min=1)
-        return depth_moments(hidden.float(), depths.float(), mask, self.config.depth_bins)
+        parts = depth_weights(depths.float(), mask, self.config.depth_bins)
+        moments = (state_moments(hidden.float(), parts), entry_moments(weight_values.float(), weight_mask, parts))
+        return torch.cat(moments, dim=-1)
 
     def _in_windows(self, stack: TokenTransformer, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Runs ``stack`` on windows of the sequence, so that cost grows with its length and not with the square."""

@@ -1,0 +1,336 @@
+"""The main job from end to end: train a zoo, open it as files, train an encoder, measure it, write a report."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from weightspace.analysis.report import (
+    ALL_ARCHITECTURES,
+    Curve,
+    PredictedTrue,
+    ReconstructionRow,
+    Report,
+    ZooMap,
+    write_report,
+)
+from weightspace.cards.encoder import EncoderFacts, Measurement, Score, TrainingZoo, write_encoder_card
+from weightspace.evaluation import FunctionComparison, compare_functions
+from weightspace.index import Encoder, embed_zoo, load_encoder
+from weightspace.probes.probe import ProbeRow, rows_to_records
+from weightspace.probes.representations import LinearCodes
+from weightspace.probes.zoo import ENCODER, probe_zoo
+from weightspace.schema import Architecture
+from weightspace.training.autoencoder import AutoencoderSettings, read_training, train_autoencoder
+from weightspace.training.loop import read_history
+from weightspace.zoo.dataset import Zoo, load_zoo
+from weightspace.zoo.exporting import export_folder
+from weightspace.zoo.importing import import_folder
+from weightspace.zoo.storage import write_text
+from weightspace.zoo.training import ZooSettings, train_zoo
+
+_TARGETS = ("test_accuracy", "generalization_gap", "step")
+_IDENTITY_FILE = "report-of.json"
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What the demo trains and measures.
+
+    Attributes:
+        zoo: the zoo.
+        autoencoder: the encoder.
+        targets: what probes predict.
+        seeds: split seeds of the probes.
+    """
+
+    zoo: ZooSettings = field(default_factory=ZooSettings)
+    autoencoder: AutoencoderSettings = field(default_factory=AutoencoderSettings)
+    targets: tuple[str, ...] = _TARGETS
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+def run_demo(output: Path | str, settings: DemoSettings) -> Path:
+    """Runs the main job; what is there already and unchanged is reused.
+
+    ``output`` gets ``trained`` (the zoo as it was trained), ``models`` (the same models as plain safetensors files with
+    ``metadata.jsonl``), ``zoo`` (imported from these files, as a user's own models would be), ``encoder`` (a
+    `save_pretrained` folder with its card), ``report.html`` and ``report.json``.
+
+    Args:
+        output: folder of everything.
+        settings: see `DemoSettings`.
+
+    Returns:
+        Path of the HTML report.
+
+    Raises:
+        ZooError: ``output`` holds something made with other settings.
+        SettingsError: settings that cannot be trained with.
+    """
+    output = Path(output)
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "1/5 train the zoo"):
+        trained = train_zoo(settings.zoo, output / "trained")
+    with _timed(seconds, "2/5 open it as files"):
+        if not (output / "models" / "metadata.jsonl").exists():
+            export_folder(trained, output / "models")
+        import_folder(output / "models", output / "zoo", on_problem="error")
+        zoo = load_zoo(output / "zoo")
+    with _timed(seconds, "3/5 train the autoencoder"):
+        encoder_path = train_autoencoder(zoo.path, output / "encoder", settings.autoencoder)
+    report = output / "report.html"
+    state = read_training(encoder_path)
+    assert state is not None
+    identity = {"encoder": state["identity"], "targets": list(settings.targets), "seeds": list(settings.seeds)}
+    if report.exists() and _read_identity(output) == identity:
+        return report
+    encoder = load_encoder(encoder_path)
+    with _timed(seconds, "4/5 reconstruct and probe"):
+        reconstruction = reconstruction_table(zoo, encoder, state)
+        probes = probe_zoo(zoo, encoder, settings.targets, seeds=settings.seeds)
+    with _timed(seconds, "5/5 write the report"):
+        write_encoder_card(encoder_path, _card(zoo, encoder, state, probes, reconstruction))
+        write_report(_report(zoo, encoder, settings, probes, reconstruction, seconds), output)
+        write_text(output / _IDENTITY_FILE, json.dumps(identity) + "\n")
+    return report
+
+
+def reconstruction_table(zoo: Zoo, encoder: Encoder, training: Mapping[str, Any]) -> list[ReconstructionRow]:
+    """Compares the test models that the encoder decodes with the originals, and PCA's at the same size with both.
+
+    PCA and IncrementalPCA are fitted for each architecture on all runs that are no test runs.
+
+    Args:
+        zoo: the zoo that the encoder was trained on.
+        encoder: the encoder.
+        training: its training record, which names the test runs.
+    """
+    tested = zoo.index["run_id"].isin(training["test_runs"]).to_numpy()
+    found: dict[str, list[_Decoded]] = {}
+    methods = (ENCODER, "PCA", "IncrementalPCA")
+    with tqdm(total=len(methods) * len(zoo.architectures), desc="reconstruct", leave=False) as bar:
+        for header, architecture in zoo.architectures.items():
+            rows = np.flatnonzero((zoo.index["header"] == header).to_numpy())
+            test, rest = rows[tested[rows]], rows[~tested[rows]]
+            if not len(test) or len(rest) < 2:
+                bar.update(len(methods))
+                continue
+            flat, size = zoo.flat(test), encoder.latent_size(architecture)
+            for method in methods:
+                if method == ENCODER:
+                    decoded = encoder.reconstruct(flat, architecture)
+                else:
+                    decoded = _decoded_by_pca(zoo, rest, flat, size, incremental=method == "IncrementalPCA")
+                compared = compare_functions(zoo, test, flat, decoded, architecture)
+                error = float((decoded - flat).square().mean() / (flat - flat.mean(0)).square().mean())
+                name = _architecture_name(zoo, test[0], architecture)
+                found.setdefault(method, []).append(_Decoded(name, compared, architecture.numel, size, error))
+                bar.update()
+    run_ids = zoo.index["run_id"].to_numpy()
+    return [
+        row
+        for method, parts in found.items()
+        for row in (
+            *([_summary(method, ALL_ARCHITECTURES, parts, run_ids)] if len(parts) > 1 else []),
+            *(_summary(method, part.architecture, [part], run_ids) for part in parts),
+        )
+        if row is not None
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class _Decoded:
+    architecture: str
+    compared: FunctionComparison
+    weights: int
+    latent_size: int
+    relative_mse: float
+
+
+def _decoded_by_pca(
+    zoo: Zoo, train: np.ndarray, flat: Float[Tensor, "models params"], size: int, *, incremental: bool
+) -> Tensor:
+    codes = LinearCodes(size, incremental=incremental).fit(batch.flat.numpy() for batch in zoo.batches(train))
+    return torch.from_numpy(codes.inverse_transform(codes.transform(flat.numpy()))).float()
+
+
+def _summary(
+    method: str, architecture: str, parts: Sequence[_Decoded], run_ids: np.ndarray, replicates: int = 1000
+) -> ReconstructionRow | None:
+    learned = [part.compared.learned for part in parts]
+    rows, original, decoded, agreement = (
+        np.concatenate([getattr(part.compared, name)[keep] for part, keep in zip(parts, learned, strict=True)])
+        for name in ("rows", "original", "decoded", "agreement")
+    )
+    if not len(rows):
+        return None
+    _, member = np.unique(run_ids[rows], return_inverse=True)
+    sums = np.stack([np.bincount(member, values) for values in (original, decoded)], axis=1)
+    drawn = np.random.default_rng(0).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=replicates) @ sums
+    low, high = np.percentile(drawn[:, 1] / drawn[:, 0], [2.5, 97.5])
+    counts = np.array([keep.sum() for keep in learned])
+    return ReconstructionRow(
+        method=method,
+        architecture=architecture,
+        models=len(rows),
+        weights=float(np.average([part.weights for part in parts], weights=counts)),
+        latent_size=float(np.average([part.latent_size for part in parts], weights=counts)),
+        original_accuracy=float(original.mean()),
+        decoded_accuracy=float(decoded.mean()),
+        kept=float(decoded.mean() / original.mean()),
+        kept_low=float(low),
+        kept_high=float(high),
+        agreement=float(agreement.mean()),
+        relative_mse=float(np.average([part.relative_mse for part in parts], weights=counts)),
+    )
+
+
+def _architecture_name(zoo: Zoo, row: int, architecture: Architecture) -> str:
+    config = zoo.entry(int(row)).config or {}
+    return str(config.get("family", architecture.digest))
+
+
+def _report(
+    zoo: Zoo,
+    encoder: Encoder,
+    settings: DemoSettings,
+    probes: Sequence[ProbeRow],
+    reconstruction: Sequence[ReconstructionRow],
+    seconds: Mapping[str, float],
+) -> Report:
+    history = read_history(encoder.path)
+    names = dict.fromkeys(name for row in history for name in row if name != "step")
+    curves = [
+        Curve(name, [row["step"] for row in history if name in row], [row[name] for row in history if name in row])
+        for name in names
+    ]
+    shown = [
+        PredictedTrue(f"{row.representation}, {row.estimator}", row.predictions.targets, row.predictions.predicted)
+        for row in probes
+        if row.target == settings.targets[0]
+        and row.predictions is not None
+        and (row.representation, row.estimator) in ((ENCODER, "ridge"), ("s(W)", "ridge"))
+    ]
+    architectures = [
+        f"{_architecture_name(zoo, int(np.flatnonzero((zoo.index['header'] == header).to_numpy())[0]), architecture)} "
+        f"({architecture.numel:,} weights, {encoder.latent_size(architecture):,} latents)"
+        for header, architecture in zoo.architectures.items()
+    ]
+    facts: dict[str, str | int | float] = {
+        "models": len(zoo),
+        "training runs": int(zoo.index["run_id"].nunique()),
+        "datasets": int(zoo.index["dataset"].nunique()),
+        "architectures": "; ".join(architectures),
+        "encoder parameters": encoder.model.num_parameters(),
+        "numbers in an embedding": embedding_size(encoder),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+        **{f"seconds: {name.partition(' ')[2]}": round(value, 1) for name, value in seconds.items()},
+    }
+    return Report(
+        title="weightspace demo",
+        facts=facts,
+        probes=rows_to_records(probes),
+        reconstruction=reconstruction,
+        curves=curves,
+        predictions=shown,
+        zoo_map=ZooMap(
+            embed_zoo(encoder, zoo),
+            zoo.index["dataset"].tolist(),
+            zoo.index["test_accuracy"].to_numpy(dtype=np.float64),
+        ),
+        settings=asdict(settings),
+        commands=["weightspace demo"],
+        notes=[
+            "Every number is measured on runs that neither the encoder nor a probe was trained on.",
+            "PCA and IncrementalPCA are fitted on all other runs; the autoencoder was trained on 70 % of all runs.",
+        ],
+    )
+
+
+def embedding_size(encoder: Encoder) -> int:
+    """Length of the embedding of one model."""
+    config = encoder.model.config
+    return int(encoder.model.projection[1].in_features) if config else 0
+
+
+def _card(
+    zoo: Zoo,
+    encoder: Encoder,
+    training: Mapping[str, Any],
+    probes: Sequence[ProbeRow],
+    reconstruction: Sequence[ReconstructionRow],
+) -> EncoderFacts:
+    measurements = []
+    for target in dict.fromkeys(row.target for row in probes):
+        own = [row for row in probes if row.target == target and (row.representation, row.estimator) == (ENCODER, "ridge")]
+        others = [row for row in probes if row.target == target and row.representation != ENCODER]
+        if own:
+            measurements.append(
+                Measurement(
+                    f"{target} from the embedding (ridge)",
+                    "r2",
+                    "R²",
+                    _r2_score(own[0], ENCODER),
+                    tuple(_r2_score(row, f"{row.representation}, {row.estimator}") for row in others),
+                )
+            )
+    overall = [row for row in reconstruction if row.architecture == ALL_ARCHITECTURES]
+    if overall:
+        kept = [Score(row.method, row.kept, row.kept_low, row.kept_high) for row in overall]
+        measurements.append(
+            Measurement("reconstruction", "accuracy_kept", "share of accuracy kept", kept[0], tuple(kept[1:]))
+        )
+    return EncoderFacts(
+        name="weight autoencoder",
+        licence="apache-2.0",
+        parameters=encoder.model.num_parameters(),
+        embedding_size=embedding_size(encoder),
+        zoo=TrainingZoo(
+            name="small networks on variants of scikit-learn's digits" if _is_digits(zoo) else str(zoo.path),
+            digest=zoo.digest,
+            models=len(zoo),
+            runs=int(zoo.index["run_id"].nunique()),
+            datasets=tuple(sorted(zoo.index["dataset"].dropna().unique())),
+        ),
+        config=encoder.model.config.to_diff_dict(),
+        training=training["settings"],
+        measurements=tuple(measurements),
+        limits=(
+            "It was trained on small networks of few architectures; others are encoded but not known to be judged well.",
+        ),
+    )
+
+
+def _is_digits(zoo: Zoo) -> bool:
+    return bool(zoo.index["dataset"].dropna().str.startswith("digits").all())
+
+
+def _r2_score(row: ProbeRow, method: str) -> Score:
+    return Score(method, row.r2, row.r2_low, row.r2_high)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    tqdm.write(stage, file=None)
+    start = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - start
+
+
+def _read_identity(output: Path) -> Any:
+    path = output / _IDENTITY_FILE
+    return json.loads(path.read_text()) if path.exists() else None
