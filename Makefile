@@ -11,8 +11,6 @@ BIN := .venv/bin
 READY := .venv/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
-export OMP_NUM_THREADS ?= 2
-
 .PHONY: demo test lint env clean
 
 demo: $(READY)

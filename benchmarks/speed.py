@@ -150,9 +150,7 @@ def population(models: int) -> tuple[Architecture, Tensor, list[dict[str, Tensor
     """Random CNNs, as flat vectors and as separate state dicts."""
     architecture = architecture_of(CNN_SHAPES)
     flat = torch.randn(models, architecture.numel, generator=torch.Generator().manual_seed(0)) * 0.1
-    separate = [
-        {name: value.clone() for name, value in unflatten(row, architecture).items()} for row in flat.unbind()
-    ]
+    separate = [{name: value.clone() for name, value in unflatten(row, architecture).items()} for row in flat.unbind()]
     return architecture, flat, separate
 
 

@@ -48,6 +48,7 @@ def write_models(folder: Path, models: int) -> None:
         points, labels = two_moons(500, generator)
         accuracy = (model.eval()(points).argmax(1) == labels).float().mean().item()
         file = f"{kind}/{number:03d}.safetensors"
+        (folder / kind).mkdir(parents=True, exist_ok=True)
         save_checkpoint(model.state_dict(), folder / file)
         rows.append({"file": file, "test_accuracy": accuracy, "step": 60, "learning_rate": learning_rate})
     (folder / "metadata.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))

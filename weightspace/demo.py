@@ -236,7 +236,7 @@ def _report(
         "datasets": int(zoo.index["dataset"].nunique()),
         "architectures": "; ".join(architectures),
         "encoder parameters": encoder.model.num_parameters(),
-        "numbers in an embedding": embedding_size(encoder),
+        "numbers in an embedding": encoder.embedding_size,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
         **{f"seconds: {name.partition(' ')[2]}": round(value, 1) for name, value in seconds.items()},
     }
@@ -261,12 +261,6 @@ def _report(
     )
 
 
-def embedding_size(encoder: Encoder) -> int:
-    """Length of the embedding of one model."""
-    config = encoder.model.config
-    return int(encoder.model.projection[1].in_features) if config else 0
-
-
 def _card(
     zoo: Zoo,
     encoder: Encoder,
@@ -276,7 +270,9 @@ def _card(
 ) -> EncoderFacts:
     measurements = []
     for target in dict.fromkeys(row.target for row in probes):
-        own = [row for row in probes if row.target == target and (row.representation, row.estimator) == (ENCODER, "ridge")]
+        own = [
+            row for row in probes if row.target == target and (row.representation, row.estimator) == (ENCODER, "ridge")
+        ]
         others = [row for row in probes if row.target == target and row.representation != ENCODER]
         if own:
             measurements.append(
@@ -298,7 +294,7 @@ def _card(
         name="weight autoencoder",
         licence="apache-2.0",
         parameters=encoder.model.num_parameters(),
-        embedding_size=embedding_size(encoder),
+        embedding_size=encoder.embedding_size,
         zoo=TrainingZoo(
             name="small networks on variants of scikit-learn's digits" if _is_digits(zoo) else str(zoo.path),
             digest=zoo.digest,
@@ -309,9 +305,7 @@ def _card(
         config=encoder.model.config.to_diff_dict(),
         training=training["settings"],
         measurements=tuple(measurements),
-        limits=(
-            "It was trained on small networks of few architectures; others are encoded but not known to be judged well.",
-        ),
+        limits=("It was trained on small networks of few architectures; how well it judges others is not known.",),
     )
 
 

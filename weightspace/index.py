@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoFeatureExtractor, AutoModel
+from transformers import AutoFeatureExtractor, AutoModel, BatchFeature
 
 from weightspace.errors import WeightspaceError, ZooError
-from weightspace.io.checkpoint import open_checkpoint
 from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
 from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel
+from weightspace.models.pooling import STATISTICS
 from weightspace.schema import Architecture
 from weightspace.zoo.dataset import Zoo, load_zoo
 from weightspace.zoo.storage import replacing
@@ -44,11 +44,21 @@ class Encoder:
         self, flat: Float[Tensor, "models params"], architecture: Architecture
     ) -> Float[Tensor, "models features"]:
         """Embeds models of one architecture from their flat weight vectors."""
-        parts = [
-            self.model.get_weight_features(**self.extractor.batch(part, architecture)).pooler_output
-            for part in flat.split(_CHUNK)
-        ]
-        return torch.cat(parts)
+        return torch.cat([self._features(self.extractor.batch(part, architecture)) for part in flat.split(_CHUNK)])
+
+    @torch.no_grad()
+    def embed_checkpoint(self, location: str | Path) -> Float[Tensor, " features"]:
+        """Embeds one checkpoint file or folder.
+
+        Raises:
+            WeightspaceError: it cannot be read, or holds entries that are not finite.
+        """
+        return self._features(self.extractor(location))[0]
+
+    def _features(self, inputs: BatchFeature) -> Tensor:
+        features = self.model.get_weight_features(**inputs).pooler_output
+        assert features is not None
+        return features
 
     @torch.no_grad()
     def reconstruct(
@@ -61,6 +71,12 @@ class Encoder:
             tokens = self.model(**inputs, return_loss=False).reconstruction
             parts.append(self.extractor.restore(tokens, architecture))
         return torch.cat(parts)
+
+    @property
+    def embedding_size(self) -> int:
+        """Length of the embedding of one model."""
+        config = self.model.config
+        return int(config.depth_bins * (2 * config.latent_size + STATISTICS))
 
     def latent_size(self, architecture: Architecture) -> int:
         """Numbers that a whole model of this architecture is compressed to."""
@@ -83,7 +99,9 @@ def load_encoder(folder: str | Path) -> Encoder:
     except (OSError, ValueError) as error:
         raise WeightspaceError(f"{folder}: the encoder cannot be loaded: {str(error).splitlines()[0]}") from error
     if not isinstance(model, WeightAutoencoderModel):
-        raise WeightspaceError(f"{folder}: a {type(model).__name__} is no weight encoder; give a folder of this library")
+        raise WeightspaceError(
+            f"{folder}: a {type(model).__name__} is no weight encoder; give a folder of this library"
+        )
     return Encoder(path, model, extractor)
 
 
@@ -132,10 +150,8 @@ def embed(locations: Sequence[str], encoder: str | Path) -> pd.DataFrame:
         paths = list(checkpoint_paths(Path(location)))
         rows = []
         for path in tqdm(paths, desc="embed", unit="model", leave=False, disable=len(paths) < 2):
-            inputs = loaded.extractor(open_checkpoint(path))
-            with torch.no_grad():
-                features = loaded.model.get_weight_features(**inputs).pooler_output[0]
-            rows.append({"model_id": path.stem, "location": str(path), "embedding": features.numpy()})
+            embedding = loaded.embed_checkpoint(path).numpy()
+            rows.append({"model_id": path.stem, "location": str(path), "embedding": embedding})
         frames.append(pd.DataFrame(rows))
     return pd.concat(frames, ignore_index=True)
 

@@ -171,7 +171,7 @@ class WeightTokens:
     Attributes:
         tokens: ``(n, d)`` floating point entries; zero where ``mask`` is false.
         mask: ``(n, d)``, true where an entry of ``tokens`` is a weight and not padding.
-        positions: ``(n, 3)`` columns token, layer, channel (as in SANE): running number, layer number, row of the layer.
+        positions: ``(n, 3)`` columns token, layer, channel as in SANE: running number, layer number, row of the layer.
         architecture: the specs that invert the tokens.
         passthrough: excluded tensors by name, carried unchanged.
     """

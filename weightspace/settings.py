@@ -95,7 +95,7 @@ def _converted(value: Any, hint: Any, where: str) -> Any:
             raise _mistyped(where, value, hint)
         return {key: _converted(item, options[1], f"{where}.{key}") for key, item in value.items()}
     if dataclasses.is_dataclass(hint):
-        return value if isinstance(value, hint) else settings_from_mapping(hint, value, where=where)  # type: ignore[arg-type, type-var]
+        return value if isinstance(value, hint) else settings_from_mapping(hint, value, where=where)  # type: ignore[arg-type]
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, hint) and not (hint in (int, float) and isinstance(value, bool)):

@@ -100,7 +100,7 @@ def test_steps_over_models_give_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
     flat = weights(architecture, 7)
     drawn = random_permutations(architecture, 7, torch.Generator().manual_seed(1))
     whole = permute(flat, drawn, architecture)
-    monkeypatch.setattr("weightspace.architectures.permutation._INDEX_ENTRIES", architecture.numel * 2)
+    monkeypatch.setattr("weightspace.architectures.permutation._STEP_ENTRIES", architecture.numel * 2)
     assert torch.equal(permute(flat, drawn, architecture), whole)
 
 

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoFeatureExtractor
 
 from weightspace.architectures.families import CNNConfig, MLPConfig, build_module, config_mapping, initialize
-from weightspace.architectures.flat import flatten
+from weightspace.architectures.flat import flatten, unflatten
 from weightspace.architectures.infer import infer_architecture
 from weightspace.errors import SettingsError, TokenError, WeightspaceError
 from weightspace.io.checkpoint import open_checkpoint, save_checkpoint
@@ -67,8 +67,6 @@ class TestInputs:
     def test_flat_vectors_give_the_same_batch(self, name: str) -> None:
         extractor, (flat, architecture) = EXTRACTORS[name], population(LARGE, 3)
         batch = extractor.batch(flat, architecture)
-        from weightspace.architectures.flat import unflatten
-
         each = extractor([{k: v.clone() for k, v in unflatten(row, architecture).items()} for row in flat])
         for key, value in batch.items():
             torch.testing.assert_close(each[key], value)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
@@ -22,7 +23,7 @@ from weightspace.architectures.permutation import (
     identity_permutations,
     permute,
     permuted_tensors,
-    spread,
+    reorder,
 )
 from weightspace.errors import ArchitectureError, TokenError
 from weightspace.schema import Architecture
@@ -127,6 +128,18 @@ def _groups(architecture: Architecture) -> list[_Group]:
     ]
 
 
+def _neighbours(group: _Group, groups: Sequence[_Group]) -> list[int]:
+    """Numbers of the groups whose assignment may change when ``group`` moves."""
+    names = [tensor.name for tensor, _, _ in group.axes]
+    others = [o.number for o in groups if o is not group and any(tensor.name in names for tensor, _, _ in o.axes)]
+    return [*others, group.number] if _acts_twice(group) else others
+
+
+def _acts_twice(group: _Group) -> bool:
+    """True if a tensor has two axes in the group: an assignment then approximates, and only the product tells."""
+    return len({tensor.name for tensor, _, _ in group.axes}) < len(group.axes)
+
+
 def _match(flat: Tensor, reference: Tensor, architecture: Architecture, sweeps: int) -> Permutations:
     groups = _groups(architecture)
     current = _tensors(flat, architecture)
@@ -136,33 +149,28 @@ def _match(flat: Tensor, reference: Tensor, architecture: Architecture, sweeps: 
     start = tuple(_assign(_similarity(current, goal, group, _descriptor)) for group in groups)
     current = _tensors(permute(flat, start, architecture), architecture)
 
-    moved = list(identity_permutations(architecture, len(flat), flat.device))
-    active = torch.arange(len(flat), device=flat.device)
+    moved = identity_permutations(architecture, len(flat), flat.device)
+    # A group is looked at again only for models in which a group that shares a tensor with it has moved since.
+    stale = torch.ones(len(groups), len(flat), dtype=torch.bool, device=flat.device)
     for _ in range(sweeps):
-        changed = torch.zeros(len(active), dtype=torch.bool, device=flat.device)
         for group in groups:
-            proposal = _assign(_similarity(current, goal, group, _rows))
-            names = list(dict.fromkeys(tensor.name for tensor, _, _ in group.axes))
-            candidate = {name: current[name] for name in names}
-            for tensor, axis, block in group.axes:
-                index = spread(proposal, block).reshape(
-                    len(active), *(1,) * axis, -1, *(1,) * (len(tensor.shape) - axis - 1)
-                )
-                candidate[tensor.name] = candidate[tensor.name].take_along_dim(index, dim=axis + 1)
-            # On a tensor with two axes in the group the assignment is an approximation: trust the product itself.
-            gain = torch.stack([_product(candidate[n] - current[n], goal[n]) for n in names]).sum(0)
-            better = gain > threshold[active]
-            for name in names:
-                keep = better.reshape(-1, *(1,) * (current[name].ndim - 1))
-                current[name] = torch.where(keep, candidate[name], current[name])
-            rows = active[better]
-            moved[group.number][rows] = moved[group.number][rows].gather(1, proposal[better])
-            changed |= better
-        if not changed.any():
+            rows = stale[group.number].nonzero().flatten()
+            if not len(rows):
+                continue
+            part = {tensor.name: current[tensor.name][rows] for tensor, _, _ in group.axes}
+            similarity = _similarity(part, goal, group, _rows)
+            proposal = _assign(similarity)
+            better = _gain(similarity, proposal, part, goal, group) > threshold[rows]
+            stale[group.number] = False
+            rows, proposal = rows[better], proposal[better]
+            for name, values in _reordered({n: v[better] for n, v in part.items()}, group, proposal).items():
+                current[name][rows] = values
+            moved[group.number][rows] = moved[group.number][rows].gather(1, proposal)
+            for other in _neighbours(group, groups):
+                stale[other, rows] = True
+        if not stale.any():
             break
-        current = {name: tensor[changed] for name, tensor in current.items()}
-        active = active[changed]
-    return compose(start, tuple(moved))
+    return compose(start, moved)
 
 
 def _tensors(flat: Tensor, architecture: Architecture) -> dict[str, Tensor]:
@@ -196,12 +204,39 @@ def _similarity(
 
 def _assign(similarity: Float[Tensor, "models size size"]) -> Int[Tensor, "models size"]:
     matrices = similarity.double().cpu().numpy()
-    columns = [torch.from_numpy(linear_sum_assignment(matrix, maximize=True)[1]) for matrix in matrices]
-    return torch.stack(columns).to(similarity.device, torch.int64)
+    columns = np.empty(matrices.shape[:2], dtype=np.int64)
+    for number, matrix in enumerate(matrices):
+        columns[number] = linear_sum_assignment(matrix, maximize=True)[1]
+    return torch.from_numpy(columns).to(similarity.device)
 
 
-def _product(difference: Tensor, goal: Tensor) -> Float[Tensor, " models"]:
-    return (difference.double() * goal.double()).flatten(1).sum(1)
+def _gain(
+    similarity: Tensor,
+    proposal: Int[Tensor, "models size"],
+    current: Mapping[str, Tensor],
+    goal: Mapping[str, Tensor],
+    group: _Group,
+) -> Float[Tensor, " models"]:
+    """By how much the inner product with the reference grows if ``group`` is reordered."""
+    if not _acts_twice(group):
+        pairs = similarity.double()
+        return (pairs.gather(2, proposal.unsqueeze(2)).squeeze(2) - pairs.diagonal(dim1=1, dim2=2)).sum(1)
+    candidate = _reordered(current, group, proposal)
+    products = [
+        ((values - current[name]).double() * goal[name].double()).flatten(1).sum(1)
+        for name, values in candidate.items()
+    ]
+    return torch.stack(products).sum(0)
+
+
+def _reordered(
+    current: Mapping[str, Tensor], group: _Group, permutation: Int[Tensor, "models size"]
+) -> dict[str, Tensor]:
+    """The tensors that ``group`` acts on, with its channels in another order."""
+    moved: dict[str, Tensor] = {}
+    for tensor, axis, block in group.axes:
+        moved[tensor.name] = reorder(moved.get(tensor.name, current[tensor.name]), axis, permutation, block)
+    return moved
 
 
 def _energy(flat: Tensor, size: int, axes: Sequence[tuple[PermutedTensor, int, int]]) -> Float[Tensor, "models size"]:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -59,10 +60,7 @@ class MLPConfig:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Parameter name -> shape, in forward order."""
         widths = (math.prod(self.image_shape), *self.hidden)
-        shapes = {
-            f"hidden.{i}": (fan_out, fan_in)
-            for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:], strict=False))
-        }
+        shapes = {f"hidden.{i}": (fan_out, fan_in) for i, (fan_in, fan_out) in enumerate(pairwise(widths))}
         return _with_biases({**shapes, "head": (self.classes, widths[-1])})
 
 
@@ -101,8 +99,7 @@ class CNNConfig:
         widths = (self.image_shape[0], *self.channels)
         side = self.kernel_size
         shapes: dict[str, tuple[int, ...]] = {
-            f"convs.{i}": (fan_out, fan_in, side, side)
-            for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:], strict=False))
+            f"convs.{i}": (fan_out, fan_in, side, side) for i, (fan_in, fan_out) in enumerate(pairwise(widths))
         }
         height, width = self.image_shape[1:]
         for _ in self.channels:
@@ -121,10 +118,8 @@ class MLP(nn.Module):
         super().__init__()
         self.config = config
         shapes = config.shapes()
-        self.hidden = nn.ModuleList(
-            nn.Linear(*reversed(shapes[f"hidden.{i}.weight"])) for i in range(len(config.hidden))
-        )
-        self.head = nn.Linear(*reversed(shapes["head.weight"]))
+        self.hidden = nn.ModuleList(_linear(shapes[f"hidden.{i}.weight"]) for i in range(len(config.hidden)))
+        self.head = _linear(shapes["head.weight"])
 
     def forward(self, images: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch classes"]:
         """Class logits."""
@@ -143,9 +138,9 @@ class CNN(nn.Module):
         widths = (config.image_shape[0], *config.channels)
         self.convs = nn.ModuleList(
             nn.Conv2d(fan_in, fan_out, config.kernel_size, config.stride, padding=config.kernel_size // 2)
-            for fan_in, fan_out in zip(widths, widths[1:], strict=False)
+            for fan_in, fan_out in pairwise(widths)
         )
-        self.head = nn.Linear(*reversed(config.shapes()["head.weight"]))
+        self.head = _linear(config.shapes()["head.weight"])
 
     def forward(self, images: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch classes"]:
         """Class logits."""
@@ -236,13 +231,18 @@ def stacked_forward(
     return _stacked_linear(x, parameters, "head")
 
 
+def _linear(shape: tuple[int, ...]) -> nn.Linear:
+    fan_out, fan_in = shape
+    return nn.Linear(fan_in, fan_out)
+
+
 def _stacked_linear(x: Tensor, parameters: Parameters, name: str) -> Tensor:
     return torch.baddbmm(parameters[f"{name}.bias"].unsqueeze(1), x, parameters[f"{name}.weight"].mT)
 
 
 def _stacked_conv(x: Tensor, parameters: Parameters, name: str, kernel_size: int, stride: int) -> Tensor:
     weight, bias = parameters[f"{name}.weight"], parameters[f"{name}.bias"]
-    batch, fan_in, height, width = x.shape[1:]
+    batch, _, height, width = x.shape[1:]
     fan_out = weight.shape[1]
     out_height, out_width = -(-height // stride), -(-width // stride)
     # On tiny maps the whole matrix of the convolution is about as small as the unfolded batch, and one product beats

@@ -40,8 +40,8 @@ def group_layers(specs: Iterable[TensorSpec]) -> tuple[LayerSpec, ...]:
     """Groups tensors into layers by their names, in natural order of the layers' names; every tensor is in one layer.
 
     A weight takes the bias beside it (``fc.weight``, ``fc.bias``; ``rnn.weight_ih_l0``, ``rnn.bias_ih_l0``) if that has
-    an entry for each row; a norm layer is its scale, shift and running statistics; whatever is left stands alone. A layer
-    goes by what its tensors' names have in common, or by its first tensor where something else has that name.
+    an entry for each row; a norm layer is its scale, shift and running statistics; whatever is left stands alone. A
+    layer goes by what its tensors' names have in common, or by its first tensor where something else has that name.
     """
     free = {spec.name: spec for spec in sorted(specs, key=lambda spec: natural_key(spec.name))}
     taken, layers = set(free), []

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import TypeAlias
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from weightspace.architectures.flat import offsets
@@ -22,8 +22,8 @@ from weightspace.schema import Architecture, PermutationGroup
 
 Permutations: TypeAlias = tuple[Int[Tensor, "models _size"], ...]
 
-# Bounds the gather index of one step to 128 MiB, however many models there are.
-_INDEX_ENTRIES = 2**24
+# Bounds the copies and indices of one step to some 10 MiB: they stay in the processor's cache, however many models.
+_STEP_ENTRIES = 2**21
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def compose(first: Permutations, second: Permutations) -> Permutations:
 def permute(
     flat: Float[Tensor, "models params"], permutations: Permutations, architecture: Architecture
 ) -> Float[Tensor, "models params"]:
-    """Reorders the hidden channels of many models at once: one gather through an index that is built by broadcasting.
+    """Reorders the hidden channels of many models at once.
 
     Args:
         flat: flat weights, one row a model.
@@ -130,15 +130,16 @@ def permute(
             f"permutations of shapes {[tuple(p.shape) for p in permutations]} do not fit the groups {expected}; "
             "draw them for this architecture and number of models"
         )
-    if not permutations:
-        return flat.clone()
+    permuted = flat.clone()
     permutations = tuple(p.to(flat.device) for p in permutations)
-    step = max(1, _INDEX_ENTRIES // max(1, architecture.numel))
-    parts = [
-        flat[i : i + step].gather(1, _flat_index(architecture, tuple(p[i : i + step] for p in permutations)))
-        for i in range(0, len(flat), step)
-    ]
-    return torch.cat(parts) if parts else flat.clone()
+    step = max(1, _STEP_ENTRIES // max(1, architecture.numel))
+    for tensor in permuted_tensors(architecture):
+        for i in range(0, len(flat), step):
+            values = flat[i : i + step, tensor.span].unflatten(1, tensor.shape)
+            for axis, (number, block) in tensor.axes.items():
+                values = reorder(values, axis, permutations[number][i : i + step], block)
+            permuted[i : i + step, tensor.span] = values.flatten(1)
+    return permuted
 
 
 def check_flat(flat: Tensor, architecture: Architecture) -> None:
@@ -154,22 +155,21 @@ def check_flat(flat: Tensor, architecture: Architecture) -> None:
         )
 
 
-def _flat_index(architecture: Architecture, permutations: Permutations) -> Int[Tensor, "models params"]:
-    models, device = len(permutations[0]), permutations[0].device
-    index = torch.arange(architecture.numel, device=device).repeat(models, 1)
-    for tensor in permuted_tensors(architecture):
-        # entry (i, j, ...) comes from offset + sum over axes of stride * source: only permuted axes differ from arange
-        place = index[:, tensor.span].unflatten(1, tensor.shape)
-        for axis, (number, block) in tensor.axes.items():
-            stride = math.prod(tensor.shape[axis + 1 :])
-            source = spread(permutations[number], block)
-            shift = (source - torch.arange(tensor.shape[axis], device=device)) * stride
-            place += shift.reshape(-1, *(1,) * axis, tensor.shape[axis], *(1,) * (len(tensor.shape) - axis - 1))
-    return index
+def reorder(
+    values: Shaped[Tensor, "models *shape"], axis: int, permutation: Int[Tensor, "models size"], block: int = 1
+) -> Shaped[Tensor, "models *shape"]:
+    """Reorders the channels along one axis of a tensor, by an order of its own for each model.
 
-
-def spread(permutation: Int[Tensor, "models size"], block: int) -> Int[Tensor, "models entries"]:
-    """Turns a permutation of channels into one of an axis that holds ``block`` consecutive entries a channel."""
-    if block == 1:
-        return permutation
-    return (permutation.unsqueeze(-1) * block + torch.arange(block, device=permutation.device)).flatten(1)
+    Args:
+        values: the same tensor of many models.
+        axis: axis of the tensor, not counting the one of the models.
+        permutation: channel i of the result is channel ``permutation[m, i]`` of model m.
+        block: consecutive entries that are one channel.
+    """
+    models, size = permutation.shape
+    before = math.prod(values.shape[1 : axis + 1])
+    # What lies behind a channel moves in one piece: an index of pieces is short, and pieces are copied fast.
+    pieces = values.reshape(models * before * size, block * math.prod(values.shape[axis + 2 :]))
+    starts = torch.arange(0, len(pieces), size, device=values.device).view(models, before, 1)
+    index = (starts + permutation.unsqueeze(1)).flatten()
+    return pieces.index_select(0, index).view(values.shape)

@@ -87,6 +87,12 @@ class TokenTransformer(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(TokenLayer(config) for _ in range(layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        for layer in self.layers:
+            assert isinstance(layer, TokenLayer)
+            # Each layer adds to the residual stream twice: their sum should start at the scale of one. The layers say
+            # so themselves, since transformers asks nobody to initialise modules without own parameters.
+            for last in (layer.attention.out, layer.feed_forward_out):
+                last.initial_scale = (2 * layers) ** -0.5
 
     def forward(
         self, hidden: Float[Tensor, "batch n width"], attention_mask: Bool[Tensor, "batch n"]
@@ -110,85 +116,16 @@ class PositionEmbedding(nn.Module):
 
     def __init__(self, config: WeightAutoencoderConfig) -> None:
         super().__init__()
-        self.half = config.position_size // 2
+        self.pairs = config.position_size // 2
         self.mix = nn.Linear(3 * config.position_size, config.hidden_size)
 
     def forward(self, position_ids: Int[Tensor, "batch n 3"]) -> Float[Tensor, "batch n width"]:
         """One vector a token."""
-        exponents = torch.arange(self.half, device=position_ids.device, dtype=torch.float32) / self.half
-        # Wavelengths from 2 pi to about 6,000 positions: neighbours differ clearly, and so do the ends of long networks.
+        exponents = torch.arange(self.pairs, device=position_ids.device, dtype=torch.float32) / self.pairs
+        # Wavelengths from 2 pi to about 6,000 positions: neighbours differ, and so do the ends of long networks.
         angles = position_ids.unsqueeze(-1).float() * torch.exp(-math.log(1000.0) * exponents)
         features = torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(2)
         return self.mix(features.to(self.mix.weight.dtype))
-
-
-def depth_weights(
-    depths: Float[Tensor, "batch n"], attention_mask: Bool[Tensor, "batch n"], bins: int
-) -> Float[Tensor, "batch bins n"]:
-    """Says how much each token belongs to each part of a network, from input to output.
-
-    The parts are triangles around ``bins`` centres, evenly spaced over the relative depth, so that networks of any
-    depth have equally many parts.
-
-    Args:
-        depths: relative depth of each token's layer, 0 (first) to 1 (last).
-        attention_mask: true where there is a token.
-        bins: number of parts; 1 takes the whole network as one.
-    """
-    if bins == 1:
-        return attention_mask.unsqueeze(1).to(depths.dtype)
-    centres = torch.linspace(0, 1, bins, device=depths.device)
-    weights = (1 - (depths.unsqueeze(1) - centres.unsqueeze(-1)).abs() * (bins - 1)).clamp(min=0)
-    return weights * attention_mask.unsqueeze(1)
-
-
-def state_moments(
-    hidden: Float[Tensor, "batch n width"], parts: Float[Tensor, "batch bins n"]
-) -> Float[Tensor, "batch features"]:
-    """Mean and standard deviation of token states in each part of a network; zero for a part without tokens.
-
-    Reordering the tokens of a layer changes nothing.
-    """
-    total = parts.sum(-1, keepdim=True)
-    shares = parts / total.clamp(min=1e-6)
-    mean = shares @ hidden
-    variance = (shares @ hidden.square() - mean.square()).clamp(min=0)
-    return torch.cat([mean, (variance + 1e-6).sqrt() * (total > 0)], dim=-1).flatten(1)
-
-
-def entry_moments(
-    values: Float[Tensor, "batch n d"], mask: Bool[Tensor, "batch n d"], parts: Float[Tensor, "batch bins n"]
-) -> Float[Tensor, "batch features"]:
-    """How the weights themselves are distributed in each part of a network: seven numbers a part.
-
-    Mean, logarithm of the standard deviation, skewness, kurtosis, mean magnitude over standard deviation, and mean and
-    standard deviation of the logarithm of the tokens' norms. None changes when neurons are reordered and rows are
-    tokens; weight statistics of this kind predict accuracy well (Unterthiner et al., 2020).
-
-    Args:
-        values: normalised token entries, zero in the padding.
-        mask: true where an entry is a weight.
-        parts: as `depth_weights` gives them.
-    """
-    counts = mask.sum(-1).to(values.dtype)
-    total = (parts @ counts.unsqueeze(-1)).clamp(min=1e-6)
-
-    def average(entries: Tensor) -> Tensor:
-        return parts @ (entries * mask).sum(-1, keepdim=True) / total
-
-    mean = average(values)
-    second, third, fourth = (average(values**power) for power in (2, 3, 4))
-    variance = (second - mean.square()).clamp(min=1e-8)
-    skewness = (third - 3 * mean * second + 2 * mean**3) / variance**1.5
-    kurtosis = (fourth - 4 * mean * third + 6 * mean.square() * second - 3 * mean**4) / variance.square()
-    magnitude = average(values.abs()) / variance.sqrt()
-    norms = ((values.square() * mask).sum(-1) / counts.clamp(min=1) + 1e-8).log()
-    present = parts * (counts > 0).unsqueeze(1)
-    shares = present / present.sum(-1, keepdim=True).clamp(min=1e-6)
-    norm_mean = shares @ norms.unsqueeze(-1)
-    norm_std = ((shares @ norms.square().unsqueeze(-1)) - norm_mean.square()).clamp(min=0).sqrt()
-    features = [mean, variance.log(), skewness, kurtosis.clamp(max=1e4).log1p(), magnitude, norm_mean, norm_std]
-    return (torch.cat(features, dim=-1) * (present.sum(-1, keepdim=True) > 0)).flatten(1)
 
 
 @torch.no_grad()

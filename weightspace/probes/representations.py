@@ -413,9 +413,17 @@ class CodeFeatures:
 class WeightBatch(Protocol):
     """What ``collect_weights`` reads of a zoo's batch."""
 
-    rows: Int[np.ndarray, "models"]
-    architecture: Architecture
-    flat: Float[Tensor, "models params"]
+    @property
+    def rows(self) -> Int[np.ndarray, "models"]:
+        """Row numbers in the zoo."""
+
+    @property
+    def architecture(self) -> Architecture:
+        """What all models of the batch share."""
+
+    @property
+    def flat(self) -> Float[Tensor, "models params"]:
+        """Their weights."""
 
 
 def collect_weights(batches: Iterable[WeightBatch], generator: torch.Generator) -> list[WeightBlock]:

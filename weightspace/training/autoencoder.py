@@ -26,7 +26,7 @@ from weightspace.schema import Architecture
 from weightspace.tokenizers import get_tokenizer
 from weightspace.tokenizers.normalization import TokenNormalizer
 from weightspace.training.batches import BatchPart, ViewBatch, ViewBatches
-from weightspace.training.loop import Objective, clear_checkpoints, fit
+from weightspace.training.loop import Objective, clear_checkpoints, fit, is_main_process
 from weightspace.training.settings import LoopSettings
 from weightspace.zoo.dataset import Zoo, load_zoo
 from weightspace.zoo.images import load_images
@@ -37,6 +37,7 @@ from weightspace.zoo.views import Augmentation
 TRAINING_FILE = "training.json"
 _WIDEST_TOKEN = 256
 _VALIDATION_MODELS = 256
+_SPARSE_MODELS, _FEWEST_LATENTS = 0.1, 4
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class EncoderSettings:
     Attributes:
         tokenizer: ``"channel"`` or ``"dense"``.
         token_size: entries a token; None takes the widest row of the zoo's layers, at most 256.
-        latent_size: numbers a token is compressed to; None takes the largest that keeps the latents of every
-            architecture in the zoo at least ``compression`` times smaller than its weights.
+        latent_size: numbers a token is compressed to; None takes the largest that keeps the latents of nine in ten
+            models of the zoo at least ``compression`` times smaller than their weights, but no less than 4.
         compression: see ``latent_size``.
         window: tokens that attend to each other.
         hidden_size: width of the transformer.
@@ -84,7 +85,9 @@ class BehaviourSettings:
     def __post_init__(self) -> None:
         """Refuses shares outside of 0 to 1 and an empty query."""
         if not 0 <= self.weight < 1 or self.images < 1:
-            raise SettingsError(f"behaviour: weight {self.weight} must be 0 to below 1, images {self.images} at least 1")
+            raise SettingsError(
+                f"behaviour: weight {self.weight} must be 0 to below 1, images {self.images} at least 1"
+            )
 
 
 @dataclass(frozen=True)
@@ -136,14 +139,16 @@ def train_autoencoder(zoo: Path | str, output: Path | str, settings: Autoencoder
     if state is not None and state["complete"]:
         return output
     split = split_by_run(opened.index["run_id"].to_numpy(), settings.split_seed)
-    output.mkdir(parents=True, exist_ok=True)
     runs = opened.index["run_id"].to_numpy()
     facts |= {
         "identity": identity,
         "validation_runs": sorted(set(runs[split.validation])),
         "test_runs": sorted(set(runs[split.test])),
     }
-    _write_training(output, {**facts, "complete": False})
+    writes = is_main_process()
+    if writes:
+        output.mkdir(parents=True, exist_ok=True)
+        _write_training(output, {**facts, "complete": False})
     extractor, config = _fitted_input(opened, split, settings.encoder)
     torch.manual_seed(settings.loop.seed)
     model = WeightAutoencoderModel._from_config(config, attn_implementation="eager")
@@ -153,10 +158,12 @@ def train_autoencoder(zoo: Path | str, output: Path | str, settings: Autoencoder
     )
     objective = AutoencoderObjective(opened, split.validation, extractor, settings.behaviour, loop.seed)
     trained = fit(model, batches, objective, loop, output)
-    trained.save_pretrained(output)
-    extractor.save_pretrained(output)
-    _write_training(output, {**facts, "complete": True, "parameters": trained.num_parameters()})
-    clear_checkpoints(output)
+    assert isinstance(trained, WeightAutoencoderModel)
+    if writes:
+        trained.save_pretrained(output)
+        extractor.save_pretrained(output)
+        _write_training(output, {**facts, "complete": True, "parameters": trained.num_parameters()})
+        clear_checkpoints(output)
     return output
 
 
@@ -178,7 +185,7 @@ def read_training(folder: Path | str) -> dict[str, Any] | None:
     return dict(state)
 
 
-class AutoencoderObjective(Objective[ViewBatch]):
+class AutoencoderObjective(Objective):
     """Structure (masked MSE and NT-Xent, from the model) mixed with behaviour."""
 
     def __init__(
@@ -264,7 +271,8 @@ class QueryImages:
         configs = {text: _family(text) for text in zoo.index["config"].dropna().unique()}
         self._configs = [configs.get(text) for text in zoo.index["config"]]
         self._datasets = zoo.index["dataset"].to_numpy()
-        runnable = {name for name, config in zip(self._datasets, self._configs, strict=True) if config and name}
+        pairs = zip(self._datasets, self._configs, strict=True)
+        runnable = {name for name, config in pairs if config and isinstance(name, str)}
         self._ranges: dict[str, tuple[int, int]] = {}
         images, start = [], 0
         for name in sorted(runnable):
@@ -311,8 +319,9 @@ def _fitted_input(
         for batch in zoo.batches(split.train)
     )
     extractor = WeightFeatureExtractor(settings.tokenizer, token_size, normalizer.mean, normalizer.std)
-    room = min(a.numel / extractor.token_count(a) for a in architectures if a.numel)
-    latent_size = settings.latent_size or max(1, math.floor(room / settings.compression))
+    density = {header: a.numel / max(1, extractor.token_count(a)) for header, a in zoo.architectures.items()}
+    sparse = np.quantile(zoo.index["header"].map(density), _SPARSE_MODELS, method="lower")
+    latent_size = settings.latent_size or max(_FEWEST_LATENTS, math.floor(sparse / settings.compression))
     try:
         config = WeightAutoencoderConfig(
             token_size=token_size,

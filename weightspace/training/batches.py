@@ -119,9 +119,7 @@ class ViewBatches:
                 parts.append(BatchPart(architecture, np.tile(rows[places], VIEWS), target, flat))
         return ViewBatch(_assembled(pieces, VIEWS * len(rows)), parts, number)
 
-    def _piece(
-        self, flat: Tensor, architecture: Architecture, places: Tensor, generator: torch.Generator
-    ) -> _Piece:
+    def _piece(self, flat: Tensor, architecture: Architecture, places: Tensor, generator: torch.Generator) -> _Piece:
         features = self.extractor.batch(flat, architecture)
         labels, mask, positions = features["weight_values"], features["weight_mask"], features["position_ids"]
         layers = positions[..., 1].float()

@@ -10,13 +10,14 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import ProjectConfiguration, set_seed
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -25,22 +26,21 @@ from tqdm.auto import tqdm
 from weightspace.errors import SettingsError
 from weightspace.training.settings import LoopSettings
 
-Batch = TypeVar("Batch", covariant=True)
 _CHECKPOINTS, _HISTORY = "checkpoints", "history.jsonl"
 
 
 @runtime_checkable
-class Batches(Protocol[Batch]):
+class Batches(Protocol):
     """A source of micro-batches that can start anywhere."""
 
-    def __call__(self, start: int, process: int, processes: int) -> Iterator[Batch]:
+    def __call__(self, start: int, process: int, processes: int) -> Iterator[Any]:
         """Yields the micro-batches of one process from number ``start`` on, without end."""
 
 
-class Objective(Generic[Batch]):
+class Objective:
     """What is minimised, and what is looked at on the validation split."""
 
-    def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:  # type: ignore[misc]
+    def losses(self, model: nn.Module, batch: Any) -> Mapping[str, Tensor]:
         """Returns named scalars; ``"loss"`` is minimised, the others are logged beside it."""
         raise NotImplementedError
 
@@ -65,9 +65,7 @@ def resolve_precision(name: str) -> str:
     return name
 
 
-def fit(
-    model: nn.Module, batches: Batches[Batch], objective: Objective[Batch], settings: LoopSettings, output: Path
-) -> nn.Module:
+def fit(model: nn.Module, batches: Batches, objective: Objective, settings: LoopSettings, output: Path) -> nn.Module:
     """Trains ``model`` and returns it, unwrapped and on the CPU.
 
     Progress, history (``history.jsonl``) and checkpoints go to ``output``. A run that finds its own checkpoint there
@@ -83,18 +81,7 @@ def fit(
     Raises:
         SettingsError: the settings do not fit this machine or the way the processes were started.
     """
-    tracker = [] if settings.tracker == "none" else [settings.tracker]
-    accelerator = Accelerator(
-        mixed_precision=resolve_precision(settings.mixed_precision),
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        log_with=tracker or None,
-        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
-    )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and accelerator.num_processes == 1:
-        raise SettingsError(
-            "WORLD_SIZE is set but Accelerate runs one process; start with `accelerate launch`, "
-            "on processors with ACCELERATE_USE_CPU=true and --multi_gpu"
-        )
+    accelerator = _accelerator(settings, output)
     set_seed(settings.seed, device_specific=True)
     output.mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.AdamW(
@@ -106,48 +93,38 @@ def fit(
     accelerator.register_for_checkpointing(scheduler)
     done = _resume(accelerator, output)
     history = _History(output / _HISTORY, done) if accelerator.is_main_process else None
-    if tracker:
+    if accelerator.log_with:
         accelerator.init_trackers("weightspace", config=_flat(asdict(settings)))
-    micro = settings.gradient_accumulation_steps
-    stream = batches(done * micro, accelerator.process_index, accelerator.num_processes)
+    micro_batches = settings.gradient_accumulation_steps
+    stream = batches(done * micro_batches, accelerator.process_index, accelerator.num_processes)
     model.train()
     with tqdm(
         total=settings.steps, initial=done, desc="train", unit="step", disable=not accelerator.is_main_process
     ) as bar:
         for step in range(done + 1, settings.steps + 1):
-            sums: dict[str, Tensor] = {}
-            for _ in range(micro):
-                with accelerator.accumulate(model):
-                    losses = objective.losses(model, next(stream))
-                    accelerator.backward(losses["loss"])
-                    if accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                for name, value in losses.items():
-                    sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value.detach() / micro
+            sums = _optimizer_step(accelerator, model, optimizer, objective, stream, settings)
+            learning_rate = float(scheduler.get_last_lr()[0])
             scheduler.step()
+            last = step == settings.steps
+            saved = bool(settings.checkpoint_every) and step % settings.checkpoint_every == 0 and not last
             row: dict[str, float] = {}
-            if step % settings.log_every == 0 or step == settings.steps:
-                row = {name: float(accelerator.reduce(value, "mean")) for name, value in sums.items()}
-                row["learning_rate"] = scheduler.get_last_lr()[0]
-                if not math.isfinite(row["loss"]):
-                    raise SettingsError(
-                        f"learning_rate: the loss became {row['loss']} at step {step} with {settings.learning_rate}; "
-                        "choose a smaller one"
-                    )
-                bar.set_postfix(loss=f"{row['loss']:.4f}")
-            if step == settings.steps or (settings.validate_every and step % settings.validate_every == 0):
+            if last or saved or step % settings.log_every == 0:
+                means = _means(accelerator, sums, step, settings)
+                bar.set_postfix(loss=f"{means['loss']:.4f}")
+                if last or step % settings.log_every == 0:
+                    row = {**means, "learning_rate": learning_rate}
+            if last or (settings.validate_every and step % settings.validate_every == 0):
                 row |= _validate(objective, accelerator.unwrap_model(model))
             if row:
                 accelerator.log(row, step=step)
                 if history:
                     history.append(step, row)
             bar.update()
-            if settings.checkpoint_every and step % settings.checkpoint_every == 0 and step < settings.steps:
+            if saved:
                 _save(accelerator, output, step, settings.keep_checkpoints)
     accelerator.end_training()
-    return accelerator.unwrap_model(model).cpu().eval()
+    trained: nn.Module = accelerator.unwrap_model(model).cpu().eval()
+    return trained
 
 
 def clear_checkpoints(output: Path) -> None:
@@ -155,7 +132,7 @@ def clear_checkpoints(output: Path) -> None:
     shutil.rmtree(output / _CHECKPOINTS, ignore_errors=True)
 
 
-def read_history(output: Path) -> list[dict[str, float]]:
+def read_history(output: Path) -> list[dict[str, int | float]]:
     """Reads the history of a run: one mapping a logged step, with ``"step"`` in each; empty if there is none."""
     path = output / _HISTORY
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -172,6 +149,58 @@ def learning_rate_factor(step: int, settings: LoopSettings) -> float:
     return 1.0 if settings.schedule == "constant" else max(0.0, 1 - progress)
 
 
+def _accelerator(settings: LoopSettings, output: Path) -> Accelerator:
+    # Accelerate keeps the precision of the first run of a process and would refuse another.
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(
+        mixed_precision=resolve_precision(settings.mixed_precision),
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        log_with=None if settings.tracker == "none" else [settings.tracker],
+        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
+    )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and accelerator.num_processes == 1:
+        raise SettingsError(
+            "WORLD_SIZE is set but Accelerate runs one process; start with `accelerate launch`, "
+            "on processors with ACCELERATE_USE_CPU=true and --multi_gpu"
+        )
+    return accelerator
+
+
+def _optimizer_step(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    objective: Objective,
+    stream: Iterator[Any],
+    settings: LoopSettings,
+) -> dict[str, Tensor]:
+    """Accumulates gradients over the micro-batches of one step, clips and applies them; returns the mean losses."""
+    micro_batches = settings.gradient_accumulation_steps
+    sums: dict[str, Tensor] = {}
+    for _ in range(micro_batches):
+        with accelerator.accumulate(model):
+            losses = objective.losses(model, next(stream))
+            accelerator.backward(losses["loss"])
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        for name, value in losses.items():
+            sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value.detach() / micro_batches
+    return sums
+
+
+def _means(accelerator: Accelerator, sums: Mapping[str, Tensor], step: int, settings: LoopSettings) -> dict[str, float]:
+    """Averages losses over processes, and stops a run that has diverged before anything of it is saved."""
+    means = {name: accelerator.reduce(value, "mean").item() for name, value in sums.items()}
+    if not math.isfinite(means["loss"]):
+        raise SettingsError(
+            f"learning_rate: the loss became {means['loss']} at step {step} with {settings.learning_rate}; "
+            "choose a smaller one"
+        )
+    return means
+
+
 class _History:
     """Rows of figures as JSON lines; steps after a checkpoint that is resumed from are written anew."""
 
@@ -186,7 +215,7 @@ class _History:
 
 
 @torch.no_grad()
-def _validate(objective: Objective[Any], model: nn.Module) -> dict[str, float]:
+def _validate(objective: Objective, model: nn.Module) -> dict[str, float]:
     model.eval()
     figures = {f"validation_{name}": value for name, value in objective.validate(model).items()}
     model.train()
@@ -219,4 +248,6 @@ def _resume(accelerator: Accelerator, output: Path) -> int:
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, int | float | str | bool]:
-    return {key: value if isinstance(value, int | float | str | bool) else str(value) for key, value in settings.items()}
+    return {
+        key: value if isinstance(value, int | float | str | bool) else str(value) for key, value in settings.items()
+    }

@@ -17,10 +17,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from weightspace.architectures.families import (
-    Activation,
     FamilyConfig,
     Initialization,
-    config_mapping,
     initialize,
     stacked_forward,
 )
@@ -84,8 +82,8 @@ class _Images:
 
     images: Float[Tensor, "rows c h w"]
     labels: Int[Tensor, " rows"]
-    train: dict[str, Int[Tensor, " n"]]
-    test: dict[str, Int[Tensor, " n"]]
+    train: dict[str, Int[Tensor, " _n"]]
+    test: dict[str, Int[Tensor, " _n"]]
 
 
 def train_population(
@@ -171,7 +169,9 @@ class _PopulationAdamW:
 
 
 def _image_table(datasets: Sequence[ImageDataset], device: torch.device | str) -> _Images:
-    images, labels, train, test, start = [], [], {}, {}, 0
+    images, labels, start = [], [], 0
+    train: dict[str, Tensor] = {}
+    test: dict[str, Tensor] = {}
     for dataset in datasets:
         for rows, part_images, part_labels in (
             (train, dataset.train_images, dataset.train_labels),
@@ -187,7 +187,7 @@ def _image_table(datasets: Sequence[ImageDataset], device: torch.device | str) -
 def _training_subsets(
     recipes: Sequence[Recipe], table: _Images, classes: int, generator: torch.Generator
 ) -> tuple[Int[Tensor, "models largest"], Int[Tensor, "models largest"]]:
-    """Each model's training rows and its (noisy) labels, padded by repeating the first row; never read past its size."""
+    """Each model's training rows and (noisy) labels, padded by repeating the first row; never read past its size."""
     largest = max(recipe.train_size for recipe in recipes)
     subsets = torch.zeros(len(recipes), largest, dtype=torch.int64)
     targets = torch.zeros_like(subsets)
@@ -228,7 +228,7 @@ def _results(
     test_sizes = torch.tensor([len(rows) for rows in test])
     test_rows = pad_sequence(test, batch_first=True)
     train_sizes = torch.tensor([recipe.train_size for recipe in recipes])
-    results = {}
+    results: dict[str, Tensor] = {}
     for split, rows, labels, sizes in (
         ("test", test_rows, table.labels[test_rows], test_sizes),
         ("train", subsets, targets, train_sizes),

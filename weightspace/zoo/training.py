@@ -31,7 +31,7 @@ class ZooSettings:
 
     Attributes:
         dataset: base dataset: ``"digits"``, a local folder or a Hub id; see `weightspace.zoo.images.load_images`.
-        class_subsets: class numbers of each subset, all of one length.
+        class_subsets: class numbers of each subset, all of one length; ``None`` stands for all classes.
         rotations: orientations of the images, degrees.
         polarities: ``"normal"`` and ``"inverted"``.
         architectures: configs of families without ``image_shape``, ``classes`` and ``activation``, which the dataset
@@ -51,7 +51,12 @@ class ZooSettings:
     """
 
     dataset: str = "digits"
-    class_subsets: tuple[tuple[int, ...], ...] = ((0, 1, 2, 3, 4), (5, 6, 7, 8, 9), (0, 2, 4, 6, 8), (1, 3, 5, 7, 9))
+    class_subsets: tuple[tuple[int, ...] | None, ...] = (
+        (0, 1, 2, 3, 4),
+        (5, 6, 7, 8, 9),
+        (0, 2, 4, 6, 8),
+        (1, 3, 5, 7, 9),
+    )
     rotations: tuple[int, ...] = (0, 90, 180, 270)
     polarities: tuple[Literal["normal", "inverted"], ...] = ("normal", "inverted")
     architectures: tuple[dict[str, Any], ...] = (
@@ -93,7 +98,7 @@ class ZooSettings:
                 raise SettingsError(f"{name}: {wrong[0]} is no share, give values up to 1")
         if min(self.learning_rates) <= 0 or min(self.weight_decays) < 0:
             raise SettingsError("learning_rates must be positive and weight_decays at least 0")
-        if len({len(subset) for subset in self.class_subsets}) > 1:
+        if len({subset and len(subset) for subset in self.class_subsets}) > 1:
             raise SettingsError("class_subsets: give subsets of one length; the models share their number of outputs")
 
 
@@ -187,9 +192,7 @@ def _shards(recipes: Sequence[Recipe]) -> Iterator[list[Recipe]]:
         yield from (ordered[start : start + _RUNS_TOGETHER] for start in range(0, len(ordered), _RUNS_TOGETHER))
 
 
-def _train_shard(
-    writer: ZooWriter, name: str, members: Sequence[Recipe], settings: ZooSettings, number: int
-) -> None:
+def _train_shard(writer: ZooWriter, name: str, members: Sequence[Recipe], settings: ZooSettings, number: int) -> None:
     datasets = {dataset: load_images(dataset) for dataset in dict.fromkeys(recipe.dataset for recipe in members)}
     device = settings.device
     if device == "auto":

@@ -62,16 +62,12 @@ def corrupt(
         size = values.shape[-1]
         length = torch.rand(values.shape[:2], generator=generator) * augmentation.erase * size
         start = torch.rand(values.shape[:2], generator=generator) * (size - length)
-        place = torch.arange(size)
+        place = torch.arange(size) + 0.5  # the middle of each entry, so that the first is as likely as the last
         erased = (place >= start.unsqueeze(-1)) & (place < (start + length).unsqueeze(-1))
         values = values.masked_fill(erased, 0.0)
     return values * mask
 
 
-def window_starts(
-    lengths: list[int], window: int, generator: torch.Generator
-) -> list[int]:
+def window_starts(lengths: list[int], window: int, generator: torch.Generator) -> list[int]:
     """Draws where each sequence is cut: every sequence has a start of its own, uniform over the possible ones."""
-    return [
-        int(torch.randint(max(1, length - window + 1), (), generator=generator)) for length in lengths
-    ]
+    return [int(torch.randint(max(1, length - window + 1), (), generator=generator)) for length in lengths]

@@ -10,7 +10,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers.feature_extraction_utils import BatchFeature, FeatureExtractionMixin
 
-from weightspace.architectures.flat import flatten
 from weightspace.architectures.infer import infer_architecture
 from weightspace.errors import TokenError
 from weightspace.io.checkpoint import Checkpoint, open_checkpoint
@@ -63,10 +62,12 @@ class WeightFeatureExtractor(FeatureExtractionMixin):
             ``attention_mask (batch, n)``; n is the longest model's number of tokens.
 
         Raises:
-            WeightspaceError: a model cannot be read, or holds entries that are not finite.
+            WeightspaceError: a model cannot be read or holds entries that are not finite, or there is none.
         """
         single = isinstance(models, str | Path | Checkpoint | Mapping)
         items: Sequence[Weights] = [models] if single else models  # type: ignore[list-item, assignment]
+        if not items:
+            raise TokenError("no models given; pass at least one location, checkpoint or state dict")
         batches = []
         for item in items:
             architecture, tensors = _opened(item)
@@ -133,9 +134,7 @@ def _opened(model: Weights) -> tuple[Architecture, Mapping[str, Tensor]]:
         specs = [TensorSpec(name, tuple(value.shape), dtype_name(value.dtype)) for name, value in model.items()]
         return infer_architecture(specs), model
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
-    architecture = infer_architecture(
-        checkpoint.specs.values(), config=checkpoint.config, aliases=checkpoint.aliases
-    )
+    architecture = infer_architecture(checkpoint.specs.values(), config=checkpoint.config, aliases=checkpoint.aliases)
     return architecture, checkpoint.tensors()
 
 

@@ -8,19 +8,12 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from weightspace.losses import masked_mse, nt_xent
 from weightspace.models.autoencoder.configuration_autoencoder import WeightAutoencoderConfig
-from weightspace.models.layers import (
-    PositionEmbedding,
-    TokenLayer,
-    TokenTransformer,
-    depth_weights,
-    entry_moments,
-    initialize_linear,
-    state_moments,
-)
+from weightspace.models.layers import PositionEmbedding, TokenTransformer, initialize_linear
+from weightspace.models.pooling import depth_weights, entry_statistics, relative_depths, state_moments
 
 
 @dataclass
@@ -33,7 +26,6 @@ class WeightAutoencoderOutput(ModelOutput):
         contrastive_loss: NT-Xent between the two views; None for a single view.
         reconstruction: `(batch, n, token_size)` decoded tokens, zero in the padding.
         latents: `(batch, n, latent_size)`.
-        pooler_output: `(batch, features)` embedding of each model.
     """
 
     loss: Tensor | None = None
@@ -41,21 +33,20 @@ class WeightAutoencoderOutput(ModelOutput):
     contrastive_loss: Tensor | None = None
     reconstruction: Tensor | None = None
     latents: Tensor | None = None
-    pooler_output: Tensor | None = None
 
 
 class WeightAutoencoderModel(PreTrainedModel):
     """Transformer autoencoder on weight tokens in the manner of SANE (Schürholt et al., 2024).
 
     Every token is compressed to `latent_size` numbers while it sees the other tokens of its window. The embedding of a
-    model holds, for each of `depth_bins` parts of the network, moments of the encoder's states and of the weights
-    themselves; see [`state_moments`] and [`entry_moments`].
+    model holds, for each of `depth_bins` parts of the network, moments of the latents and statistics of the weights
+    themselves; see [`state_moments`] and [`entry_statistics`]. The contrastive loss acts on the moments of the latents.
     """
 
     config: WeightAutoencoderConfig
     base_model_prefix = "weight_autoencoder"
     main_input_name = "weight_values"
-    input_modalities = ("weight",)
+    input_modalities = "weight"
     supports_gradient_checkpointing = True
     _no_split_modules = ["TokenLayer"]  # noqa: RUF012
     _supports_sdpa = True
@@ -73,7 +64,7 @@ class WeightAutoencoderModel(PreTrainedModel):
         self.decoder_positions = PositionEmbedding(config)
         self.decoder = TokenTransformer(config, config.num_decoder_layers)
         self.token_out = nn.Linear(width, config.token_size)
-        features = config.depth_bins * (2 * width + 7)
+        features = 2 * config.depth_bins * config.latent_size
         self.projection = nn.Sequential(
             nn.LayerNorm(features), nn.Linear(features, width), nn.GELU(), nn.Linear(width, config.projection_size)
         )
@@ -83,16 +74,10 @@ class WeightAutoencoderModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         # Variance 1 / fan_in keeps signals of weight tokens, which carry no vocabulary-sized embedding, at unit scale.
         if isinstance(module, nn.Linear):
-            initialize_linear(module)
+            initialize_linear(module, scale=getattr(module, "initial_scale", 1.0))
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, TokenTransformer):
-            # Each layer adds to the residual stream twice: their sum should start at the scale of one.
-            for layer in module.layers:
-                assert isinstance(layer, TokenLayer)
-                for last in (layer.attention.out, layer.feed_forward_out):
-                    initialize_linear(last, scale=(2 * len(module.layers)) ** -0.5)
 
     def encode(
         self,
@@ -100,22 +85,19 @@ class WeightAutoencoderModel(PreTrainedModel):
         weight_mask: Bool[Tensor, "batch n d"],
         position_ids: Int[Tensor, "batch n 3"],
         attention_mask: Bool[Tensor, "batch n"] | None = None,
-    ) -> tuple[Float[Tensor, "batch n latent"], Float[Tensor, "batch n width"]]:
-        """Compresses tokens.
+    ) -> Float[Tensor, "batch n latent"]:
+        """Compresses tokens to latents.
 
         Args:
             weight_values: normalised token entries, zero in the padding.
             weight_mask: true where an entry is a weight.
             position_ids: columns token, layer, channel.
             attention_mask: true where there is a token; all true if left out.
-
-        Returns:
-            Latents, and the encoder's states that embeddings are pooled from.
         """
-        hidden = self.token_in(torch.cat([weight_values, weight_mask.to(weight_values.dtype)], dim=-1))
+        values = weight_values.to(self.token_in.weight.dtype)
+        hidden = self.token_in(torch.cat([values, weight_mask.to(values.dtype)], dim=-1))
         hidden = hidden + self.encoder_positions(position_ids)
-        hidden = self._in_windows(self.encoder, hidden, attention_mask)
-        return self.to_latent(hidden), hidden
+        return self.to_latent(self._in_windows(self.encoder, hidden, attention_mask))
 
     def decode(
         self,
@@ -151,9 +133,12 @@ class WeightAutoencoderModel(PreTrainedModel):
         Returns:
             Latents as ``last_hidden_state`` and one embedding a model as ``pooler_output``.
         """
-        latents, hidden = self.encode(weight_values, weight_mask, position_ids, attention_mask)
+        latents = self.encode(weight_values, weight_mask, position_ids, attention_mask)
+        parts = self._parts(position_ids, attention_mask, depths)
+        moments = state_moments(latents.float(), parts)
+        statistics = entry_statistics(weight_values.float(), weight_mask, parts)
         return BaseModelOutputWithPooling(
-            last_hidden_state=latents, pooler_output=self._pool(hidden, weight_values, weight_mask, position_ids, attention_mask, depths)
+            last_hidden_state=latents, pooler_output=torch.cat([moments, statistics], dim=-1)
         )
 
     def forward(
@@ -180,36 +165,28 @@ class WeightAutoencoderModel(PreTrainedModel):
                 order; the contrastive loss needs them.
             return_loss: leave out the losses if false.
         """
-        latents, hidden = self.encode(weight_values, weight_mask, position_ids, attention_mask)
+        latents = self.encode(weight_values, weight_mask, position_ids, attention_mask)
         reconstruction = self.decode(latents, weight_mask, position_ids, attention_mask)
-        pooled = self._pool(hidden, weight_values, weight_mask, position_ids, attention_mask, depths)
-        output = WeightAutoencoderOutput(reconstruction=reconstruction, latents=latents, pooler_output=pooled)
+        output = WeightAutoencoderOutput(reconstruction=reconstruction, latents=latents)
         if return_loss:
             target = weight_values if labels is None else labels
             output["reconstruction_loss"] = masked_mse(reconstruction.float(), target.float(), weight_mask)
             output["loss"] = self.config.beta * output["reconstruction_loss"]
             if views == 2:
-                first, second = self.projection(pooled).float().chunk(2)
+                moments = state_moments(latents.float(), self._parts(position_ids, attention_mask, depths))
+                first, second = self.projection(moments).float().chunk(2)
                 output["contrastive_loss"] = nt_xent(first, second, float(self.config.temperature))
                 output["loss"] = output["loss"] + (1 - self.config.beta) * output["contrastive_loss"]
         return output
 
-    def _pool(
-        self,
-        hidden: Tensor,
-        weight_values: Tensor,
-        weight_mask: Tensor,
-        position_ids: Tensor,
-        attention_mask: Tensor | None,
-        depths: Tensor | None,
-    ) -> Tensor:
-        mask = hidden.new_ones(hidden.shape[:2], dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        if depths is None:
-            layers = position_ids[..., 1].float()
-            depths = layers / (layers * mask).amax(1, keepdim=True).clamp(min=1)
-        parts = depth_weights(depths.float(), mask, self.config.depth_bins)
-        moments = (state_moments(hidden.float(), parts), entry_moments(weight_values.float(), weight_mask, parts))
-        return torch.cat(moments, dim=-1)
+    def _parts(
+        self, position_ids: Tensor, attention_mask: Tensor | None, depths: Tensor | None
+    ) -> Float[Tensor, "batch bins n"]:
+        mask = (
+            torch.ones_like(position_ids[..., 0], dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        )
+        depths = relative_depths(position_ids, mask) if depths is None else depths.float()
+        return depth_weights(depths, mask, self.config.depth_bins)
 
     def _in_windows(self, stack: TokenTransformer, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Runs ``stack`` on windows of the sequence, so that cost grows with its length and not with the square."""
