@@ -33,6 +33,7 @@ from weightspace.architectures.families import build_module, config_mapping, ini
 from weightspace.architectures.flat import flatten, unflatten
 from weightspace.architectures.infer import infer_architecture
 from weightspace.architectures.permutation import permute, random_permutations
+from weightspace.cli.main import tune_process
 from weightspace.io.checkpoint import checkpoint_bytes
 from weightspace.schema import Architecture, ModelRef, TensorSpec, ZooEntry
 from weightspace.tokenizers import get_tokenizer
@@ -66,10 +67,10 @@ class Size:
     """How much work one run does."""
 
     models: int = 1000
-    repetitions: int = 7
+    repetitions: int = 5
     stacked: int = 200
     alone: int = 10
-    steps: int = 100
+    steps: int = 250
     layers: int = 30
     zoos: tuple[int, int] = (2000, 8000)
 
@@ -444,6 +445,7 @@ def main() -> None:
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    tune_process()  # memory is kept as in every command; the plain loops profit as well
     if arguments.peak:
         print_peak(*arguments.peak)
         return

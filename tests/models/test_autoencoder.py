@@ -21,6 +21,7 @@ from weightspace.models.autoencoder.configuration_autoencoder import WeightAutoe
 from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
 from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel
 from weightspace.models.layers import TokenLayer
+from weightspace.models.pooling import depth_weights, relative_depths, state_moments
 from weightspace.schema import Architecture, LayerSpec, TensorSpec
 
 # One small model of each type; the residual scale, the window and the parts of the pooling all matter in it.
@@ -228,13 +229,12 @@ class TestWindows:
     def test_windows_of_a_long_sequence_are_encoded_apart(self) -> None:
         model, batch = build(), inputs(LARGE, 2)
         del batch["attention_mask"]
-        latents, hidden = model.encode(**batch)
+        latents = model.encode(**batch)
+        decoded = model.decode(latents, batch["weight_mask"], batch["position_ids"])
         for start in (0, 8, 16):
             window = {name: value[:, start : start + 8] for name, value in batch.items()}
-            alone, states = model.encode(**window)
+            alone = model.encode(**window)
             torch.testing.assert_close(latents[:, start : start + 8], alone)
-            torch.testing.assert_close(hidden[:, start : start + 8], states)
-            decoded = model.decode(latents, batch["weight_mask"], batch["position_ids"])
             piece = model.decode(alone, window["weight_mask"], window["position_ids"])
             torch.testing.assert_close(decoded[:, start : start + 8], piece)
 
@@ -251,7 +251,9 @@ class TestLoss:
         model, batch = build(beta=0.3, temperature=0.5), inputs(SMALL, 4)
         labels = batch["weight_values"] * 2
         output = model(**batch, labels=labels, views=2)
-        first, second = model.projection(output.pooler_output).chunk(2)
+        depths = relative_depths(batch["position_ids"], batch["attention_mask"])
+        parts = depth_weights(depths, batch["attention_mask"], model.config.depth_bins)
+        first, second = model.projection(state_moments(output.latents, parts)).chunk(2)
         reconstruction = masked_mse(output.reconstruction, labels, batch["weight_mask"])
         contrastive = nt_xent(first, second, 0.5)
         torch.testing.assert_close(output.reconstruction_loss, reconstruction)
@@ -275,23 +277,22 @@ class TestSymmetry:
         order = [2, 0, 3, 1, 6, 4, 5]
         moved = {name: value[:, order] for name, value in batch.items()}
         torch.testing.assert_close(embedded(model, moved), embedded(model, batch))
-        latents, _ = model.encode(**batch)
-        torch.testing.assert_close(model.encode(**moved)[0], latents[:, order])
+        torch.testing.assert_close(model.encode(**moved), model.encode(**batch)[:, order])
 
     @pytest.mark.parametrize("architecture", [SMALL, LARGE], ids=["one window", "three windows"])
-    def test_moments_of_the_weights_do_not_know_the_order_of_neurons(self, architecture: Architecture) -> None:
+    def test_statistics_of_the_weights_do_not_know_the_order_of_neurons(self, architecture: Architecture) -> None:
         model, batch = build(), inputs(architecture, 2)
-        first = batch["position_ids"][0, :, 1].bincount()[0]
+        first = int(batch["position_ids"][0, :, 1].bincount()[0])
         order = torch.arange(batch["weight_values"].shape[1])
-        order[:first] = torch.randperm(int(first), generator=torch.Generator().manual_seed(0))
+        order[:first] = torch.randperm(first, generator=torch.Generator().manual_seed(0))
         values = batch["weight_values"][:, order].clone()
-        columns = torch.randperm(3, generator=torch.Generator().manual_seed(1))
-        values[:, first:, :3] = values[:, first:, columns]
-        states = model.config.depth_bins * 2 * model.config.hidden_size
+        columns = torch.randperm(4, generator=torch.Generator().manual_seed(1))
+        values[:, first : first + 3, :4] = values[:, first : first + 3, columns]
+        moments = model.config.depth_bins * 2 * model.config.latent_size
         before, after = (embedded(model, {**batch, "weight_values": v}) for v in (batch["weight_values"], values))
-        torch.testing.assert_close(after[:, states:], before[:, states:], atol=1e-5, rtol=1e-5)
-        # The states do know it a little, through the position of a channel.
-        assert not torch.equal(after[:, :states], before[:, :states])
+        torch.testing.assert_close(after[:, moments:], before[:, moments:], atol=1e-5, rtol=1e-5)
+        # The latents do know it a little, through the position of a channel.
+        assert not torch.equal(after[:, :moments], before[:, :moments])
 
     def test_embeddings_have_one_length_for_all_architectures(self) -> None:
         model = build()

@@ -128,6 +128,7 @@ class TestTraining:
         assert len(calls) == 6  # two steps from the checkpoint on
         assert content(tmp_path / "killed") == content(tmp_path / "whole")
 
+    @pytest.mark.slow
     def test_two_processes_leave_one_whole_encoder(
         self, tiny_zoo: Zoo, tiny_encoder_settings: AutoencoderSettings, tmp_path: Path
     ) -> None:

@@ -58,7 +58,7 @@ class Lines:
             number += 1
 
 
-class Regression(Objective[Tensor]):
+class Regression(Objective):
     def __init__(self, dies_at: int | None = None, bad_at: int | None = None) -> None:
         self.calls, self.dies_at, self.bad_at = 0, dies_at, bad_at
 
@@ -287,6 +287,7 @@ class TestProcesses:
         with pytest.raises(SettingsError, match=r"WORLD_SIZE.*accelerate launch"):
             train(tmp_path)
 
+    @pytest.mark.slow
     def test_two_processes_train_and_resume_as_one_with_twice_the_batch(self, tmp_path: Path) -> None:
         script = tmp_path / "script.py"
         script.write_text(

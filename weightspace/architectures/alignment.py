@@ -186,7 +186,9 @@ def _descriptor(values: Tensor, tensor: PermutedTensor, axis: int, block: int) -
     for other, (_, width) in tensor.axes.items():
         if other != axis:
             channels = values.unflatten(other + 1, (-1, width))
-            values = channels.sort(dim=other + 1).values.flatten(other + 1, other + 2)
+            # On short axes NumPy sorts several times faster than torch.
+            ordered = torch.from_numpy(np.sort(channels.detach().cpu().numpy(), axis=other + 1)).to(values.device)
+            values = ordered.flatten(other + 1, other + 2)
     return _rows(values, tensor, axis, block)
 
 
@@ -233,10 +235,10 @@ def _reordered(
     current: Mapping[str, Tensor], group: _Group, permutation: Int[Tensor, "models size"]
 ) -> dict[str, Tensor]:
     """The tensors that ``group`` acts on, with its channels in another order."""
-    moved: dict[str, Tensor] = {}
+    orders: dict[str, dict[int, tuple[Tensor, int]]] = {}
     for tensor, axis, block in group.axes:
-        moved[tensor.name] = reorder(moved.get(tensor.name, current[tensor.name]), axis, permutation, block)
-    return moved
+        orders.setdefault(tensor.name, {})[axis] = permutation, block
+    return {name: reorder(current[name], order) for name, order in orders.items()}
 
 
 def _energy(flat: Tensor, size: int, axes: Sequence[tuple[PermutedTensor, int, int]]) -> Float[Tensor, "models size"]:

@@ -8,6 +8,7 @@ network unchanged (Hecht-Nielsen, 1990). A permutation ``p`` acts by gathering: 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeAlias
@@ -16,7 +17,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from weightspace.architectures.flat import offsets
+from weightspace.architectures.flat import offsets, unflatten
 from weightspace.errors import ArchitectureError
 from weightspace.schema import Architecture, PermutationGroup
 
@@ -130,16 +131,15 @@ def permute(
             f"permutations of shapes {[tuple(p.shape) for p in permutations]} do not fit the groups {expected}; "
             "draw them for this architecture and number of models"
         )
-    permuted = flat.clone()
+    if not permutations or not len(flat):
+        return flat.clone()
     permutations = tuple(p.to(flat.device) for p in permutations)
-    step = max(1, _STEP_ENTRIES // max(1, architecture.numel))
-    for tensor in permuted_tensors(architecture):
-        for i in range(0, len(flat), step):
-            values = flat[i : i + step, tensor.span].unflatten(1, tensor.shape)
-            for axis, (number, block) in tensor.axes.items():
-                values = reorder(values, axis, permutations[number][i : i + step], block)
-            permuted[i : i + step, tensor.span] = values.flatten(1)
-    return permuted
+    step = max(1, _STEP_ENTRIES // architecture.numel)
+    parts = [
+        _permuted(flat[i : i + step], tuple(p[i : i + step] for p in permutations), architecture)
+        for i in range(0, len(flat), step)
+    ]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def check_flat(flat: Tensor, architecture: Architecture) -> None:
@@ -155,21 +155,43 @@ def check_flat(flat: Tensor, architecture: Architecture) -> None:
         )
 
 
+def _permuted(flat: Tensor, permutations: Permutations, architecture: Architecture) -> Tensor:
+    tensors = unflatten(flat, architecture)
+    for tensor in permuted_tensors(architecture):
+        orders = {axis: (permutations[number], block) for axis, (number, block) in tensor.axes.items()}
+        tensors[tensor.name] = reorder(tensors[tensor.name], orders)
+    return torch.cat([values.flatten(1) for values in tensors.values()], dim=1)
+
+
 def reorder(
-    values: Shaped[Tensor, "models *shape"], axis: int, permutation: Int[Tensor, "models size"], block: int = 1
+    values: Shaped[Tensor, "models *shape"], orders: Mapping[int, tuple[Int[Tensor, "models _size"], int]]
 ) -> Shaped[Tensor, "models *shape"]:
-    """Reorders the channels along one axis of a tensor, by an order of its own for each model.
+    """Reorders the channels along some axes of one tensor, by an order of its own for each model.
 
     Args:
         values: the same tensor of many models.
-        axis: axis of the tensor, not counting the one of the models.
-        permutation: channel i of the result is channel ``permutation[m, i]`` of model m.
-        block: consecutive entries that are one channel.
+        orders: axis of the tensor (not counting the one of the models) -> order and block: channel i of the result is
+            channel ``order[m, i]`` of model m, and a channel is ``block`` consecutive entries.
     """
-    models, size = permutation.shape
-    before = math.prod(values.shape[1 : axis + 1])
-    # What lies behind a channel moves in one piece: an index of pieces is short, and pieces are copied fast.
-    pieces = values.reshape(models * before * size, block * math.prod(values.shape[axis + 2 :]))
-    starts = torch.arange(0, len(pieces), size, device=values.device).view(models, before, 1)
-    index = (starts + permutation.unsqueeze(1)).flatten()
-    return pieces.index_select(0, index).view(values.shape)
+    models, *shape = values.shape
+    last = max(orders)
+    # What lies behind the last of these axes moves in one piece: an index of pieces is short and they copy fast.
+    block = orders[last][1]
+    index = torch.arange(models, device=values.device).view(-1, *(1,) * (last + 1))
+    for axis, size in enumerate(shape[: last + 1]):
+        if axis == last:
+            source, size = orders[axis][0], size // block
+        elif axis in orders:
+            source = _spread(*orders[axis])
+        else:
+            source = torch.arange(size, device=values.device)
+        index = index * size + source.view(-1, *(1,) * axis, size, *(1,) * (last - axis))
+    pieces = values.reshape(index.numel(), block * math.prod(shape[last + 1 :]))
+    return pieces.index_select(0, index.flatten()).view(values.shape)
+
+
+def _spread(permutation: Int[Tensor, "models size"], block: int) -> Int[Tensor, "models entries"]:
+    """Turns a permutation of channels into one of an axis that holds ``block`` consecutive entries a channel."""
+    if block == 1:
+        return permutation
+    return (permutation.unsqueeze(-1) * block + torch.arange(block, device=permutation.device)).flatten(1)

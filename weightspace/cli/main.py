@@ -45,7 +45,7 @@ for command in (demo, inspect, zoo, train, embed, probe):
     program.add_command(command)
 
 
-def _tune_process() -> None:
+def tune_process() -> None:
     """Sets what must be set before torch is imported; a value from the environment wins."""
     # Spinning OpenMP threads stall each other many times over when the cores are shared with other programs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: what stands after the program's name; ``sys.argv`` by default. ``--debug`` may stand anywhere.
     """
-    _tune_process()
+    tune_process()
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -18,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import ProjectConfiguration, parse_flag_from_env, set_seed
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
@@ -127,6 +127,22 @@ def fit(model: nn.Module, batches: Batches, objective: Objective, settings: Loop
     return trained
 
 
+def is_main_process() -> bool:
+    """True for the one process of a run that writes what all of them share.
+
+    Raises:
+        SettingsError: several processes were started that do not know of each other.
+    """
+    # Whoever asks first decides how processes are connected, so that this has to ask just as `Accelerator` does.
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and state.num_processes == 1:
+        raise SettingsError(
+            "WORLD_SIZE is set but Accelerate runs one process; start with `accelerate launch`, "
+            "on processors with ACCELERATE_USE_CPU=true and --multi_gpu"
+        )
+    return bool(state.is_main_process)
+
+
 def clear_checkpoints(output: Path) -> None:
     """Removes the checkpoints of a run that is complete."""
     shutil.rmtree(output / _CHECKPOINTS, ignore_errors=True)
@@ -152,18 +168,13 @@ def learning_rate_factor(step: int, settings: LoopSettings) -> float:
 def _accelerator(settings: LoopSettings, output: Path) -> Accelerator:
     # Accelerate keeps the precision of the first run of a process and would refuse another.
     AcceleratorState._reset_state()
-    accelerator = Accelerator(
+    is_main_process()
+    return Accelerator(
         mixed_precision=resolve_precision(settings.mixed_precision),
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         log_with=None if settings.tracker == "none" else [settings.tracker],
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
     )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and accelerator.num_processes == 1:
-        raise SettingsError(
-            "WORLD_SIZE is set but Accelerate runs one process; start with `accelerate launch`, "
-            "on processors with ACCELERATE_USE_CPU=true and --multi_gpu"
-        )
-    return accelerator
 
 
 def _optimizer_step(

@@ -6,6 +6,7 @@ architecture is shared by the models of one population.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -85,6 +86,10 @@ class _Images:
     train: dict[str, Int[Tensor, " _n"]]
     test: dict[str, Int[Tensor, " _n"]]
 
+    def chosen(self, rows: Int[Tensor, "models batch"]) -> Float[Tensor, "models batch c h w"]:
+        """Returns the images of these rows; whole images are copied, where indexing would go entry by entry."""
+        return self.images.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+
 
 def train_population(
     recipes: Sequence[Recipe],
@@ -130,9 +135,11 @@ def train_population(
             return
         draws = (torch.rand(len(recipes), batch_size, generator=generator) * sizes.unsqueeze(1)).long()
         rows, labels = subsets[numbers, draws].to(device), targets[numbers, draws].to(device)
-        logits = stacked_forward(config, optimizer.parameters, table.images[rows])
-        # The sum over models keeps their gradients apart: each model's loss is the mean over its own batch.
-        F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").div(batch_size).backward()
+        logits = stacked_forward(config, optimizer.parameters, table.chosen(rows))
+        # The sum over models keeps their gradients apart: each model's loss is the mean over its own batch. Classes
+        # stand before models and images, for a softmax over the few entries of a last axis is slow.
+        scores = logits.permute(2, 0, 1).flatten(1).unsqueeze(0)
+        F.cross_entropy(scores, labels.flatten().unsqueeze(0), reduction="sum").div(batch_size).backward()
         optimizer.step()
 
 
@@ -163,8 +170,9 @@ class _PopulationAdamW:
             shape = (-1,) + (1,) * (parameter.ndim - 1)
             if name.endswith(".weight"):
                 parameter.mul_((1 - rates * self._decays).view(shape))
-            update = mean / first / (square.div(second).sqrt_().add_(self.epsilon))
-            parameter.sub_(update.mul_(rates.view(shape)))
+            # mean / first / (sqrt(square / second) + epsilon), with the divisions of whole tensors taken out
+            update = mean / square.sqrt().add_(self.epsilon * math.sqrt(second))
+            parameter.sub_(update.mul_((rates * (math.sqrt(second) / first)).view(shape)))
             parameter.grad = None
 
 
@@ -254,7 +262,7 @@ def _scores(
     """Mean accuracy and cross-entropy over the first ``sizes[m]`` columns of each row."""
     device = table.images.device
     on_device = {name: value.to(device) for name, value in parameters.items()}
-    logits = stacked_forward(config, on_device, table.images[rows.to(device)]).cpu()
+    logits = stacked_forward(config, on_device, table.chosen(rows.to(device))).cpu()
     valid = torch.arange(rows.shape[1]) < sizes.unsqueeze(1)
     losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
     correct = (logits.argmax(-1) == labels).float()

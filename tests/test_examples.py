@@ -1,0 +1,96 @@
+"""Every example and script does what its first lines say, with small settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(script: str, *words: str | Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(ROOT / script), *map(str, words)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_example_is_tested_here() -> None:
+    source = Path(__file__).read_text()
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        assert f'"examples/{path.name}"' in source, path.name
+
+
+def test_train_and_probe(tmp_path: Path) -> None:
+    printed = run("examples/train_and_probe.py", "--output", tmp_path, "--runs", "24", "--steps", "3")
+    assert "48 models of 2 headers" in printed
+    assert "test_accuracy: 48 models" in printed
+    assert "autoencoder" in printed
+    assert (tmp_path / "encoder" / "model.safetensors").exists()
+
+
+def test_your_own_models(tmp_path: Path) -> None:
+    printed = run("examples/your_own_models.py", "--output", tmp_path, "--models", "12", "--steps", "3")
+    assert "6 normalised networks of 146 parameters" in printed
+    assert "left out: 1.num_batches_tracked, integers (I64), not floating point" in printed
+    assert "12 models imported, 0 left out" in printed
+    assert "nearest" in printed
+
+
+def test_tokens_and_symmetry() -> None:
+    printed = run("examples/tokens_and_symmetry.py")
+    assert "6 channels move together on 0.weight axis 0, 0.bias axis 0, 4.weight axis 1" in printed
+    assert "restored bit for bit" in printed
+    assert float(printed.split()[-1]) > 0.99
+
+
+def test_training_script_equals_the_command(tmp_path: Path, tiny_zoo: Any) -> None:
+    settings = tmp_path / "train.yaml"
+    settings.write_text(
+        "encoder: {hidden_size: 16, layers: 1, heads: 2}\n"
+        "loop: {steps: 2, batch_size: 4, mixed_precision: 'no', checkpoint_every: 0, tracker: none}\n"
+    )
+    words = ("--zoo", tiny_zoo.path, "--config", settings)
+    assert run("hub_scripts/train_autoencoder.py", *words, "--output", tmp_path / "script").split() == [
+        str(tmp_path / "script")
+    ]
+    code = "import sys; from weightspace.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    command = ["train", "autoencoder", *map(str, words), "--output", str(tmp_path / "command")]
+    subprocess.run([sys.executable, "-c", code, *command], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+    script, same = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("script", "command"))
+    assert script == same
+
+
+def test_training_script_names_what_is_wrong(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "hub_scripts/train_autoencoder.py", "--zoo", tmp_path / "no", "--output", tmp_path],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert str(tmp_path / "no") in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_benchmarks_compare_equal_things(tmp_path: Path) -> None:
+    printed = run("benchmarks/speed.py", "--quick", "--json", tmp_path / "speed.json")
+    record = json.loads((tmp_path / "speed.json").read_text())
+    assert record["machine"] in printed
+    assert {result["bar"] for result in record["results"]} == {25, 50, 5, 20, 2.5, 0.25, None}
+    assert all(result["ratio"] > 0 for result in record["results"])

@@ -1,0 +1,72 @@
+"""What the README shows runs: its Python, and its commands on a folder of models."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from weightspace.cli.main import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    return [line.removeprefix("weightspace ") for line in lines if line.startswith("weightspace ")]
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python"))))
+def test_snippets(
+    number: int, tmp_path: Path, tiny_zoo: Any, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_encoder, tmp_path / "demo" / "encoder")
+    (tmp_path / "model.safetensors").write_bytes(tiny_zoo.blob(0))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(blocks("python")[number], f"README.md, snippet {number}", "exec"), names)
+    if "restored" in names:
+        tensors = names["checkpoint"].tensors()
+        assert names["restored"].keys() == tensors.keys()
+        assert all(names["restored"][name].equal(tensor) for name, tensor in tensors.items())
+    else:
+        size = len(names["table"]["embedding"][0]) if "table" in names else names["embedding"].shape[1]
+        assert size > 7
+
+
+def test_commands_run_one_after_another(tmp_path: Path, tiny_zoo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from weightspace.zoo.exporting import export_folder
+
+    export_folder(tiny_zoo, tmp_path / "models")
+    monkeypatch.chdir(tmp_path)
+    done = []
+    for line in commands():
+        words = shlex.split(re.sub(r"--steps \d+", "--steps 2", line))
+        # One split is enough to see that the command runs.
+        words += ["--seed", "0"] if words[0] == "probe" else []
+        assert main(words) == 0, line
+        done.append(words[0])
+    assert done == ["inspect", "zoo", "train", "embed", "probe"]
+    assert (tmp_path / "embeddings.parquet").exists()
+
+
+def test_every_command_is_listed() -> None:
+    from weightspace.cli.main import program
+
+    for name in program.commands:
+        assert f"| `weightspace {name}" in README, name
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        if not target.startswith(".github/"):  # pictures are no part of a source archive
+            assert (ROOT / target).exists(), target
