@@ -48,11 +48,13 @@ def test_commands_run_one_after_another(tmp_path: Path, tiny_zoo: Any, monkeypat
 
     export_folder(tiny_zoo, tmp_path / "models")
     monkeypatch.chdir(tmp_path)
+    # One split is enough to see that a probe runs. Accelerate rebuilds a model's output under mixed precision in a way
+    # that transformers allows and the type checks of the tests do not.
+    quicker = {"probe": ["--seed", "0"], "train": ["--mixed-precision", "no"]}
     done = []
     for line in commands():
         words = shlex.split(re.sub(r"--steps \d+", "--steps 2", line))
-        # One split is enough to see that the command runs.
-        words += ["--seed", "0"] if words[0] == "probe" else []
+        words += quicker.get(words[0], [])
         assert main(words) == 0, line
         done.append(words[0])
     assert done == ["inspect", "zoo", "train", "embed", "probe"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -43,7 +44,7 @@ from weightspace.zoo.storage import write_text
 from weightspace.zoo.training import ZooSettings, train_zoo
 
 _TARGETS = ("test_accuracy", "generalization_gap", "step")
-_IDENTITY_FILE = "report-of.json"
+_IDENTITY_FILE, _SECONDS_FILE = "report-of.json", "seconds.json"
 
 
 @dataclass(frozen=True)
@@ -82,15 +83,14 @@ def run_demo(output: Path | str, settings: DemoSettings) -> Path:
         SettingsError: settings that cannot be trained with.
     """
     output = Path(output)
-    seconds: dict[str, float] = {}
-    with _timed(seconds, "1/5 train the zoo"):
+    with _timed(output, "1/5 train the zoo"):
         trained = train_zoo(settings.zoo, output / "trained")
-    with _timed(seconds, "2/5 open it as files"):
+    with _timed(output, "2/5 open it as files"):
         if not (output / "models" / "metadata.jsonl").exists():
             export_folder(trained, output / "models")
         import_folder(output / "models", output / "zoo", on_problem="error")
         zoo = load_zoo(output / "zoo")
-    with _timed(seconds, "3/5 train the autoencoder"):
+    with _timed(output, "3/5 train the autoencoder"):
         encoder_path = train_autoencoder(zoo.path, output / "encoder", settings.autoencoder)
     report = output / "report.html"
     state = read_training(encoder_path)
@@ -99,12 +99,12 @@ def run_demo(output: Path | str, settings: DemoSettings) -> Path:
     if report.exists() and _read_identity(output) == identity:
         return report
     encoder = load_encoder(encoder_path)
-    with _timed(seconds, "4/5 reconstruct and probe"):
+    with _timed(output, "4/5 reconstruct and probe"):
         reconstruction = reconstruction_table(zoo, encoder, state)
         probes = probe_zoo(zoo, encoder, settings.targets, seeds=settings.seeds)
-    with _timed(seconds, "5/5 write the report"):
+    with _timed(output, "5/5 write the report"):
         write_encoder_card(encoder_path, _card(zoo, encoder, state, probes, reconstruction))
-        write_report(_report(zoo, encoder, settings, probes, reconstruction, seconds), output)
+        write_report(_report(zoo, encoder, settings, probes, reconstruction, _seconds(output)), output)
         write_text(output / _IDENTITY_FILE, json.dumps(identity) + "\n")
     return report
 
@@ -238,7 +238,7 @@ def _report(
         "encoder parameters": encoder.model.num_parameters(),
         "numbers in an embedding": encoder.embedding_size,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
-        **{f"seconds: {name.partition(' ')[2]}": round(value, 1) for name, value in seconds.items()},
+        **{f"seconds to {name.partition(' ')[2]}": round(value, 1) for name, value in seconds.items()},
     }
     return Report(
         title="weightspace demo",
@@ -318,11 +318,22 @@ def _r2_score(row: ProbeRow, method: str) -> Score:
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    tqdm.write(stage, file=None)
+def _timed(output: Path, stage: str) -> Iterator[None]:
+    """Announces a stage and adds its time to what earlier, interrupted runs spent on it."""
+    tqdm.write(stage, file=sys.stderr)
     start = time.perf_counter()
-    yield
-    seconds[stage] = time.perf_counter() - start
+    try:
+        yield
+    finally:
+        if output.is_dir():
+            spent = _seconds(output)
+            spent[stage] = spent.get(stage, 0.0) + time.perf_counter() - start
+            write_text(output / _SECONDS_FILE, json.dumps(spent) + "\n")
+
+
+def _seconds(output: Path) -> dict[str, float]:
+    path = output / _SECONDS_FILE
+    return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
 def _read_identity(output: Path) -> Any:

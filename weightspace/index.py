@@ -109,19 +109,18 @@ def embed_zoo(
     encoder: Encoder, zoo: Zoo, rows: Int[np.ndarray, "models"] | None = None
 ) -> Float[np.ndarray, "models features"]:
     """Embeds the models of a zoo, in the order of ``rows`` (all by default, ascending)."""
-    chosen = np.arange(len(zoo)) if rows is None else np.asarray(rows)
-    place = {int(row): number for number, row in enumerate(chosen)}
+    chosen, places = np.unique(np.arange(len(zoo)) if rows is None else np.asarray(rows), return_inverse=True)
     embeddings: np.ndarray | None = None
     with tqdm(total=len(chosen), desc="embed", unit="model", leave=False) as bar:
         for batch in zoo.batches(chosen, chunk=_CHUNK):
             values = encoder.embed(batch.flat, batch.architecture).numpy()
             if embeddings is None:
                 embeddings = np.empty((len(chosen), values.shape[1]), dtype=np.float32)
-            embeddings[[place[int(row)] for row in batch.rows]] = values
+            embeddings[np.searchsorted(chosen, batch.rows)] = values
             bar.update(len(batch.rows))
     if embeddings is None:
         raise ZooError(f"{zoo.path}: no rows to embed; choose at least one")
-    return embeddings
+    return embeddings[places]
 
 
 def embed(locations: Sequence[str], encoder: str | Path) -> pd.DataFrame:
@@ -151,7 +150,7 @@ def embed(locations: Sequence[str], encoder: str | Path) -> pd.DataFrame:
         rows = []
         for path in tqdm(paths, desc="embed", unit="model", leave=False, disable=len(paths) < 2):
             embedding = loaded.embed_checkpoint(path).numpy()
-            rows.append({"model_id": path.stem, "location": str(path), "embedding": embedding})
+            rows.append({"model_id": _model_id(path), "location": str(path), "embedding": embedding})
         frames.append(pd.DataFrame(rows))
     return pd.concat(frames, ignore_index=True)
 
@@ -171,6 +170,13 @@ def checkpoint_paths(location: Path) -> Iterator[Path]:
     whole = {path.parent for path in location.rglob("*.safetensors.index.json")}
     yield from sorted(whole)
     yield from (path for path in found if path.parent not in whole)
+
+
+def _model_id(path: Path) -> str:
+    """Names a checkpoint by its file, or by its folder where the file has the name that all models have."""
+    if path.is_dir():
+        return path.name
+    return path.parent.name if path.stem == "model" else path.stem
 
 
 def save_embeddings(frame: pd.DataFrame, path: str | Path) -> None:

@@ -107,7 +107,9 @@ class TestEntryStatistics:
             abs(entries).mean() / entries.std(),
             *np.quantile(entries, QUANTILES, method="nearest"),
         ]
-        tokens = np.array([token_statistics(row[kept].double().numpy()) for row, kept in zip(values[0], mask[0], strict=True)])
+        tokens = np.array(
+            [token_statistics(row[kept].double().numpy()) for row, kept in zip(values[0], mask[0], strict=True)]
+        )
         expected += [*tokens.mean(0), *np.sqrt(tokens.var(0) + 1e-6)]
         assert len(expected) == STATISTICS
         torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32), rtol=2e-3, atol=2e-3)

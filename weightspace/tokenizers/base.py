@@ -250,8 +250,8 @@ def _targets(tokens: Tensor, blocks: tuple[_Block, ...]) -> Iterator[tuple[Tenso
         for spec, width in zip(block.tensors, block.widths, strict=True):
             yield spec, rows[..., column : column + width]
             column += width
-        rows[..., column:] = 0
-        entries[:, end : block.end] = 0
+        rows[..., column:].zero_()
+        entries[:, end : block.end].zero_()
 
 
 def _sources(tokens: Tensor, blocks: tuple[_Block, ...]) -> Iterator[Tensor]:
