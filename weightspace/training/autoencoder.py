@@ -129,7 +129,7 @@ def train_autoencoder(zoo: Path | str, output: Path | str, settings: Autoencoder
     """
     output, opened = Path(output), load_zoo(zoo)
     facts = {"zoo": str(opened.path), "zoo_digest": opened.digest, "settings": asdict(settings)}
-    identity = hashlib.sha256(json.dumps([facts["zoo_digest"], facts["settings"]]).encode()).hexdigest()[:16]
+    identity = _identity(opened, settings)
     state = read_training(output)
     if state is not None and state["identity"] != identity:
         raise ZooError(
@@ -165,6 +165,14 @@ def train_autoencoder(zoo: Path | str, output: Path | str, settings: Autoencoder
         _write_training(output, {**facts, "complete": True, "parameters": trained.num_parameters()})
         clear_checkpoints(output)
     return output
+
+
+def _identity(zoo: Zoo, settings: AutoencoderSettings) -> str:
+    """Digest of all that the trained weights follow from; how a run is watched and kept is none of it."""
+    values = asdict(settings)
+    for name in ("checkpoint_every", "keep_checkpoints", "log_every", "validate_every", "tracker"):
+        del values["loop"][name]
+    return hashlib.sha256(json.dumps([zoo.digest, values]).encode()).hexdigest()[:16]
 
 
 def read_training(folder: Path | str) -> dict[str, Any] | None:
@@ -213,6 +221,9 @@ class AutoencoderObjective(Objective):
         if behaviour is not None:
             weight = self._behaviour.weight
             losses |= {"loss": (1 - weight) * output.loss + weight * behaviour, "behaviour": behaviour}
+        elif self._queries is not None:
+            # Processes average what they log by name: a batch that none of them can run must not leave the name out.
+            losses["behaviour"] = output.loss.new_zeros(())
         return losses
 
     def validate(self, model: nn.Module) -> Mapping[str, float]:

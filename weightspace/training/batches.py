@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from weightspace.errors import ZooError
 from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
 from weightspace.schema import Architecture
 from weightspace.zoo.dataset import Zoo
@@ -71,6 +72,8 @@ class ViewBatches:
     def __call__(self, start: int, process: int, processes: int) -> Iterator[ViewBatch]:
         """Yields the micro-batches of one process from number ``start`` on."""
         together = self.batch_size * processes
+        if len(self.rows) < processes:
+            raise ZooError(f"{self.zoo.path}: {len(self.rows)} training models for {processes} processes; use fewer")
         number = 0
         for epoch in range(2**62):
             for block in self._blocks(epoch):
