@@ -205,7 +205,8 @@ class AutoencoderObjective(Objective):
         seed: int,
     ) -> None:
         self._extractor, self._behaviour, self._seed = extractor, behaviour, seed
-        self._queries = QueryImages(zoo) if behaviour.weight else None
+        queries = QueryImages(zoo) if behaviour.weight else None
+        self._queries = queries if queries is not None and queries.runnable else None
         chosen = np.random.default_rng(seed).permutation(validation)[:_VALIDATION_MODELS]
         self._validation = list(zoo.batches(chosen))
 
@@ -292,6 +293,11 @@ class QueryImages:
             start += len(part)
             images.append(part)
         self._images = torch.cat(images) if images else torch.empty(0)
+
+    @property
+    def runnable(self) -> bool:
+        """Whether any model of the zoo can be run."""
+        return bool(self._ranges)
 
     def functions(self, rows: Int[np.ndarray, "models"]) -> dict[FamilyConfig, list[int]]:
         """Groups the places of those rows whose models can be run by their config."""
