@@ -40,6 +40,7 @@ from weightspace.tokenizers import get_tokenizer
 from weightspace.zoo.images import ImageDataset, load_images
 from weightspace.zoo.population import Recipe, Snapshot, train_population
 from weightspace.zoo.training import ZooSettings, draw_recipes
+from weightspace.zoo.views import permuted_views
 from weightspace.zoo.writer import ZooWriter
 
 CNN_SHAPES = {
@@ -210,10 +211,8 @@ def measure_views(size: Size) -> list[Result]:
         expect(torch.equal(plain.tokenize_by_row(view, TOKEN_SIZE), ours[number]), "permuted views")
 
     def batched() -> None:
-        for part in chunks(flat):
-            for _ in range(VIEWS):
-                view = permute(part, random_permutations(architecture, len(part), generator), architecture)
-                tokenizer.tokenize_batch(view, architecture)
+        for part in flat.split(CHUNK // 2):
+            tokenizer.tokenize_batch(permuted_views(part, architecture, VIEWS, generator), architecture)
 
     def loop(tokenize: Callable[[dict[str, Tensor], int], Tensor]) -> None:
         for model in models:

@@ -104,6 +104,17 @@ def test_steps_over_models_give_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.equal(permute(flat, drawn, architecture), whole)
 
 
+@pytest.mark.parametrize("step_entries", [None, 1])
+def test_several_views_in_one_call_are_as_many_calls(step_entries: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if step_entries is not None:
+        monkeypatch.setattr("weightspace.architectures.permutation._STEP_ENTRIES", step_entries)
+    architecture = cnn()
+    flat = weights(architecture, 3)
+    drawn = random_permutations(architecture, 6, torch.Generator().manual_seed(1))
+    apart = [permute(flat, tuple(p[i : i + 3] for p in drawn), architecture) for i in (0, 3)]
+    assert torch.equal(permute(flat, drawn, architecture), torch.cat(apart))
+
+
 def test_no_groups_and_no_models() -> None:
     bare = dataclasses.replace(cnn(), groups=())
     flat = weights(bare, 2)

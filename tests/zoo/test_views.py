@@ -10,7 +10,7 @@ from weightspace.architectures.flat import flatten, unflatten
 from weightspace.architectures.infer import infer_architecture
 from weightspace.errors import SettingsError
 from weightspace.schema import Architecture, TensorSpec
-from weightspace.zoo.views import Augmentation, corrupt, permuted_view, window_starts
+from weightspace.zoo.views import Augmentation, corrupt, permuted_views, window_starts
 
 CONFIG = CNNConfig((1, 6, 6), 3, (5, 7), pooling="none")
 
@@ -30,7 +30,7 @@ def population(models: int) -> tuple[torch.Tensor, Architecture]:
 class TestPermutedView:
     def test_the_function_stays_and_the_weights_move(self) -> None:
         flat, architecture = population(4)
-        moved = permuted_view(flat, architecture, generator())
+        moved = permuted_views(flat, architecture, 1, generator())
         images = torch.rand(4, 9, 1, 6, 6, generator=generator(1))
         before, after = (stacked_forward(CONFIG, unflatten(value, architecture), images) for value in (flat, moved))
         torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
@@ -40,12 +40,12 @@ class TestPermutedView:
     def test_every_model_and_every_call_has_its_own_permutation(self) -> None:
         flat, architecture = population(1)
         drawn = generator()
-        views = torch.cat([permuted_view(flat.repeat(6, 1), architecture, drawn) for _ in range(2)])
+        views = permuted_views(flat.repeat(6, 1), architecture, 2, drawn)
         assert len({tuple(view.tolist()) for view in views}) == 12
 
     def test_the_seed_decides(self) -> None:
         flat, architecture = population(3)
-        assert torch.equal(*(permuted_view(flat, architecture, generator(7)) for _ in range(2)))
+        assert torch.equal(*(permuted_views(flat, architecture, 1, generator(7)) for _ in range(2)))
 
 
 class TestCorrupt:

@@ -220,15 +220,15 @@ def stacked_forward(
     """
     activation = _ACTIVATIONS[config.activation]
     if isinstance(config, MLPConfig):
-        x = images.flatten(2)
+        x = images.flatten(2).mT
         for i in range(len(config.hidden)):
             x = activation(_stacked_linear(x, parameters, f"hidden.{i}"))
-        return _stacked_linear(x, parameters, "head")
+        return _stacked_linear(x, parameters, "head").mT
     x = images
     for i in range(len(config.channels)):
         x = activation(_stacked_conv(x, parameters, f"convs.{i}", config.kernel_size, config.stride))
     x = x.mean((3, 4)) if config.pooling == "mean" else x.flatten(2)
-    return _stacked_linear(x, parameters, "head")
+    return _stacked_linear(x.mT, parameters, "head").mT
 
 
 def _linear(shape: tuple[int, ...]) -> nn.Linear:
@@ -236,8 +236,9 @@ def _linear(shape: tuple[int, ...]) -> nn.Linear:
     return nn.Linear(fan_in, fan_out)
 
 
-def _stacked_linear(x: Tensor, parameters: Parameters, name: str) -> Tensor:
-    return torch.baddbmm(parameters[f"{name}.bias"].unsqueeze(1), x, parameters[f"{name}.weight"].mT)
+def _stacked_linear(x: Float[Tensor, "models fan_in batch"], parameters: Parameters, name: str) -> Tensor:
+    # With the batch last, the gradient of a weight comes out in the weight's own layout and needs no copy.
+    return torch.baddbmm(parameters[f"{name}.bias"].unsqueeze(2), parameters[f"{name}.weight"], x)
 
 
 def _stacked_conv(x: Tensor, parameters: Parameters, name: str, kernel_size: int, stride: int) -> Tensor:

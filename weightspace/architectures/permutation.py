@@ -21,7 +21,7 @@ from weightspace.architectures.flat import offsets, unflatten
 from weightspace.errors import ArchitectureError
 from weightspace.schema import Architecture, PermutationGroup
 
-Permutations: TypeAlias = tuple[Int[Tensor, "models _size"], ...]
+Permutations: TypeAlias = tuple[Int[Tensor, "_rows _size"], ...]
 
 # Bounds the copies and indices of one step to some 10 MiB: they stay in the processor's cache, however many models.
 _STEP_ENTRIES = 2**21
@@ -110,22 +110,24 @@ def compose(first: Permutations, second: Permutations) -> Permutations:
 
 def permute(
     flat: Float[Tensor, "models params"], permutations: Permutations, architecture: Architecture
-) -> Float[Tensor, "models params"]:
+) -> Float[Tensor, "views_models params"]:
     """Reorders the hidden channels of many models at once.
 
     Args:
         flat: flat weights, one row a model.
-        permutations: one ``(models, size)`` tensor for each group of ``architecture``.
+        permutations: one ``(views * models, size)`` tensor for each group of ``architecture``: the first view of all
+            models, then the second, and so on. Several views in one call cost less than as many calls.
         architecture: shared by all rows.
 
     Returns:
-        New weights, bit-exact copies of the entries of ``flat`` in their new places.
+        New weights, bit-exact copies of the entries of ``flat`` in their new places, view by view.
 
     Raises:
         ArchitectureError: ``flat`` or ``permutations`` do not fit ``architecture``.
     """
     check_flat(flat, architecture)
-    expected = [(len(flat), group.size) for group in architecture.groups]
+    views = max(1, len(permutations[0]) // max(1, len(flat))) if permutations else 1
+    expected = [(views * len(flat), group.size) for group in architecture.groups]
     if [tuple(p.shape) for p in permutations] != expected:
         raise ArchitectureError(
             f"permutations of shapes {[tuple(p.shape) for p in permutations]} do not fit the groups {expected}; "
@@ -133,13 +135,15 @@ def permute(
         )
     if not permutations or not len(flat):
         return flat.clone()
-    permutations = tuple(p.to(flat.device) for p in permutations)
-    step = max(1, _STEP_ENTRIES // architecture.numel)
+    permutations = tuple(p.to(flat.device).unflatten(0, (views, len(flat))) for p in permutations)
+    step = max(1, _STEP_ENTRIES // (views * architecture.numel))
     parts = [
-        _permuted(flat[i : i + step], tuple(p[i : i + step] for p in permutations), architecture)
+        _permuted(flat[i : i + step], tuple(p[:, i : i + step].flatten(0, 1) for p in permutations), architecture)
         for i in range(0, len(flat), step)
     ]
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([part.unflatten(0, (views, -1)) for part in parts], dim=1).flatten(0, 1)
 
 
 def check_flat(flat: Tensor, architecture: Architecture) -> None:
@@ -160,24 +164,29 @@ def _permuted(flat: Tensor, permutations: Permutations, architecture: Architectu
     for tensor in permuted_tensors(architecture):
         orders = {axis: (permutations[number], block) for axis, (number, block) in tensor.axes.items()}
         tensors[tensor.name] = reorder(tensors[tensor.name], orders)
-    return torch.cat([values.flatten(1) for values in tensors.values()], dim=1)
+    rows = len(permutations[0])
+    columns = [values.flatten(1) for values in tensors.values()]
+    # What no group acts on is the same in every view.
+    return torch.cat([c if len(c) == rows else c.repeat(rows // len(c), 1) for c in columns], dim=1)
 
 
 def reorder(
-    values: Shaped[Tensor, "models *shape"], orders: Mapping[int, tuple[Int[Tensor, "models _size"], int]]
-) -> Shaped[Tensor, "models *shape"]:
+    values: Shaped[Tensor, "models *shape"], orders: Mapping[int, tuple[Int[Tensor, "views_models _size"], int]]
+) -> Shaped[Tensor, "views_models *shape"]:
     """Reorders the channels along some axes of one tensor, by an order of its own for each model.
 
     Args:
         values: the same tensor of many models.
         orders: axis of the tensor (not counting the one of the models) -> order and block: channel i of the result is
-            channel ``order[m, i]`` of model m, and a channel is ``block`` consecutive entries.
+            channel ``order[m, i]`` of model m, and a channel is ``block`` consecutive entries. Orders of several views
+            follow each other, each with one row a model.
     """
     models, *shape = values.shape
     last = max(orders)
+    rows = len(orders[last][0])
     # What lies behind the last of these axes moves in one piece: an index of pieces is short and they copy fast.
     block = orders[last][1]
-    index = torch.arange(models, device=values.device).view(-1, *(1,) * (last + 1))
+    index = torch.arange(models, device=values.device).repeat(rows // max(1, models)).view(-1, *(1,) * (last + 1))
     for axis, size in enumerate(shape[: last + 1]):
         if axis == last:
             source, size = orders[axis][0], size // block
@@ -186,8 +195,9 @@ def reorder(
         else:
             source = torch.arange(size, device=values.device)
         index = index * size + source.view(-1, *(1,) * axis, size, *(1,) * (last - axis))
-    pieces = values.reshape(index.numel(), block * math.prod(shape[last + 1 :]))
-    return pieces.index_select(0, index.flatten()).view(values.shape)
+    count = math.prod(shape[:last]) * (shape[last] // block)
+    pieces = values.reshape(models * count, block * math.prod(shape[last + 1 :]))
+    return pieces.index_select(0, index.flatten()).view(rows, *shape)
 
 
 def _spread(permutation: Int[Tensor, "models size"], block: int) -> Int[Tensor, "models entries"]:

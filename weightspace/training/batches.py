@@ -15,7 +15,7 @@ from weightspace.errors import ZooError
 from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
 from weightspace.schema import Architecture
 from weightspace.zoo.dataset import Zoo
-from weightspace.zoo.views import Augmentation, corrupt, permuted_view, window_starts
+from weightspace.zoo.views import Augmentation, corrupt, permuted_views, window_starts
 
 VIEWS = 2
 _BLOCK_BYTES = 256 * 2**20
@@ -112,9 +112,11 @@ class ViewBatches:
         pieces, parts = [], []
         for places in members.values():
             architecture = held[int(rows[places[0]])][0]
-            flat = torch.stack([held[int(rows[place])][1] for place in places]).repeat(VIEWS, 1)
+            flat = torch.stack([held[int(rows[place])][1] for place in places])
             if self.augmentation.permute:
-                flat = permuted_view(flat, architecture, generator)
+                flat = permuted_views(flat, architecture, VIEWS, generator)
+            else:
+                flat = flat.repeat(VIEWS, 1)
             target = torch.cat([torch.tensor(places) + view * len(rows) for view in range(VIEWS)])
             piece = self._piece(flat, architecture, target, generator)
             pieces.append(piece)

@@ -171,8 +171,8 @@ class _PopulationAdamW:
             if name.endswith(".weight"):
                 parameter.mul_((1 - rates * self._decays).view(shape))
             # mean / first / (sqrt(square / second) + epsilon), with the divisions of whole tensors taken out
-            update = mean / square.sqrt().add_(self.epsilon * math.sqrt(second))
-            parameter.sub_(update.mul_((rates * (math.sqrt(second) / first)).view(shape)))
+            root = square.sqrt().add_(self.epsilon * math.sqrt(second))
+            parameter.addcdiv_(mean * (rates * (-math.sqrt(second) / first)).view(shape), root)
             parameter.grad = None
 
 

@@ -35,11 +35,23 @@ class Augmentation:
             raise SettingsError(f"augmentation: noise is {self.noise}, give a standard deviation of 0 or more")
 
 
-def permuted_view(
-    flat: Float[Tensor, "models params"], architecture: Architecture, generator: torch.Generator
-) -> Float[Tensor, "models params"]:
-    """Draws one functionally equal copy of each model, with its own neuron permutation."""
-    return permute(flat, random_permutations(architecture, len(flat), generator), architecture)
+def permuted_views(
+    flat: Float[Tensor, "models params"], architecture: Architecture, views: int, generator: torch.Generator
+) -> Float[Tensor, "views_models params"]:
+    """Draws functionally equal copies of each model, every one with a neuron permutation of its own.
+
+    Args:
+        flat: flat weights, one row a model.
+        architecture: shared by all of them; without known symmetries the copies are equal.
+        views: copies a model.
+        generator: draws the permutations.
+
+    Returns:
+        The first view of all models, then the second, and so on.
+    """
+    if not architecture.groups:
+        return flat.repeat(views, 1)
+    return permute(flat, random_permutations(architecture, views * len(flat), generator), architecture)
 
 
 def corrupt(
