@@ -3,7 +3,7 @@
     python benchmarks/speed.py [--quick] [--json FILE]
 
 Every comparison first checks that both sides give the same result, then times them in turns and divides the medians of
-processor time. Peak memory is measured in processes of their own, for two sizes of zoo.
+processor time. Each comparison has a process of its own. Peak memory is measured for two sizes of zoo.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -437,26 +439,36 @@ def print_table(results: list[Result]) -> None:
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
 
 
+def tune() -> None:
+    torch.set_num_threads(1)
+    tune_process()  # memory is kept as in every command; the plain loops profit as well
+
+
+def apart(measure: Callable[..., Any], *arguments: Any) -> Any:
+    """Runs a comparison in a process of its own, so that none works in the scattered memory of another."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=tune) as executor:
+        return executor.submit(measure, *arguments).result()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="little work: shows that it runs, not how fast")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers as JSON")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    tune_process()  # memory is kept as in every command; the plain loops profit as well
     if arguments.peak:
+        tune()
         print_peak(*arguments.peak)
         return
     size = QUICK if arguments.quick else Size()
     print(machine(), flush=True)
     results = [
-        *measure_tokens(size),
-        *measure_views(size),
-        *measure_alignment(size),
-        measure_training(size, "mlp", 20),
-        measure_training(size, "cnn", 2.5),
-        *measure_large(size),
+        *apart(measure_tokens, size),
+        *apart(measure_views, size),
+        *apart(measure_alignment, size),
+        apart(measure_training, size, "mlp", 20),
+        apart(measure_training, size, "cnn", 2.5),
+        *apart(measure_large, size),
         *measure_memory(size),
     ]
     print_table(results)
