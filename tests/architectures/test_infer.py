@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import sys
 import types
@@ -17,10 +18,8 @@ from weightspace.architectures.layers import natural_key
 from weightspace.errors import ArchitectureError
 from weightspace.schema import Architecture, TensorSpec
 
-# Real checkpoints are too large for the repository: these tests run where a folder of them lies beside the checkout.
-REAL_MODELS = next(
-    (root / "shared" / "data" for root in Path(__file__).parents if (root / "shared" / "data").is_dir()), None
-)
+# Real checkpoints are too large for the repository: these tests run where this variable names a folder of them.
+REAL_MODELS = Path(os.environ["WEIGHTSPACE_DATA"]) if "WEIGHTSPACE_DATA" in os.environ else None
 
 
 def specs(shapes: dict[str, tuple[int, ...]], dtype: str = "F32") -> list[TensorSpec]:
