@@ -93,8 +93,7 @@ def load_encoder(folder: str | Path) -> Encoder:
     if not (path / "config.json").is_file():
         raise WeightspaceError(f"{folder}: no encoder (there is no config.json); train one or check the path")
     try:
-        # Written-out attention gives the same bits however many models share a batch and is fast on short windows.
-        model = AutoModel.from_pretrained(path, attn_implementation="eager").eval()
+        model = AutoModel.from_pretrained(path).eval()
         extractor = AutoFeatureExtractor.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise WeightspaceError(f"{folder}: the encoder cannot be loaded: {str(error).splitlines()[0]}") from error

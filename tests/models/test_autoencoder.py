@@ -106,7 +106,7 @@ class TestEveryModel:
 import sys, torch, weightspace
 from safetensors.torch import load_file
 from transformers import AutoModel
-model = AutoModel.from_pretrained(sys.argv[1] + "/model", attn_implementation="eager").eval()
+model = AutoModel.from_pretrained(sys.argv[1] + "/model").eval()
 batch = load_file(sys.argv[1] + "/batch.safetensors")
 expected = batch.pop("expected")
 with torch.no_grad():

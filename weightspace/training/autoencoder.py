@@ -151,7 +151,7 @@ def train_autoencoder(zoo: Path | str, output: Path | str, settings: Autoencoder
         _write_training(output, {**facts, "complete": False})
     extractor, config = _fitted_input(opened, split, settings.encoder)
     torch.manual_seed(settings.loop.seed)
-    model = WeightAutoencoderModel._from_config(config, attn_implementation="eager")
+    model = WeightAutoencoderModel(config)
     loop = settings.loop
     batches = ViewBatches(
         opened, split.train, extractor, settings.augmentation, loop.batch_size, config.window, loop.seed

@@ -1,5 +1,7 @@
 """Configuration of the weight autoencoder."""
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -43,6 +45,15 @@ class WeightAutoencoderConfig(PreTrainedConfig):
     projection_size: int = 64
     temperature: float | int = 0.1
     beta: float | int = 0.95
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Asks for written-out attention where the caller asks for nothing.
+
+        It is what encoders are trained with, so that a loaded one gives the same embeddings to the last bit.
+        """
+        if kwargs.get("attn_implementation") is None:
+            kwargs["attn_implementation"] = "eager"
+        super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
         """Part of `@strict`-powered validation: refuses sizes that do not fit each other."""
