@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from weightspace.architectures.families import FamilyConfig, family_config, stacked_forward
-from weightspace.architectures.flat import unflatten
+from weightspace.architectures.families import FamilyConfig, run_flat
 from weightspace.schema import Architecture
 from weightspace.zoo.dataset import Zoo
 from weightspace.zoo.images import load_images
@@ -61,16 +58,14 @@ def compare_functions(
         decoded: reconstructed weights, in the same order.
         architecture: shared by all of them.
     """
-    configs, datasets = zoo.index["config"].to_numpy(), zoo.index["dataset"].to_numpy()
-    groups: dict[tuple[str, str], list[int]] = {}
+    datasets = zoo.index["dataset"].to_numpy()
+    groups: dict[tuple[FamilyConfig, str], list[int]] = {}
     for place, row in enumerate(rows):
-        if isinstance(configs[row], str) and isinstance(datasets[row], str):
-            groups.setdefault((configs[row], datasets[row]), []).append(place)
+        config = zoo.families[row]
+        if config is not None and isinstance(datasets[row], str):
+            groups.setdefault((config, datasets[row]), []).append(place)
     columns: list[tuple[np.ndarray, ...]] = []
-    for (text, name), places in groups.items():
-        config = family_config(_mapping(text))
-        if config is None:
-            continue
+    for (config, name), places in groups.items():
         dataset = load_images(name)
         labels = dataset.test_labels
         before = _predictions(config, architecture, original[places], dataset.test_images)
@@ -96,10 +91,4 @@ def compare_functions(
 def _predictions(
     config: FamilyConfig, architecture: Architecture, flat: Tensor, images: Float[Tensor, "images c h w"]
 ) -> Int[Tensor, "models images"]:
-    parameters = unflatten(flat, architecture)
-    return stacked_forward(config, parameters, images.expand(len(flat), *images.shape)).argmax(-1)
-
-
-def _mapping(text: str) -> dict[str, Any]:
-    values = json.loads(text)
-    return values if isinstance(values, dict) else {}
+    return run_flat(config, architecture, flat, images.expand(len(flat), *images.shape)).argmax(-1)

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from weightspace.architectures.families import build_module, family_config
+from weightspace.architectures.families import build_module, family_config, run_flat
 from weightspace.errors import SettingsError, ZooError
 from weightspace.index import load_encoder
 from weightspace.schema import ZooEntry
@@ -24,7 +24,6 @@ from weightspace.training.autoencoder import (
     EncoderSettings,
     QueryImages,
     read_training,
-    run_flat,
     train_autoencoder,
 )
 from weightspace.training.loop import read_history

@@ -21,7 +21,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from weightspace.architectures.flat import unflatten
 from weightspace.errors import SettingsError
+from weightspace.schema import Architecture
 from weightspace.settings import settings_from_mapping
 
 Activation = Literal["relu", "gelu", "tanh", "silu"]
@@ -229,6 +231,16 @@ def stacked_forward(
         x = activation(_stacked_conv(x, parameters, f"convs.{i}", config.kernel_size, config.stride))
     x = x.mean((3, 4)) if config.pooling == "mean" else x.flatten(2)
     return _stacked_linear(x.mT, parameters, "head").mT
+
+
+def run_flat(
+    config: FamilyConfig,
+    architecture: Architecture,
+    flat: Float[Tensor, "models params"],
+    images: Float[Tensor, "models batch c h w"],
+) -> Float[Tensor, "models batch classes"]:
+    """Runs models that are given as flat weight vectors; see `stacked_forward`."""
+    return stacked_forward(config, unflatten(flat, architecture), images)
 
 
 def _linear(shape: tuple[int, ...]) -> nn.Linear:

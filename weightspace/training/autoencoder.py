@@ -15,14 +15,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from weightspace.architectures.families import FamilyConfig, family_config, stacked_forward
-from weightspace.architectures.flat import unflatten
+from weightspace.architectures.families import FamilyConfig, run_flat
 from weightspace.errors import SettingsError, ZooError
 from weightspace.losses import behaviour_loss, masked_mse
 from weightspace.models.autoencoder.configuration_autoencoder import WeightAutoencoderConfig
 from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
 from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel
-from weightspace.schema import Architecture
 from weightspace.tokenizers import get_tokenizer
 from weightspace.tokenizers.normalization import TokenNormalizer
 from weightspace.training.batches import BatchPart, ViewBatch, ViewBatches
@@ -266,22 +264,11 @@ class AutoencoderObjective(Objective):
         return torch.stack(values).sum() / count if values else None
 
 
-def run_flat(
-    config: FamilyConfig,
-    architecture: Architecture,
-    flat: Float[Tensor, "models params"],
-    images: Float[Tensor, "models batch c h w"],
-) -> Float[Tensor, "models batch classes"]:
-    """Runs models that are given as flat weight vectors."""
-    return stacked_forward(config, unflatten(flat, architecture), images)
-
-
 class QueryImages:
     """Training images of the datasets that a zoo's models were trained on, where function and dataset are known."""
 
     def __init__(self, zoo: Zoo) -> None:
-        configs = {text: _family(text) for text in zoo.index["config"].dropna().unique()}
-        self._configs = [configs.get(text) for text in zoo.index["config"]]
+        self._configs = zoo.families
         self._datasets = zoo.index["dataset"].to_numpy()
         pairs = zip(self._datasets, self._configs, strict=True)
         runnable = {name for name, config in pairs if config and isinstance(name, str)}
@@ -315,11 +302,6 @@ class QueryImages:
         starts, sizes = torch.tensor([self._ranges[self._datasets[row]] for row in rows]).unsqueeze(-1).unbind(1)
         chosen = (torch.rand(len(rows), count, generator=generator) * sizes).long() + starts
         return self._images[chosen]
-
-
-def _family(text: str) -> FamilyConfig | None:
-    values = json.loads(text)
-    return family_config(values) if isinstance(values, dict) else None
 
 
 def _fitted_input(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from weightspace.errors import ZooError
 from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
+from weightspace.models.pooling import relative_depths
 from weightspace.schema import Architecture
 from weightspace.zoo.dataset import Zoo
 from weightspace.zoo.views import Augmentation, corrupt, permuted_views, window_starts
@@ -75,16 +76,17 @@ class ViewBatches:
         if len(self.rows) < processes:
             raise ZooError(f"{self.zoo.path}: {len(self.rows)} training models for {processes} processes; use fewer")
         number = 0
+        held: dict[int, tuple[Architecture, Tensor]] = {}
         for epoch in range(2**62):
             for block in self._blocks(epoch):
                 order = np.random.default_rng([self.seed, epoch, int(block[0])]).permutation(block)
                 batches = [order[i : i + together] for i in range(0, len(order), together)]
                 # A short last batch would change the number of negatives: it is left out unless it is the only one.
                 batches = [batch for batch in batches if len(batch) == together] or batches[:1]
-                held: dict[int, tuple[Architecture, Tensor]] | None = None
                 for batch in batches:
                     if number >= start:
-                        held = self._read(block) if held is None else held
+                        # A zoo of one block is read once, and not in every epoch again.
+                        held = held if int(block[0]) in held else self._read(block)
                         yield self._batch(batch[process::processes], held, number, process)
                     number += 1
 
@@ -127,8 +129,7 @@ class ViewBatches:
     def _piece(self, flat: Tensor, architecture: Architecture, places: Tensor, generator: torch.Generator) -> _Piece:
         features = self.extractor.batch(flat, architecture)
         labels, mask, positions = features["weight_values"], features["weight_mask"], features["position_ids"]
-        layers = positions[..., 1].float()
-        depths = layers / layers.amax().clamp(min=1)
+        depths = relative_depths(positions, features["attention_mask"])
         whole = labels.shape[1] <= self.window
         if not whole:
             starts = torch.tensor(window_starts([labels.shape[1]] * len(labels), self.window, generator))

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from weightspace.architectures.families import FamilyConfig, family_config
 from weightspace.architectures.flat import flat_from_bytes
 from weightspace.architectures.infer import infer_architecture
 from weightspace.errors import ZooError
@@ -91,6 +92,14 @@ class Zoo:
         """One row a model: ids, results, JSON texts, header digest and size in bytes; no weights."""
         frame: pd.DataFrame = self._table.to_pandas()
         return frame
+
+    @cached_property
+    def families(self) -> list[FamilyConfig | None]:
+        """Config of each model that the library can run, in row order; None for all others."""
+        texts = self.index["config"]
+        where = f"{self.path}: config"
+        read = {text: family_config(_parsed(text, dict, where)) for text in texts.dropna().unique()}
+        return [read.get(text) for text in texts]
 
     @property
     def architectures(self) -> Mapping[str, Architecture]:

@@ -119,7 +119,7 @@ class WeightFeatureExtractor(FeatureExtractionMixin):
         Raises:
             TokenError: the tokens have another shape than the architecture gives.
         """
-        mask = self._tokenizer.layout(architecture).mask
+        mask = self.mask(architecture)
         if reconstruction.shape[1:] != mask.shape:
             raise TokenError(
                 f"decoded tokens: expected {tuple(mask.shape)} a model, found {tuple(reconstruction.shape[1:])}; "
