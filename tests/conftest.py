@@ -1,19 +1,42 @@
-"""Settings of every test: shapes and types are checked at run time, and nothing leaves this machine."""
+"""Settings of every test: shapes and types are checked at run time, and nothing leaves this machine.
+
+The Hub that tests talk to is `loopback_hub`, started here before anything imports ``huggingface_hub``, which reads its
+address once.
+"""
 
 from __future__ import annotations
 
+import atexit
 import ipaddress
 import os
+import shutil
 import socket
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from loopback_hub import LoopbackHub
+
+if "huggingface_hub" in sys.modules:
+    raise RuntimeError("huggingface_hub was imported before tests/conftest.py could name the Hub that tests talk to")
+
+_HUB = LoopbackHub().start()
+_HF_HOME = tempfile.mkdtemp(prefix="weightspace-tests-")
+atexit.register(shutil.rmtree, _HF_HOME, ignore_errors=True)
+
 # Before torch, transformers and datasets are imported, here and in the processes that tests start.
+for _name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE", "HF_DATASETS_CACHE"):
+    os.environ.pop(_name, None)
 os.environ.update(
-    HF_HUB_OFFLINE="1",
-    HF_DATASETS_OFFLINE="1",
+    DISABLE_SAFETENSORS_CONVERSION="1",
+    HF_ENDPOINT=_HUB.url,
+    HF_HOME=_HF_HOME,
     HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_DISABLE_XET="1",  # the client alone decides, and the loopback Hub has only LFS
+    HF_TOKEN=_HUB.token,
+    HF_UPDATE_DOWNLOAD_COUNTS="0",
     MPLBACKEND="Agg",
     OMP_NUM_THREADS="1",
     TQDM_DISABLE="1",
@@ -66,12 +89,35 @@ def _no_network() -> Iterator[None]:
 def _expect_loopback(host: str) -> None:
     if host == "localhost":
         return
+    if host.startswith("datasets-server."):
+        raise socket.gaierror(f"{host!r}: there is no dataset viewer here")  # datasets asks, and does without
     try:
         inside = ipaddress.ip_address(host.partition("%")[0]).is_loopback
     except ValueError:
         inside = False
     if not inside:
         raise RuntimeError(f"a test wants to reach {host!r}; tests stay on this machine")
+
+
+@pytest.fixture
+def hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    """An empty Hub, and clients with empty caches, here and in processes that the test starts."""
+    import huggingface_hub.utils._cache_assets as assets
+    import huggingface_hub.utils._cache_manager as manager
+    from huggingface_hub import constants
+
+    cache = tmp_path_factory.mktemp("hf")
+    for name, modules in (("HF_HUB_CACHE", (constants, manager)), ("HF_ASSETS_CACHE", (constants, assets))):
+        monkeypatch.setenv(name, str(cache / name.lower()))
+        for module in modules:
+            monkeypatch.setattr(module, name, str(cache / name.lower()))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(cache / "datasets"))
+    if "datasets" in sys.modules:
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache / "datasets")
+    _HUB.clear()
+    yield _HUB
+    _HUB.start()  # a test may have stopped it
+    assert not _HUB.errors, "\n".join(_HUB.errors)
 
 
 # What follows imports the library in the fixtures: at the top it would be loaded before the hook is in place.

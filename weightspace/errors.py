@@ -14,6 +14,10 @@ class CheckpointError(WeightspaceError):
     """A checkpoint file is missing, truncated, malformed or hostile."""
 
 
+class HubError(WeightspaceError):
+    """The Hugging Face Hub refuses, lacks or cannot deliver what was asked for."""
+
+
 class ArchitectureError(WeightspaceError):
     """Tensors do not fit the architecture that they are said to belong to."""
 

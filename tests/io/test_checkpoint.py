@@ -515,7 +515,7 @@ def test_pickles_are_refused_and_never_run(tmp_path: Path, name: str) -> None:
     trap = tmp_path / "ran"
     (tmp_path / name).write_bytes(f"cposix\nsystem\n(S'touch {trap}'\ntR.".encode())
     for location in (tmp_path / name, tmp_path):
-        with pytest.raises(CheckpointError, match=f"{name}: pickles can run any code and are never opened"):
+        with pytest.raises(CheckpointError, match=f"{name}: pickles can run any code and are not opened; consent"):
             open_checkpoint(location)
     (tmp_path / name).rename(tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"model\.safetensors: "):

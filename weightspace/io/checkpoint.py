@@ -1,4 +1,4 @@
-"""Checkpoints: named tensors, read lazily from safetensors and written atomically to it."""
+"""Checkpoints: named tensors, read lazily from safetensors, on disk or on the Hub, and written atomically to disk."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +16,43 @@ import torch
 from torch import Tensor
 
 from weightspace.errors import CheckpointError
+from weightspace.io.folders import Folder, LocalFolder
 from weightspace.io.header import (
     DTYPES,
-    MAX_HEADER_BYTES,
     MAX_TENSORS,
     Header,
     StoredTensor,
     byte_count,
     dtype_name,
     header_of,
-    load_json_object,
+    headers_of,
     parse_header,
     shown,
     torch_shape,
 )
-from weightspace.io.reader import ByteSource, MemorySource, open_file
-from weightspace.schema import TensorSpec
+from weightspace.io.hub import HubOptions, HubRepo, open_repo
+from weightspace.io.pickles import open_pickle
+from weightspace.io.quantization import Quantization, quantization_of
+from weightspace.io.reader import ByteSource, MemorySource, Piece, gather
+from weightspace.io.refs import is_repo_id, parse_ref
+from weightspace.schema import ModelRef, TensorSpec
 
 MAX_SHARDS = 4096
 """Most files of one checkpoint."""
 
-_INDEX = ".safetensors.index.json"
+INDEX = ".safetensors.index.json"
+"""How the name of a sharded checkpoint's index ends."""
+
+ADAPTER_CONFIG = "adapter_config.json"
+
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _PICKLE_REFUSAL = (
-    "pickles can run any code and are never opened; load it where you trust it and write it with "
-    "safetensors.torch.save_model"
+    "pickles can run any code and are not opened; consent to have plain tensors read from it with --allow-pickle "
+    "(allow_pickle=True), or load it where you trust it and write it with safetensors.torch.save_model"
 )
+_FAMOUS = ("model", "adapter_model", "diffusion_pytorch_model", "pytorch_lora_weights")
+"""Names that libraries give to the weights of a folder, without variant; the first that is there is meant."""
+
 _STORAGE_ORDER = {name: rank for rank, name in enumerate(DTYPES)}
 
 
@@ -48,7 +60,8 @@ class Checkpoint:
     """Named tensors of one model, read when they are asked for.
 
     Tensors lie over the source's memory where its alignment allows, so that opening a large file costs nothing and
-    reading copies nothing. They may be written to: the file never changes, but later reads from the same object see it.
+    reading a local one copies nothing. They may be written to: the file never changes, but later reads from the same
+    object see it.
 
     Attributes:
         where: path or other name, used in errors.
@@ -57,18 +70,30 @@ class Checkpoint:
         aliases: ``(alias, kept name)`` of tied tensors that are stored once, as ``safetensors.torch.save_model`` writes
             them into the metadata.
         config: content of the ``config.json`` beside the weights, or None.
+        adapter_config: content of the ``adapter_config.json`` beside the weights, or None.
+        ref: reference that opens it again, pinned to a commit if it lies on the Hub; None for bytes in memory.
+        sources: the files that it consists of.
     """
 
     def __init__(
-        self, where: str, files: Sequence[tuple[ByteSource, Header]], config: Mapping[str, Any] | None = None
+        self,
+        where: str,
+        files: Sequence[tuple[ByteSource, Header]],
+        config: Mapping[str, Any] | None = None,
+        *,
+        adapter_config: Mapping[str, Any] | None = None,
+        ref: ModelRef | None = None,
     ) -> None:
-        """Joins the files of one checkpoint; use `open_checkpoint` for files on disk.
+        """Joins the files of one checkpoint; use `open_checkpoint` for files.
 
         Raises:
             CheckpointError: two files store a tensor of the same name, or there are too many tensors.
         """
         self.where = where
         self.config = config
+        self.adapter_config = adapter_config
+        self.ref = ref
+        self.sources = tuple(source for source, _ in files)
         self._stored: dict[str, tuple[ByteSource, StoredTensor]] = {}
         metadata: dict[str, str] = {}
         for source, header in files:
@@ -93,6 +118,20 @@ class Checkpoint:
         """Returns where it is and how many tensors it has."""
         return f"Checkpoint({self.where!r}, {len(self.specs)} tensors)"
 
+    @cached_property
+    def quantization(self) -> Quantization | None:
+        """How the stored numbers are quantised, or None where they are the weights themselves."""
+        return quantization_of(self.specs, self.config)
+
+    def ensure_weights(self) -> None:
+        """Refuses a checkpoint whose stored numbers are not the weights.
+
+        Raises:
+            CheckpointError: it is quantised; the error names the method and what to do.
+        """
+        if self.quantization is not None:
+            raise CheckpointError(f"{self.where}: {self.quantization.reason}")
+
     def tensor(self, name: str) -> Tensor:
         """Reads one tensor, or the tensor that an alias stands for: these bytes and no others.
 
@@ -101,8 +140,7 @@ class Checkpoint:
         Raises:
             CheckpointError: there is no such tensor, or torch has no dtype for it.
         """
-        source, stored = self._find(name)
-        return _tensor_over(source, stored.spec, stored.start, stored.end)
+        return self.tensors([name])[name]
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Reads ``tensor(name)[start:stop]`` along the first stored axis: these bytes and no others.
@@ -119,7 +157,29 @@ class Checkpoint:
             raise CheckpointError(f"{where}: rows {start} to {stop} are not within its {spec.shape[0]} rows")
         before, inside = (TensorSpec(spec.name, (rows, *spec.shape[1:]), spec.dtype) for rows in (start, stop - start))
         first = stored.start + byte_count(before, self.where)
-        return _tensor_over(source, inside, first, first + byte_count(inside, self.where))
+        return _read([(inside, Piece(source, first, first + byte_count(inside, self.where)))])[0]
+
+    def entries(self, stretches: Sequence[tuple[str, int, int]]) -> list[Tensor]:
+        """Reads stretches of flattened tensors, ``tensor(name).flatten()[start:stop]``: these bytes and no others.
+
+        Args:
+            stretches: tensor name, first entry and entry after the last. Many at once are read in few requests.
+
+        Raises:
+            CheckpointError: there is no such tensor, an entry of it takes no whole bytes, or it is not that long.
+        """
+        wanted = []
+        for name, start, stop in stretches:
+            source, stored = self._find(name)
+            size, rest = divmod(byte_count(stored.spec, self.where), max(1, stored.spec.numel))
+            if rest or not 0 <= start <= stop <= stored.spec.numel:
+                raise CheckpointError(
+                    f"{self.where}: tensor {shown(name)}: no entries {start} to {stop} of whole bytes in "
+                    f"{stored.spec.dtype} of shape {stored.spec.shape}"
+                )
+            spec = TensorSpec(name, (stop - start,), stored.spec.dtype)
+            wanted.append((spec, Piece(source, stored.start + size * start, stored.start + size * stop)))
+        return _read(wanted)
 
     def tensors(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Reads several tensors; by default all that are stored, then all aliases.
@@ -130,7 +190,10 @@ class Checkpoint:
             CheckpointError: as `tensor`.
         """
         names = [*self.specs, *self._kept] if names is None else list(names)
-        read = {kept: self.tensor(kept) for kept in dict.fromkeys(self._kept.get(name, name) for name in names)}
+        kept = list(dict.fromkeys(self._kept.get(name, name) for name in names))
+        found = [self._find(name) for name in kept]
+        tensors = _read([(stored.spec, Piece(source, stored.start, stored.end)) for source, stored in found])
+        read = dict(zip(kept, tensors, strict=True))
         return {name: read[self._kept.get(name, name)] for name in names}
 
     def _find(self, name: str) -> tuple[ByteSource, StoredTensor]:
@@ -142,37 +205,81 @@ class Checkpoint:
         return found
 
 
-def open_checkpoint(location: str | Path) -> Checkpoint:
-    """Opens a local checkpoint without reading its weights.
+def open_checkpoint(
+    location: str | Path | ModelRef, *, options: HubOptions | None = None, allow_pickle: bool = False
+) -> Checkpoint:
+    """Opens a checkpoint without reading its weights.
 
     Args:
-        location: a safetensors file, a ``.safetensors.index.json``, or a folder that holds ``model.safetensors``, an
-            index with its shards, or one safetensors file of any name. A ``config.json`` beside the weights is read.
+        location: on disk a safetensors file, a ``.safetensors.index.json``, or a folder that holds
+            ``model.safetensors``, an index with its shards, or one safetensors file of any name; or a repository of the
+            Hub as ``org/name[@revision][:path]``, where the path is such a file or folder inside it. What exists on
+            disk is never looked for on the Hub. ``config.json`` and ``adapter_config.json`` beside the weights are
+            read.
+        options: how the Hub is reached.
+        allow_pickle: also read plain tensors from a pickled checkpoint, which is read or fetched whole.
 
     Raises:
         CheckpointError: whatever is missing, malformed, ambiguous or not safetensors, in one line.
+        HubError: the Hub cannot deliver it.
     """
-    path = Path(location)
     try:
-        if path.is_dir():
-            path = _weights_in(path)
-        elif not path.exists():
-            raise CheckpointError(f"{location}: no such file or folder; check the path")
-        if path.suffix.lower() in _PICKLES:
-            raise CheckpointError(f"{path}: {_PICKLE_REFUSAL}")
-        config = _config_beside(path)
-        if path.name.endswith(_INDEX):
-            return Checkpoint(str(path), _shards(path), config)
+        folder, name = _located(location, options)
+        if name is None:
+            name = _weights_in(folder, allow_pickle)
+        return open_in(folder, name, allow_pickle=allow_pickle)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{shown(str(location))}: cannot be read ({error}); check the path and its permissions"
         ) from error
-    source = open_file(path)
-    return Checkpoint(str(path), [(source, header_of(source))], config)
+
+
+def open_in(folder: Folder, name: str, *, allow_pickle: bool = False) -> Checkpoint:
+    """Opens the safetensors file, index or (after consent) pickle ``name`` of a folder; see `open_checkpoint`."""
+    where = folder.title(name)
+    files: list[tuple[ByteSource, Header]]
+    if name.lower().endswith(_PICKLES):
+        if not allow_pickle:
+            raise CheckpointError(f"{where}: {_PICKLE_REFUSAL}")
+        source = MemorySource(checkpoint_bytes(open_pickle(folder.local_path(name), where=where)), where=where)
+        files = [(source, header_of(source))]
+    elif name.endswith(INDEX):
+        files = _shards(folder, name)
+    else:
+        opened = folder.open(name)
+        files = [(opened, header_of(opened))]
+    parent = name.rpartition("/")[0]
+    config, adapter_config = (
+        folder.read_json(f"{parent}/{file}" if parent else file) for file in ("config.json", ADAPTER_CONFIG)
+    )
+    return Checkpoint(where, files, config, adapter_config=adapter_config, ref=folder.ref(name))
+
+
+def find_checkpoints(location: str | Path | ModelRef, options: HubOptions | None = None) -> tuple[Folder, list[str]]:
+    """Lists the checkpoints that a location stands for: itself, or every one in the tree below a folder.
+
+    Returns:
+        A folder, and the paths inside it of safetensors files and, in place of their shards, of indexes of sharded
+        checkpoints; empty where there is none. `open_in` opens them.
+
+    Raises:
+        CheckpointError: the location is malformed or does not exist.
+        HubError: the Hub cannot list it.
+    """
+    folder, name = _located(location, options)
+    if name is not None:
+        return folder, [name]
+    found = [path for path in folder.tree() if path.endswith((".safetensors", INDEX))]
+    shards = tuple(path.removesuffix(INDEX) + "-" for path in found if path.endswith(INDEX))
+    return folder, [path for path in found if path.endswith(INDEX) or not path.startswith(shards)]
 
 
 def open_checkpoint_bytes(
-    blob: bytes | bytearray | memoryview, *, where: str, config: Mapping[str, Any] | None = None
+    blob: bytes | bytearray | memoryview,
+    *,
+    where: str,
+    config: Mapping[str, Any] | None = None,
+    adapter_config: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
     """Opens the complete bytes of a safetensors file.
 
@@ -182,12 +289,13 @@ def open_checkpoint_bytes(
         blob: the file's content.
         where: what the bytes are called in errors.
         config: content of the ``config.json`` that belongs to them.
+        adapter_config: content of the ``adapter_config.json`` that belongs to them.
 
     Raises:
         CheckpointError: the bytes are no valid safetensors file.
     """
     source = MemorySource(blob, where=where)
-    return Checkpoint(where, [(source, header_of(source))], config)
+    return Checkpoint(where, [(source, header_of(source))], config, adapter_config=adapter_config)
 
 
 def save_checkpoint(
@@ -232,61 +340,95 @@ def checkpoint_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] 
     return b"".join([header, *map(_bytes_of, stored)])
 
 
-def _tensor_over(source: ByteSource, spec: TensorSpec, start: int, end: int) -> Tensor:
-    dtype = DTYPES.get(spec.dtype)
-    if dtype is None:
-        raise CheckpointError(
-            f"{source.where}: tensor {shown(spec.name)}: torch has no dtype for {spec.dtype}; leave it out"
-        )
+def _located(location: str | Path | ModelRef, options: HubOptions | None) -> tuple[Folder, str | None]:
+    """Returns a folder, and the name of the file in it if the location is a file."""
+    ref = location if isinstance(location, ModelRef) else ModelRef(str(location))
+    if isinstance(location, str):
+        ref = parse_ref(location)
+    path = Path(ref.location)
+    if ref.revision is None and ref.subfolder is None:
+        if path.is_dir():
+            return LocalFolder(path), None
+        if path.exists():
+            return LocalFolder(path.parent), path.name
+    if isinstance(location, Path) or not is_repo_id(ref.location):
+        raise CheckpointError(f"{ref}: no such file or folder; check the path")
+    return _located_on_hub(open_repo(ref.location, ref.revision, options), ref)
+
+
+def _located_on_hub(repo: HubRepo, ref: ModelRef) -> tuple[Folder, str | None]:
+    path = ref.subfolder or ""
+    if path in repo.entries:
+        parent, _, name = path.rpartition("/")
+        return repo.folder(parent), name
+    folder = repo.folder(path)
+    if path and not folder.tree():
+        raise CheckpointError(f"{ref}: the repository has no file or folder {shown(path)}; check the name")
+    return folder, None
+
+
+def _read(wanted: Sequence[tuple[TensorSpec, Piece]]) -> list[Tensor]:
+    """Reads tensors of the given specs, each from its bytes."""
+    for spec, piece in wanted:
+        _check_readable(spec, piece.source.where)
+    full = [(place, piece) for place, (_, piece) in enumerate(wanted) if piece.start < piece.stop]
+    views = dict(zip((place for place, _ in full), gather([piece for _, piece in full]), strict=True))
+    return [
+        _tensor_over(views[place], spec, piece)
+        if place in views
+        else torch.empty(torch_shape(spec), dtype=DTYPES[spec.dtype])
+        for place, (spec, piece) in enumerate(wanted)
+    ]
+
+
+def _check_readable(spec: TensorSpec, where: str) -> None:
+    thing = f"{where}: tensor {shown(spec.name)}"
+    if spec.dtype not in DTYPES:
+        raise CheckpointError(f"{thing}: torch has no dtype for {spec.dtype}; leave it out")
     if spec.dtype == "F4" and (not spec.shape or spec.shape[-1] % 2):
         raise CheckpointError(
-            f"{source.where}: tensor {shown(spec.name)}: torch packs F4 in twos along the last axis, but its shape "
-            f"is {spec.shape}; leave it out"
+            f"{thing}: torch packs F4 in twos along the last axis, but its shape is {spec.shape}; leave it out"
         )
-    shape = torch_shape(spec)
-    if start == end:
-        return torch.empty(shape, dtype=dtype)
-    view = source.read(start, end)
-    if len(view) != end - start:
-        raise CheckpointError(f"{source.where}: tensor {shown(spec.name)}: got {len(view)} of {end - start} bytes")
+
+
+def _tensor_over(view: memoryview, spec: TensorSpec, piece: Piece) -> Tensor:
+    dtype, size = DTYPES[spec.dtype], piece.stop - piece.start
+    if len(view) != size:
+        raise CheckpointError(f"{piece.source.where}: tensor {shown(spec.name)}: got {len(view)} of {size} bytes")
+    if not size:
+        return torch.empty(torch_shape(spec), dtype=dtype)
     # torch warns about read-only memory and reads misaligned memory by luck.
     if view.readonly or torch.frombuffer(view, dtype=torch.uint8).data_ptr() % dtype.itemsize:
         view = memoryview(bytearray(view))
-    return torch.frombuffer(view, dtype=dtype).reshape(shape)
+    return torch.frombuffer(view, dtype=dtype).reshape(torch_shape(spec))
 
 
-def _weights_in(folder: Path) -> Path:
-    for name in ("model.safetensors", f"model{_INDEX}"):
-        if (folder / name).is_file():
-            return folder / name
-    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    candidates = [path for path in files if path.name.endswith(_INDEX)]
-    candidates = candidates or [path for path in files if path.suffix == ".safetensors"]
+def _weights_in(folder: Folder, allow_pickle: bool) -> str:
+    """Chooses the weights of a folder: those of a well-known name, or the only ones."""
+    for stem in _FAMOUS:
+        for name in (f"{stem}.safetensors", f"{stem}{INDEX}"):
+            if folder.has(name):
+                return name
+    names = folder.names()
+    candidates = [name for name in names if name.endswith(INDEX)]
+    candidates = candidates or [name for name in names if name.endswith(".safetensors")]
+    pickles = [name for name in names if name.lower().endswith(_PICKLES)]
+    if not candidates and allow_pickle:
+        candidates = [name for name in pickles if name in ("pytorch_model.bin", "adapter_model.bin")] or pickles
     if len(candidates) > 1:
-        names = ", ".join(path.name for path in candidates[:3])
-        raise CheckpointError(f"{folder}: {len(candidates)} checkpoints ({names}, ...); name one of the files")
+        shortened = f"{', '.join(candidates[:3])}{', ...' if len(candidates) > 3 else ''}"
+        raise CheckpointError(f"{folder.where}: {len(candidates)} checkpoints ({shortened}); name one of the files")
     if not candidates:
-        pickles = [path.name for path in files if path.suffix.lower() in _PICKLES]
         reason = f"only {pickles[0]}: {_PICKLE_REFUSAL}" if pickles else "name a folder that holds one"
-        raise CheckpointError(f"{folder}: no safetensors file; {reason}")
+        raise CheckpointError(f"{folder.where}: no safetensors file; {reason}")
     return candidates[0]
 
 
-def _config_beside(path: Path) -> dict[str, Any] | None:
-    config = path.parent / "config.json"
-    return _read_json(config) if config.is_file() else None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if (size := path.stat().st_size) > MAX_HEADER_BYTES:
-        raise CheckpointError(f"{path}: {size} bytes of JSON are above the limit of {MAX_HEADER_BYTES}")
-    return load_json_object(path.read_bytes(), where=str(path))
-
-
-def _shards(index: Path) -> list[tuple[ByteSource, Header]]:
-    weight_map = _read_json(index).get("weight_map")
+def _shards(folder: Folder, index: str) -> list[tuple[ByteSource, Header]]:
+    where, parent = folder.title(index), index.rpartition("/")[0]
+    weight_map = (folder.read_json(index) or {}).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: weight_map must map tensor names to file names, got {shown(weight_map)}")
+        raise CheckpointError(f"{where}: weight_map must map tensor names to file names, got {shown(weight_map)}")
     for name, file in weight_map.items():
         # Shards stand beside their index; any path could lead out of the folder.
         if not (
@@ -296,23 +438,23 @@ def _shards(index: Path) -> list[tuple[ByteSource, Header]]:
             and not set(file) & set("/\\:")
         ):
             raise CheckpointError(
-                f"{index}: tensor {shown(name)}: {shown(file)} is not the name of a file in this folder"
+                f"{where}: tensor {shown(name)}: {shown(file)} is not the name of a file in this folder"
             )
     names = sorted(set(weight_map.values()))
     if len(names) > MAX_SHARDS:
-        raise CheckpointError(f"{index}: {len(names)} files are above the limit of {MAX_SHARDS}")
-    headers: dict[str, tuple[ByteSource, Header]] = {}
-    for name in names:
-        if not (index.parent / name).is_file():
-            raise CheckpointError(f"{index}: shard {shown(name)} is missing; fetch it into the same folder")
-        source = open_file(index.parent / name)
-        headers[name] = (source, header_of(source))
+        raise CheckpointError(f"{where}: {len(names)} files are above the limit of {MAX_SHARDS}")
+    paths = {name: f"{parent}/{name}" if parent else name for name in names}
+    for name, path in paths.items():
+        if not folder.has(path):
+            raise CheckpointError(f"{where}: shard {shown(name)} is missing; fetch it into the same folder")
+    sources = [folder.open(path) for path in paths.values()]
+    headers = dict(zip(names, zip(sources, headers_of(sources), strict=True), strict=True))
     holders = {tensor: file for file, (_, header) in headers.items() for tensor in header.tensors}
     for tensor, file in weight_map.items():
         if tensor not in headers[file][1].tensors:
             problem = f"it stands in {shown(holders[tensor])}" if tensor in holders else "no shard has it"
             raise CheckpointError(
-                f"{index}: tensor {shown(tensor)} is not in {shown(file)}: {problem}; fetch the shards and index again"
+                f"{where}: tensor {shown(tensor)} is not in {shown(file)}: {problem}; fetch the shards and index again"
             )
     return list(headers.values())
 

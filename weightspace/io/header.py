@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from weightspace.errors import CheckpointError
-from weightspace.io.reader import ByteSource, open_file
+from weightspace.io.reader import ByteSource, Piece, gather, open_file
 from weightspace.schema import TensorSpec
 
 MAX_HEADER_BYTES = 32 * 2**20
@@ -197,14 +197,27 @@ def parse_header(raw: bytes | bytearray | memoryview, *, file_size: int, where: 
 
 
 def header_of(source: ByteSource) -> Header:
-    """Reads the header of a file, and nothing behind it.
+    """Reads the header of a file, and nothing behind it but what one request brings along.
 
     Raises:
         CheckpointError: the file is no valid safetensors file.
     """
-    first = source.read(0, min(source.size, 512))
-    size = header_size(first, file_size=source.size, where=source.where)
-    return parse_header(source.read(0, size), file_size=source.size, where=source.where)
+    return headers_of([source])[0]
+
+
+def headers_of(sources: Sequence[ByteSource]) -> list[Header]:
+    """Reads the headers of many files at once; see `header_of`."""
+    first = gather([Piece(source, 0, min(source.size, source.first_read)) for source in sources])
+    sizes = [
+        header_size(raw, file_size=source.size, where=source.where) for source, raw in zip(sources, first, strict=True)
+    ]
+    longer = [place for place, size in enumerate(sizes) if size > len(first[place])]
+    rest = gather([Piece(sources[place], len(first[place]), sizes[place]) for place in longer])
+    raw = {place: b"".join([first[place], more]) for place, more in zip(longer, rest, strict=True)}
+    return [
+        parse_header(raw.get(place, first[place]), file_size=source.size, where=source.where)
+        for place, source in enumerate(sources)
+    ]
 
 
 def read_header(path: str | Path) -> Header:

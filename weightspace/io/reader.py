@@ -7,7 +7,10 @@ stand where a local one does.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -20,10 +23,12 @@ class ByteSource(ABC):
     Attributes:
         where: the file's name in errors.
         size: bytes in the file.
+        first_read: bytes worth reading at once from the start of a file whose header is asked for.
     """
 
     where: str
     size: int
+    first_read: ClassVar[int] = 512
 
     @abstractmethod
     def read(self, start: int, stop: int) -> memoryview:
@@ -32,6 +37,35 @@ class ByteSource(ABC):
         A writable view belongs to the caller alone, or is memory whose owner agreed to share it: tensors are laid over
         it without a copy. A read-only view is copied first.
         """
+
+    @classmethod
+    def read_all(cls, pieces: Sequence[Piece]) -> list[memoryview]:
+        """Reads pieces of files of this class, in the order of ``pieces``; see `ByteSource.read`."""
+        return [piece.source.read(piece.start, piece.stop) for piece in pieces]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes ``start`` to ``stop`` (exclusive) of a file."""
+
+    source: ByteSource
+    start: int
+    stop: int
+
+
+def gather(pieces: Sequence[Piece]) -> list[memoryview]:
+    """Reads pieces of any files, so that sources that know how to read many at once can do so.
+
+    Returns:
+        The bytes of each piece, in the order of ``pieces``; see `ByteSource.read`.
+    """
+    places: dict[type[ByteSource], list[int]] = {}
+    for place, piece in enumerate(pieces):
+        places.setdefault(type(piece.source), []).append(place)
+    views: dict[int, memoryview] = {}
+    for kind, own in places.items():
+        views.update(zip(own, kind.read_all([pieces[place] for place in own]), strict=True))
+    return [views[place] for place in range(len(pieces))]
 
 
 class MemorySource(ByteSource):

@@ -46,6 +46,17 @@ def parse_ref(text: str) -> ModelRef:
     return ModelRef(repo, revision, subfolder)
 
 
+def is_repo_id(text: str) -> bool:
+    """Whether a text has the form of a repository on the Hub, ``org/name``; it may be a path all the same."""
+    parts = text.split("/")
+    return (
+        len(parts) == 2
+        and len(text) <= _LONGEST_REPO
+        and not text.endswith(".git")
+        and all(_PART.fullmatch(part) and "--" not in part and ".." not in part for part in parts)
+    )
+
+
 def _exists(text: str) -> bool:
     try:
         return Path(text).exists()
@@ -54,9 +65,7 @@ def _exists(text: str) -> bool:
 
 
 def _check_repo(repo: str, text: str) -> None:
-    parts = repo.split("/")
-    well_formed = all(_PART.fullmatch(part) and "--" not in part and ".." not in part for part in parts)
-    if not well_formed or len(repo) > _LONGEST_REPO or repo.endswith(".git"):
+    if not is_repo_id(repo):
         raise CheckpointError(
             f"{text}: {repo!r} is neither an existing path nor a repository; write org/name with letters, digits, "
             f"'-', '_' and '.', {_LONGEST_REPO} characters at most"
