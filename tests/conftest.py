@@ -17,6 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
+import pytest
+from jaxtyping import install_import_hook
 from loopback_hub import LoopbackHub
 
 if "huggingface_hub" in sys.modules:
@@ -41,10 +44,6 @@ os.environ.update(
     OMP_NUM_THREADS="1",
     TQDM_DISABLE="1",
 )
-
-import hypothesis
-import pytest
-from jaxtyping import install_import_hook
 
 ROOT = Path(__file__).parent.parent
 

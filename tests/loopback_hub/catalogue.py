@@ -16,42 +16,19 @@ from loopback_hub.routing import commit_at, reach, route, visible
 from loopback_hub.state import KINDS, HubState
 
 _ATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
-_LISTED = ("likes", "private", "downloads", "tags", "pipeline_tag", "library_name", "createdAt", "trendingScore")
-_FULL = ("author", "sha", "lastModified", "gated", "disabled", "siblings")
-_INFO = (
-    *_LISTED,
-    *_FULL,
-    "config",
-    "cardData",
-    "transformersInfo",
-    "safetensors",
-    "model-index",
-    "baseModels",
-    "usedStorage",
-    "spaces",
-)
-_NEVER = ["downloadsAllTime", "evalResults", "gguf", "inference", "inferenceProviderMapping", "mask_token", "widgetData", "resourceGroup", "childrenModelCount", "securityRepoStatus", "description", "citation", "paperswithcode_id", "mainSize", "xetEnabled"]
-_PARAMETERS = {
-    "filter",
-    "author",
-    "search",
-    "sort",
-    "direction",
-    "limit",
-    "full",
-    "config",
-    "cardData",
-    "expand",
-    "num_parameters",
-    "pipeline_tag",
-    "gated",
-    "cursor",
-}
+_LISTED = "likes private downloads tags pipeline_tag library_name createdAt trendingScore"
+_FULL = "author sha lastModified gated disabled siblings"
+_INFO = f"{_LISTED} {_FULL} config cardData safetensors model-index baseModels usedStorage spaces"
+_NEVER_KNOWN = """downloadsAllTime evalResults gguf inference inferenceProviderMapping mask_token widgetData
+    resourceGroup childrenModelCount securityRepoStatus description citation paperswithcode_id mainSize xetEnabled
+    transformersInfo"""
+_LISTED_BY = """filter author search sort direction limit full config cardData expand num_parameters pipeline_tag gated
+    cursor"""
 
 
 @route("GET", "/api/whoami-v2")
 def whoami(hub: HubState, call: Call) -> Response:
-    user = _signed_in(call)
+    user = call.signed_in()
     token = {"displayName": "loopback", "role": "write"}
     return answer(
         {
@@ -92,7 +69,7 @@ def move(hub: HubState, call: Call) -> Response:
     asked = call.json()
     repo_type, old, new = asked.get("type") or "model", asked["fromRepo"], asked["toRepo"]
     reach(hub, call, repo_type, old, "write")
-    if not _signed_in(call).owns(new.partition("/")[0]):
+    if not call.signed_in().owns(new.partition("/")[0]):
         raise HubError(403, None, f"You have no write access to {new}")
     if (repo_type, new) in hub.repositories:
         raise HubError(409, None, f"There is a {repo_type} {new} already")
@@ -127,7 +104,7 @@ def validate_yaml(hub: HubState, call: Call) -> Response:
 
 @route("GET", "/api/{kind}")
 def list_repositories(hub: HubState, call: Call, repo_type: str) -> Response:
-    unknown = set(call.query) - _PARAMETERS
+    unknown = set(call.query) - set(_LISTED_BY.split())
     if unknown:
         raise HubError(501, None, f"the loopback Hub cannot list by {', '.join(sorted(unknown))}")
     with hub.lock:
@@ -139,8 +116,8 @@ def list_repositories(hub: HubState, call: Call, repo_type: str) -> Response:
     found = [(repository, facts) for repository, facts in found if _wanted(call, repository, facts)]
     _sort(found, call.one("sort") or "trendingScore", ascending=call.one("direction") == "1")
     fields = call.query.get("expand") or [
-        *_LISTED,
-        *(_FULL if call.asks("full") else ()),
+        *_LISTED.split(),
+        *(_FULL.split() if call.asks("full") else ()),
         *(key for key in ("config", "cardData") if call.asks(key)),
     ]
     limit = int(call.one("limit") or hub.page_size)
@@ -154,9 +131,8 @@ def list_repositories(hub: HubState, call: Call, repo_type: str) -> Response:
 def info(hub: HubState, call: Call, repo_type: str, repo_id: str, revision: str = "main") -> Response:
     repository = reach(hub, call, repo_type, repo_id)
     commit = commit_at(repository, revision)
-    with hub.lock:
-        facts = hub.facts(repository, commit)
-    fields = call.query.get("expand") or _INFO
+    facts = hub.facts(repository, commit)
+    fields = call.query.get("expand") or _INFO.split()
     return answer(_described(repository, commit, facts, fields, blobs=call.asks("blobs")))
 
 
@@ -226,7 +202,9 @@ def nothing(hub: HubState, call: Call, path: str = "") -> Response:
     return answer({})
 
 
-def _described(repository: Repository, commit: Commit, facts: Facts, fields: Any, *, blobs: bool) -> dict[str, Any]:
+def _described(
+    repository: Repository, commit: Commit, facts: Facts, fields: list[str], *, blobs: bool
+) -> dict[str, Any]:
     """The fields that were asked for, of those that there are."""
     row: dict[str, Any] = {"_id": repository.id, "id": repository.id}
     if repository.type == "model":
@@ -238,7 +216,7 @@ def _described(repository: Repository, commit: Commit, facts: Facts, fields: Any
             value = _FIELDS[field](repository, commit, facts)
             if value is not None:
                 row[field] = value
-        elif field not in _NEVER:
+        elif field not in _NEVER_KNOWN.split():
             raise HubError(400, None, f"expand has no {field!r}")
     return row
 
@@ -257,12 +235,6 @@ def _base_models(facts: Facts) -> dict[str, Any] | None:
         return None
     relation = next(tag.split(":")[1] for tag in facts.tags if tag.startswith("base_model:") and tag.count(":") > 1)
     return {"relation": relation, "models": [{"_id": name, "id": name} for name in facts.base_models]}
-
-
-def _transformers(facts: Facts) -> dict[str, Any] | None:
-    if facts.library != "transformers":
-        return None
-    return {"auto_model": "AutoModel", "pipeline_tag": facts.task}
 
 
 _FIELDS: dict[str, Callable[[Repository, Commit, Facts], Any]] = {
@@ -284,7 +256,6 @@ _FIELDS: dict[str, Callable[[Repository, Commit, Facts], Any]] = {
     "pipeline_tag": lambda repository, commit, facts: facts.task,
     "safetensors": lambda repository, commit, facts: facts.safetensors,
     "baseModels": lambda repository, commit, facts: _base_models(facts),
-    "transformersInfo": lambda repository, commit, facts: _transformers(facts),
     "usedStorage": lambda repository, commit, facts: sum(blob.size for blob in commit.files.values()),
     "spaces": lambda repository, commit, facts: [],
 }
@@ -331,15 +302,9 @@ def _sort(found: list[tuple[Repository, Facts]], key: str, *, ascending: bool) -
     found.sort(key=lambda pair: keys[key](pair[0]), reverse=not ascending)
 
 
-def _signed_in(call: Call) -> Any:
-    if call.user is None:
-        raise HubError(401, None, "Invalid username or password.")
-    return call.user
-
-
 def _named(call: Call, asked: dict[str, Any]) -> tuple[str, str]:
     """Type and id of the repository that a request to make or delete one names; its sender must own the namespace."""
-    user = _signed_in(call)
+    user = call.signed_in()
     namespace = asked.get("organization") or user.name
     repo_type = asked.get("type") or "model"
     if repo_type not in KINDS.values() or not re.fullmatch(r"[\w.-]{1,96}", asked["name"]):

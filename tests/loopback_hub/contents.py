@@ -11,7 +11,7 @@ import uuid
 from typing import Any
 from urllib.parse import parse_qs, quote
 
-from loopback_hub.facts import safetensors_header
+from loopback_hub.facts import safetensors_header, shards
 from loopback_hub.messages import Call, HubError, Response, answer
 from loopback_hub.pulls import open_pull
 from loopback_hub.repositories import Blob, Commit, is_large
@@ -73,6 +73,7 @@ def preupload(hub: HubState, call: Call, repo_type: str, repo_id: str, revision:
 @route("POST", r"/{prefix}{id}.git/info/lfs/objects/batch")
 def lfs_batch(hub: HubState, call: Call, repo_type: str, repo_id: str) -> Response:
     reach(hub, call, repo_type, repo_id, "read")
+    call.signed_in()
     prefix = "" if repo_type == "model" else f"{repo_type}s/"
     verify = f"{call.endpoint}/{prefix}{repo_id}.git/info/lfs/objects/verify"
     objects = []
@@ -116,7 +117,7 @@ def lfs_verify(hub: HubState, call: Call, repo_type: str, repo_id: str) -> Respo
 def commit_files(hub: HubState, call: Call, repo_type: str, repo_id: str, revision: str) -> Response:
     create_pr = call.asks("create_pr")
     repository = reach(hub, call, repo_type, repo_id, "read" if create_pr else "write")
-    author = call.user.name if call.user else "anonymous"
+    author = call.signed_in().name
     lines = [json.loads(line) for line in call.body.read().splitlines() if line.strip()]
     header = lines[0]["value"]
     title, message = header["summary"], header.get("description", "")
@@ -171,14 +172,17 @@ def safetensors_metadata(hub: HubState, call: Call, repo_id: str, path: str) -> 
     commit = commit_at(reach(hub, call, "model", repo_id, "read"), "main")
     if path not in commit.files:
         raise _no_entry(path, commit)
-    index = json.loads(commit.files[path].read())
+    try:
+        index = json.loads(commit.files[path].read())
+    except ValueError:
+        raise HubError(400, None, f"{path} is no index") from None
     headers = {}
-    for shard in dict.fromkeys(index.pop("weight_map").values()):
+    for shard in shards(index):
         header = safetensors_header(commit.files[shard]) if shard in commit.files else None
         if header is None:
             raise _no_entry(shard, commit)
         headers[shard] = header
-    return answer({"index": index, "headers": headers})
+    return answer({"index": {"metadata": index.get("metadata")}, "headers": headers})
 
 
 def _row(commit: Commit, path: str, expand: bool) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from loopback_hub.repositories import Blob
 _CARD_AT_MOST = 2**20
 _JSON_AT_MOST = 25_000_000
 _ANCHOR, _ALIAS = re.compile(r"[\s:,\[{-]&\w"), re.compile(r"[\s:,\[{-]\*\w")
+_SINGLE = "model.safetensors"
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _TASKS = {
     "ForImageClassification": "image-classification",
@@ -30,6 +31,8 @@ _TASKS = {
     "ForConditionalGeneration": "text2text-generation",
     "CLIPModel": "zero-shot-image-classification",
 }
+_CONFIG_SHOWN = ("architectures", "model_type", "auto_map", "quantization_config")
+_ADAPTER_SHOWN = ("base_model_name_or_path", "task_type", "peft_type")
 _PLAIN_TAGS = ("language", "tags")
 _NAMED_TAGS = {"license": "license", "datasets": "dataset", "arxiv": "arxiv"}
 _DATASET_TAGS = ("task_categories", "task_ids", "language", "license", "size_categories", "multilinguality")
@@ -108,7 +111,7 @@ def safetensors_header(blob: Blob) -> dict[str, Any] | None:
 def _safetensors(files: Mapping[str, Blob]) -> dict[str, Any] | None:
     """Parameters by dtype. The Hub counts a model's own file or shards, and so no adapters."""
     index = _json(_text(files, "model.safetensors.index.json"))
-    names = ["model.safetensors"] if "model.safetensors" in files else _shards(index)
+    names = [_SINGLE] if _SINGLE in files else shards(index)
     counts: dict[str, int] = {}
     for name in names:
         header = safetensors_header(files[name]) if name in files else None
@@ -116,14 +119,15 @@ def _safetensors(files: Mapping[str, Blob]) -> dict[str, Any] | None:
             try:
                 dtype = str(tensor["dtype"])
                 counts[dtype] = counts.get(dtype, 0) + math.prod(int(size) for size in tensor["shape"])
-            except (KeyError, TypeError, ValueError):
+            except (KeyError, TypeError, ValueError, OverflowError):
                 return None
     return {"parameters": counts, "total": sum(counts.values())} if counts else None
 
 
-def _shards(index: Any) -> list[str]:
+def shards(index: Any) -> list[str]:
+    """The files that an index names."""
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    return _unique([name for name in weight_map.values() if isinstance(name, str)]) if weight_map else []
+    return _unique(_strings(list(weight_map.values()))) if isinstance(weight_map, dict) else []
 
 
 def _config(files: Mapping[str, Blob]) -> dict[str, Any] | None:
@@ -131,12 +135,10 @@ def _config(files: Mapping[str, Blob]) -> dict[str, Any] | None:
     shown: dict[str, Any] = {}
     config = _json(_text(files, "config.json"))
     if isinstance(config, dict):
-        keys = ("architectures", "model_type", "auto_map", "quantization_config")
-        shown.update({key: config[key] for key in keys if key in config})
+        shown.update({key: config[key] for key in _CONFIG_SHOWN if key in config})
     adapter = _json(_text(files, "adapter_config.json"))
     if isinstance(adapter, dict):
-        keys = ("base_model_name_or_path", "task_type", "peft_type")
-        shown["peft"] = {key: adapter[key] for key in keys if key in adapter}
+        shown["peft"] = {key: adapter[key] for key in _ADAPTER_SHOWN if key in adapter}
     pipeline = _json(_text(files, "model_index.json"))
     if isinstance(pipeline, dict):
         shown["diffusers"] = {"_class_name": pipeline.get("_class_name")}
@@ -144,8 +146,8 @@ def _config(files: Mapping[str, Blob]) -> dict[str, Any] | None:
 
 
 def _library(card: dict[str, Any], files: Mapping[str, Blob], config: dict[str, Any] | None) -> str | None:
-    if isinstance(card.get("library_name"), str):
-        return card["library_name"]
+    if isinstance(stated := card.get("library_name"), str):
+        return stated
     if "adapter_config.json" in files:
         return "peft"
     if "model_index.json" in files:
@@ -154,8 +156,8 @@ def _library(card: dict[str, Any], files: Mapping[str, Blob], config: dict[str, 
 
 
 def _task(card: dict[str, Any], config: dict[str, Any] | None) -> str | None:
-    if isinstance(card.get("pipeline_tag"), str):
-        return card["pipeline_tag"]
+    if isinstance(stated := card.get("pipeline_tag"), str):
+        return stated
     known = [tag for tag in _strings(card.get("tags")) if tag in _TASKS.values()]
     names = _strings((config or {}).get("architectures"))
     guessed = [task for ending, task in _TASKS.items() for name in names if name.endswith(ending)]

@@ -33,7 +33,7 @@ class Fault:
 
 
 class Faults:
-    """All orders; at most one of them strikes a request, and delays come on top."""
+    """All orders; the first that is due strikes a request, and delays come on top."""
 
     def __init__(self) -> None:
         self._orders: list[Fault] = []
@@ -52,7 +52,7 @@ class Faults:
 
     def strike(self, method: str, target: str) -> tuple[float, Fault | None]:
         """Seconds to wait, and what else befalls the request."""
-        wait = 0.0
+        wait, struck = 0.0, None
         with self._lock:
             for order in self._orders:
                 if not order.matches(method, target):
@@ -60,9 +60,10 @@ class Faults:
                 if order.skip:
                     order.skip -= 1
                     continue
+                if order.delay == 0.0 and struck:
+                    continue
                 if order.times is not None:
                     order.times -= 1
                 wait += order.delay
-                if order.delay == 0.0:
-                    return wait, order
-        return wait, None
+                struck = struck or (order if order.delay == 0.0 else None)
+        return wait, struck

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from email.message import Message
+from functools import cached_property
+from io import BufferedIOBase
+from typing import Any
 from urllib.parse import parse_qs, urlencode, urlsplit
 
 from loopback_hub.repositories import PIECE, Blob
@@ -93,7 +96,7 @@ def answer(value: Any, status: int = 200, headers: Mapping[str, str] | None = No
 class Body:
     """What a request carries; what an endpoint leaves unread is read before the answer goes out."""
 
-    def __init__(self, stream: BinaryIO, headers: Mapping[str, str]) -> None:
+    def __init__(self, stream: BufferedIOBase, headers: Message) -> None:
         self._stream = stream
         self._chunked = headers.get("Transfer-Encoding", "").lower() == "chunked"
         self._left = int(headers.get("Content-Length") or 0)
@@ -126,17 +129,23 @@ class Call:
 
     method: str
     target: str
-    headers: Mapping[str, str]
+    headers: Message
     body: Body
     user: User | None
     endpoint: str
+
+    def signed_in(self) -> User:
+        """The user, where the anonymous may not go."""
+        if self.user is None:
+            raise HubError(401, None, "Invalid username or password.")
+        return self.user
 
     @property
     def path(self) -> str:
         """The path, still quoted."""
         return urlsplit(self.target).path
 
-    @property
+    @cached_property
     def query(self) -> dict[str, list[str]]:
         """Parameters; ``expand[]`` is ``expand``."""
         parsed = parse_qs(urlsplit(self.target).query, keep_blank_values=True)

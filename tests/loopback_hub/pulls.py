@@ -49,7 +49,7 @@ def list_pulls(hub: HubState, call: Call, repo_type: str, repo_id: str) -> Respo
 
 @route("POST", "/api/{kind}/{id}/discussions")
 def create_pull(hub: HubState, call: Call, repo_type: str, repo_id: str) -> Response:
-    repository, author = reach(hub, call, repo_type, repo_id, "read"), _author(call)
+    repository, author = reach(hub, call, repo_type, repo_id, "read"), call.signed_in().name
     asked = call.json()
     changes: dict[str, Blob | None] | None = {} if asked.get("pullRequest") else None
     with hub.lock:
@@ -73,7 +73,7 @@ def show_pull(hub: HubState, call: Call, repo_type: str, repo_id: str, number: s
 def change_pull(hub: HubState, call: Call, repo_type: str, repo_id: str, number: str, name: str) -> Response:
     """Comments, renames, opens, closes or merges."""
     repository = reach(hub, call, repo_type, repo_id, "read" if name in ("comment", "title") else "write")
-    pull, author, asked = _pull(repository, number), _author(call), call.json()
+    pull, author, asked = _pull(repository, number), call.signed_in().name, call.json()
     if name == "comment":
         event = _tell(pull, author, "comment", edited=False, hidden=False, latest={"raw": asked["comment"]})
         return answer({"newMessage": event})
@@ -103,12 +103,6 @@ def _pull(repository: Repository, number: str) -> Pull:
     if int(number) not in repository.pulls:
         raise HubError(404, None, f"There is no discussion {number}")
     return repository.pulls[int(number)]
-
-
-def _author(call: Call) -> str:
-    if call.user is None:
-        raise HubError(401, None, "Invalid username or password.")
-    return call.user.name
 
 
 def _shown(repository: Repository, pull: Pull) -> dict[str, Any]:

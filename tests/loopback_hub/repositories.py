@@ -11,10 +11,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-LARGE_SUFFIXES = frozenset(
-    [".7z", ".arrow", ".bin", ".bz2", ".ckpt", ".gguf", ".gz", ".h5", ".joblib", ".model", ".msgpack", ".npy", ".npz", ".onnx", ".ot", ".parquet", ".pb", ".pickle", ".pkl", ".pt", ".pth", ".rar", ".safetensors", ".tar", ".tgz", ".wasm", ".xz", ".zip", ".zst"]
+_LARGE_SUFFIX = re.compile(
+    r"\.(7z|arrow|bin|bz2|ckpt|gguf|gz|h5|joblib|model|msgpack|np[yz]|onnx|ot|parquet|pb|pickle|pkl|pth?|rar"
+    r"|safetensors|tar|tgz|wasm|xz|zip|zst)$"
 )
-LARGE_BYTES = 10 * 2**20
+_LARGE_BYTES = 10 * 2**20
 PIECE = 2**18
 _EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -25,7 +26,7 @@ class NoSuchRevision(LookupError):
 
 def is_large(path: str, size: int) -> bool:
     """Whether a file goes to large file storage, as the attributes of a new repository say; empty files never do."""
-    return size > 0 and (Path(path).suffix in LARGE_SUFFIXES or size > LARGE_BYTES)
+    return size > 0 and (size > _LARGE_BYTES or _LARGE_SUFFIX.search(path) is not None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,8 +163,6 @@ class Repository:
     pull_heads: dict[str, Commit] = field(default_factory=dict)
     pulls: dict[int, Pull] = field(default_factory=dict)
     granted: set[str] = field(default_factory=set)
-    facts: dict[str, Any] = field(default_factory=dict)
-    """What was derived from the files of a commit, by its sha."""
 
     @property
     def namespace(self) -> str:
@@ -181,7 +180,11 @@ class Repository:
         return self.branches["main"].date
 
     def at(self, revision: str) -> Commit:
-        """The commit that a branch, tag, pull request, or commit sha of at least seven digits names."""
+        """The commit that a branch, tag, pull request, or commit sha of at least seven digits names.
+
+        ``HEAD`` is main.
+        """
+        revision = "main" if revision == "HEAD" else revision
         for names in (self.branches, self.tags, self.pull_heads, self.commits):
             if revision in names:
                 return names[revision]

@@ -26,7 +26,7 @@ _ROUTES: list[tuple[str, re.Pattern[str], Callable[..., Response]]] = []
 def route(method: str, template: str) -> Callable[[Callable[..., Response]], Callable[..., Response]]:
     """Makes a function the answer to requests whose path fits ``template``.
 
-    Its parts stand in braces and are given by name, unquoted; ``kind`` or ``prefix`` come as ``repo_type`` and ``id`` as
+    Its parts stand in braces and are given by name, unquoted; ``kind`` and ``prefix`` come as ``repo_type``, ``id`` as
     ``repo_id``.
     """
     pattern = re.compile(re.sub(r"\{(\w+)\}", lambda part: _PARTS[part[1]], template.replace(".", r"\.")))

@@ -6,12 +6,12 @@ import json
 import re
 import socket
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from time import sleep  # tests that replace time.sleep do not mean this one
 from typing import Any
 
 from loopback_hub import catalogue, contents, pulls  # noqa: F401 - they register their endpoints
@@ -147,7 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
         request = Request(self.command, self.path, self.headers.get("Range"), authorized=sender is not None)
         hub.requests.append(request)
         wait, fault = hub.faults.strike(self.command, self.path)
-        time.sleep(wait)
+        sleep(wait)
         if fault and fault.action:
             fault.action()
         if fault and fault.drop:

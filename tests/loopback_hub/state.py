@@ -41,8 +41,9 @@ class HubState:
             self.large: dict[str, Blob] = {}
             self.users = {self.token: User("loopback", administrator=True)}
             self._commits = 0
+            self._facts: dict[Commit, Facts] = {}
             for blob in Path(self._folder.name).iterdir():
-                blob.unlink()
+                blob.unlink(missing_ok=True)
 
     @property
     def folder(self) -> Path:
@@ -172,6 +173,7 @@ class HubState:
 
     def facts(self, repository: Repository, commit: Commit) -> Facts:
         """What is derived from a commit's files, once."""
-        if commit.sha not in repository.facts:
-            repository.facts[commit.sha] = derive(repository.type, commit.files)
-        return repository.facts[commit.sha]
+        with self.lock:
+            if commit not in self._facts:
+                self._facts[commit] = derive(repository.type, commit.files)
+            return self._facts[commit]
