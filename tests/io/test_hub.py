@@ -337,7 +337,7 @@ class TestChoosing:
     def test_a_hostile_pickle_is_refused_after_consent_too(self, hub: LoopbackHub, tmp_path: Path) -> None:
         trap = tmp_path / "ran"
         hub.create("org/model", {"pytorch_model.bin": f"cposix\nsystem\n(S'touch {trap}'\ntR.".encode()})
-        with pytest.raises(WeightspaceError, match="pytorch_model.bin"):
+        with pytest.raises(WeightspaceError, match=r"pytorch_model\.bin"):
             open_checkpoint("org/model", allow_pickle=True)
         assert not trap.exists()
 
@@ -357,6 +357,39 @@ class TestChoosing:
         checkpoint = open_checkpoint("org/model")
         with pytest.raises(CheckpointError, match=r"org/model@.*fp8"):
             checkpoint.ensure_weights()
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.int64]
+)
+def test_every_dtype(hub: LoopbackHub, dtype: torch.dtype) -> None:
+    content = {"a": torch.arange(60).view(6, 10).to(dtype), "b": torch.arange(7).to(dtype)}
+    hub.create("org/model", {"model.safetensors": checkpoint_bytes(content)})
+    found = open_checkpoint("org/model").tensors()
+    assert all(found[name].dtype == dtype and torch.equal(found[name].float(), content[name].float()) for name in "ab")
+
+
+def test_tied_weights(hub: LoopbackHub) -> None:
+    shared = torch.randn(20, 4)
+    blob = checkpoint_bytes({"embed.weight": shared, "head.weight": shared})
+    hub.create("org/model", {"model.safetensors": blob})
+    checkpoint = open_checkpoint("org/model")
+    assert checkpoint.aliases == (("head.weight", "embed.weight"),)
+    found = checkpoint.tensors()
+    assert found["embed.weight"] is found["head.weight"]
+    assert torch.equal(found["head.weight"], shared)
+
+
+def test_a_transformers_model_with_tied_weights(hub: LoopbackHub, tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=11, n_positions=5)
+    model = GPT2LMHeadModel(config)
+    model.push_to_hub("org/gpt")
+    found = open_checkpoint("org/gpt").tensors()
+    state = model.state_dict()
+    assert state.keys() - found.keys() == {"lm_head.weight"}  # transformers leaves out what is tied
+    assert all(torch.equal(found[name], state[name]) for name in found)
 
 
 def test_a_header_that_claims_everything(hub: LoopbackHub) -> None:
@@ -397,3 +430,7 @@ def test_other_errors_of_a_call_are_not_swallowed() -> None:
 
     with pytest.raises(ZeroDivisionError):
         call_hub("x", fail)
+
+
+def test_a_token_is_never_printed() -> None:
+    assert "secret" not in repr(HubOptions(token="secret"))

@@ -30,7 +30,7 @@ from weightspace.io.header import (
     shown,
     torch_shape,
 )
-from weightspace.io.hub import HubOptions, HubRepo, open_repo
+from weightspace.io.hub import HubFolder, HubOptions, HubRepo, open_repo
 from weightspace.io.pickles import open_pickle
 from weightspace.io.quantization import Quantization, quantization_of
 from weightspace.io.reader import ByteSource, MemorySource, Piece, gather
@@ -50,7 +50,7 @@ _PICKLE_REFUSAL = (
     "pickles can run any code and are not opened; consent to have plain tensors read from it with --allow-pickle "
     "(allow_pickle=True), or load it where you trust it and write it with safetensors.torch.save_model"
 )
-_FAMOUS = ("model", "adapter_model", "diffusion_pytorch_model", "pytorch_lora_weights")
+FAMOUS_STEMS = ("model", "adapter_model", "diffusion_pytorch_model", "pytorch_lora_weights")
 """Names that libraries give to the weights of a folder, without variant; the first that is there is meant."""
 
 _STORAGE_ORDER = {name: rank for rank, name in enumerate(DTYPES)}
@@ -255,23 +255,36 @@ def open_in(folder: Folder, name: str, *, allow_pickle: bool = False) -> Checkpo
     return Checkpoint(where, files, config, adapter_config=adapter_config, ref=folder.ref(name))
 
 
-def find_checkpoints(location: str | Path | ModelRef, options: HubOptions | None = None) -> tuple[Folder, list[str]]:
-    """Lists the checkpoints that a location stands for: itself, or every one in the tree below a folder.
+def find_checkpoints(
+    location: str | Path | ModelRef, *, options: HubOptions | None = None, allow_pickle: bool = False
+) -> tuple[Folder, list[str]]:
+    """Lists the checkpoints that a location stands for.
+
+    A file stands for itself, a repository for the weights at its root if these have the name that libraries give them,
+    and any other folder for every checkpoint in the tree below it.
+
+    Args:
+        location: as for `open_checkpoint`.
+        options: how the Hub is reached.
+        allow_pickle: take a pickle where there is nothing else.
 
     Returns:
-        A folder, and the paths inside it of safetensors files and, in place of their shards, of indexes of sharded
-        checkpoints; empty where there is none. `open_in` opens them.
+        A folder, and paths inside it of safetensors files and, in place of their shards, of indexes of sharded
+        checkpoints, at least one. `open_in` opens them.
 
     Raises:
-        CheckpointError: the location is malformed or does not exist.
+        CheckpointError: the location is malformed, does not exist or holds no checkpoint.
         HubError: the Hub cannot list it.
     """
     folder, name = _located(location, options)
     if name is not None:
         return folder, [name]
+    if isinstance(folder, HubFolder) and (famous := _famous_weights(folder)) is not None:
+        return folder, [famous]
     found = [path for path in folder.tree() if path.endswith((".safetensors", INDEX))]
     shards = tuple(path.removesuffix(INDEX) + "-" for path in found if path.endswith(INDEX))
-    return folder, [path for path in found if path.endswith(INDEX) or not path.startswith(shards)]
+    names = [path for path in found if path.endswith(INDEX) or not path.startswith(shards)]
+    return folder, names or [_weights_in(folder, allow_pickle)]
 
 
 def open_checkpoint_bytes(
@@ -340,6 +353,26 @@ def checkpoint_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] 
     return b"".join([header, *map(_bytes_of, stored)])
 
 
+def joined_bytes(checkpoint: Checkpoint) -> bytes:
+    """Returns a checkpoint of any number of files as the bytes of one.
+
+    Raises:
+        CheckpointError: a tensor cannot be stored.
+    """
+    return checkpoint_bytes(checkpoint.tensors(), checkpoint.metadata)
+
+
+def joined_header(checkpoint: Checkpoint) -> bytes:
+    """Returns the bytes that stand before the data in `joined_bytes`; no tensor is read.
+
+    Raises:
+        CheckpointError: a tensor cannot be stored.
+    """
+    for spec in checkpoint.specs.values():
+        _check_readable(spec, checkpoint.where)
+    return _header(list(checkpoint.specs.values()), checkpoint.metadata, where=checkpoint.where)[0]
+
+
 def _located(location: str | Path | ModelRef, options: HubOptions | None) -> tuple[Folder, str | None]:
     """Returns a folder, and the name of the file in it if the location is a file."""
     ref = location if isinstance(location, ModelRef) else ModelRef(str(location))
@@ -403,12 +436,16 @@ def _tensor_over(view: memoryview, spec: TensorSpec, piece: Piece) -> Tensor:
     return torch.frombuffer(view, dtype=dtype).reshape(torch_shape(spec))
 
 
+def _famous_weights(folder: Folder) -> str | None:
+    names = (f"{stem}{end}" for stem in FAMOUS_STEMS for end in (".safetensors", INDEX))
+    return next((name for name in names if folder.has(name)), None)
+
+
 def _weights_in(folder: Folder, allow_pickle: bool) -> str:
     """Chooses the weights of a folder: those of a well-known name, or the only ones."""
-    for stem in _FAMOUS:
-        for name in (f"{stem}.safetensors", f"{stem}{INDEX}"):
-            if folder.has(name):
-                return name
+    famous = _famous_weights(folder)
+    if famous is not None:
+        return famous
     names = folder.names()
     candidates = [name for name in names if name.endswith(INDEX)]
     candidates = candidates or [name for name in names if name.endswith(".safetensors")]
@@ -463,11 +500,15 @@ def _layout(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, where
     """Builds the header and the tensors in the order of their bytes."""
     aliases = _aliases(tensors, metadata, where)
     specs = [_spec_of(name, tensor) for name, tensor in tensors.items() if name not in aliases]
+    header, names = _header(specs, {**metadata, **aliases}, where=where)
+    return header, [tensors[name] for name in names]
+
+
+def _header(specs: list[TensorSpec], metadata: Mapping[str, str], *, where: str) -> tuple[bytes, list[str]]:
+    """Builds the bytes before the data, and the names in the order of their bytes."""
     # Widest dtypes first keeps every tensor aligned; names then make equal models equal headers.
-    specs.sort(key=lambda spec: (-_STORAGE_ORDER[spec.dtype], spec.name.encode(errors="replace")))
-    entries: dict[str, Any] = (
-        {"__metadata__": dict(sorted({**metadata, **aliases}.items()))} if metadata or aliases else {}
-    )
+    specs = sorted(specs, key=lambda spec: (-_STORAGE_ORDER[spec.dtype], spec.name.encode(errors="replace")))
+    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     end = 0
     for spec in specs:
         start, end = end, end + byte_count(spec, where)
@@ -479,7 +520,7 @@ def _layout(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, where
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
     parse_header(header, file_size=len(header) + end, where=where)  # whatever is written can be opened again
-    return header, [tensors[spec.name] for spec in specs]
+    return header, [spec.name for spec in specs]
 
 
 def _spec_of(name: str, tensor: Tensor) -> TensorSpec:

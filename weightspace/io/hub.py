@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import Literal, ParamSpec, TypeVar
@@ -88,11 +88,13 @@ class HubOptions:
         token: a user's token; None takes the one of ``hf auth login`` or ``HF_TOKEN``, False sends none.
         local_files_only: use what is in the caches and ask nobody.
         keep: keep fetched ranges in the cache.
+        quiet: show no progress of large reads.
     """
 
-    token: str | bool | None = None
+    token: str | bool | None = field(default=None, repr=False)
     local_files_only: bool = False
     keep: bool = True
+    quiet: bool = False
 
     @property
     def offline(self) -> bool:
@@ -174,6 +176,16 @@ def hub_error(error: Exception, where: str) -> HubError:
         case _:
             text = f"the Hub at {constants.ENDPOINT} is out of reach ({_reason(error)}); check the connection"
     return HubError(f"{where}: {text}")
+
+
+def is_passing(error: HubError) -> bool:
+    """Whether the Hub could not be asked, which says nothing about the repository: the same may work later."""
+    cause = error.__cause__
+    if isinstance(cause, HfHubHTTPError):
+        status = cause.response.status_code
+        # A token that is refused has no error of its own; a repository that it does not open has.
+        return status in _PASSING or (status == 401 and type(cause) is HfHubHTTPError)
+    return isinstance(cause, httpx2.TransportError | OfflineModeIsEnabled)
 
 
 class HubRepo:
@@ -353,6 +365,16 @@ class HubFile(ByteSource):
             raise HubError(f"{self.where}: the Hub does not tell its size; it cannot be read by ranges")
         return size
 
+    @property
+    def quiet(self) -> bool:
+        """Whether large reads show no progress."""
+        return self._repo.options.quiet
+
+    @property
+    def etag(self) -> str | None:
+        """What names the file's content, if the Hub tells: sha256 in large file storage, git's sha1 of other files."""
+        return self._entry.etag
+
     def read(self, start: int, stop: int) -> memoryview:
         """Reads one range; see `ByteSource.read`. A file that is read whole is checked against its hash."""
         view = self.read_all([Piece(self, start, stop)])[0]
@@ -471,6 +493,8 @@ class HubFile(ByteSource):
                 self._check_range(response, start + len(content))
                 for chunk in response.iter_raw():
                     taken = chunk[: stop - start - len(content)]
+                    if not taken:
+                        break  # a server that ignores the range goes on to the end of the file
                     content.extend(taken)
                     self._repo.count(len(taken))
             if len(content) < stop - start:
@@ -537,7 +561,7 @@ def _run(jobs: Sequence[_Job]) -> None:
             job.run()
         return
     pool = ThreadPoolExecutor(min(CONNECTIONS, len(jobs)), thread_name_prefix="weightspace-hub")
-    hidden = None if total >= _SHOWN_BYTES else True
+    hidden = None if total >= _SHOWN_BYTES and not jobs[0].file.quiet else True
     try:
         with tqdm(total=total, desc="fetch", unit="B", unit_scale=True, leave=False, disable=hidden) as progress:
             for size in pool.map(_Job.run, jobs):

@@ -72,7 +72,7 @@ def _is_zip(path: Path, size: int, where: str) -> bool:
         _check_archive(path, size, where)
         return True
     if first[257:262] == _TAR:
-        raise CheckpointError(f"{where}: a tar archive of torch before 0.2 cannot be read safely; {_MEND}")
+        raise CheckpointError(f"{where}: a legacy tar archive cannot be read safely; {_MEND}")
     if not first.startswith(_PICKLE):
         raise CheckpointError(
             f"{where}: begins with {first[:16]!r}, unlike anything torch.save writes; fetch or export it again"

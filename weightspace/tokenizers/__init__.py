@@ -1,4 +1,4 @@
-"""Architectures and tensors to token sequences and back, bit for bit.
+"""Architectures and tensors to token sequences and back.
 
 A new tokenizer is one file with one class and one entry in ``TOKENIZERS``; the contract tests run on every entry. A
 saved encoder names its tokenizer by the registered name.
@@ -7,12 +7,15 @@ saved encoder names its tokenizer by the registered name.
 from __future__ import annotations
 
 from weightspace.errors import SettingsError
-from weightspace.tokenizers.base import TokenLayout, WeightTokenizer
+from weightspace.tokenizers.base import TokenLayout, TokenWindow, WeightTokenizer
 from weightspace.tokenizers.channel import ChannelTokenizer
 from weightspace.tokenizers.dense import DenseTokenizer
+from weightspace.tokenizers.lora import LoraTokenizer
 from weightspace.tokenizers.normalization import TokenNormalizer
 
-TOKENIZERS: dict[str, type[WeightTokenizer]] = {cls.name: cls for cls in (ChannelTokenizer, DenseTokenizer)}
+TOKENIZERS: dict[str, type[WeightTokenizer]] = {
+    cls.name: cls for cls in (ChannelTokenizer, DenseTokenizer, LoraTokenizer)
+}
 
 
 def get_tokenizer(name: str, token_size: int) -> WeightTokenizer:
@@ -30,8 +33,10 @@ __all__ = [
     "TOKENIZERS",
     "ChannelTokenizer",
     "DenseTokenizer",
+    "LoraTokenizer",
     "TokenLayout",
     "TokenNormalizer",
+    "TokenWindow",
     "WeightTokenizer",
     "get_tokenizer",
 ]

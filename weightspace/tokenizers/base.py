@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar
@@ -38,6 +39,42 @@ class TokenLayout:
 
     mask: Bool[Tensor, "n d"]
     positions: Int[Tensor, "n 3"]
+
+
+@dataclass(frozen=True)
+class TokenWindow:
+    """A stretch of a model's token sequence.
+
+    Attributes:
+        tokens: ``(n, d)`` entries; zero where ``mask`` is false.
+        mask: ``(n, d)``, true where an entry is a weight and not padding.
+        positions: ``(n, 3)`` as in `TokenLayout`: the running number counts from the model's first token.
+    """
+
+    tokens: Float[Tensor, "n d"]
+    mask: Bool[Tensor, "n d"]
+    positions: Int[Tensor, "n 3"]
+
+
+ReadEntries = Callable[[Sequence[tuple[str, int, int]]], Sequence[Tensor]]
+"""Reads stretches of flattened tensors: tensor name, first entry, entry after the last."""
+
+
+@dataclass(frozen=True)
+class _WindowPart:
+    """Entries ``start`` to ``stop`` of a flattened tensor: row r, column c stands at ``origin + r * stride + c``."""
+
+    tensor: str
+    start: int
+    stop: int
+    width: int
+    stride: int
+    origin: int
+
+    def places(self) -> Int[Tensor, " entries"]:
+        """Returns where the entries stand in the flattened token sequence."""
+        entries = torch.arange(self.start, self.stop)
+        return self.origin + entries // self.width * self.stride + entries % self.width
 
 
 @dataclass(frozen=True)
@@ -85,6 +122,8 @@ class WeightTokenizer(ABC):
 
     token_size: int
     name: ClassVar[str]
+    exact: ClassVar[bool] = True
+    """Whether every tensor comes back bit for bit; otherwise the class says what does."""
 
     def __post_init__(self) -> None:
         """Checks the token size.
@@ -98,6 +137,10 @@ class WeightTokenizer(ABC):
     @abstractmethod
     def row_stride(self, width: int) -> int:
         """Returns how many entries after a row of ``width`` entries the next row of the layer starts; >= ``width``."""
+
+    def accepts(self, architecture: Architecture) -> bool:
+        """Whether models of this architecture can be tokenized at all."""
+        return True
 
     def token_count(self, architecture: Architecture) -> int:
         """Returns the number of tokens of a model, without building a mask."""
@@ -131,9 +174,53 @@ class WeightTokenizer(ABC):
         for spec, target in _targets(tokens[None], _blocks(self, architecture.layers)):
             # The target is cut to the tensor's shape, for the tensor may have any strides.
             target.view(spec.shape).copy_(expect(tensors, spec).detach())
-        if not _finite(tokens):
-            raise _not_finite(tensors, architecture)
+        ensure_finite(tokens, tensors, architecture)
         return WeightTokens(tokens, layout.mask, layout.positions, architecture, passthrough)
+
+    def tokenize_windows(
+        self, read: ReadEntries, architecture: Architecture, windows: Sequence[tuple[int, int]]
+    ) -> list[TokenWindow]:
+        """Turns stretches of the token sequence into tokens, from the entries in them and no others.
+
+        Args:
+            read: reads stretches of flattened tensors, as `Checkpoint.entries` does; it is called once.
+            architecture: of the model.
+            windows: first token and token after the last, for each window; within ``token_count(architecture)``.
+
+        Raises:
+            ArchitectureError: a layer's tensors do not form rows.
+            TokenError: an entry is NaN or infinite.
+        """
+        blocks = _blocks(self, architecture.layers)
+        plans = [_window_parts(blocks, self.token_size * start, self.token_size * stop) for start, stop in windows]
+        contents = iter(read([(part.tensor, part.start, part.stop) for plan in plans for part in plan]))
+        found = []
+        for (start, stop), plan in zip(windows, plans, strict=True):
+            entries = torch.zeros(self.token_size * (stop - start), dtype=flat_dtype(architecture))
+            mask = torch.zeros(len(entries), dtype=torch.bool)
+            for part in plan:
+                content = next(contents).to(entries.dtype)
+                if not _finite(content):
+                    raise TokenError(
+                        f"{part.tensor}: entries {part.start} to {part.stop} hold NaN or infinite values; "
+                        "replace them with torch.nan_to_num or leave this model out"
+                    )
+                places = part.places() - self.token_size * start
+                entries[places] = content
+                mask[places] = True
+            positions = _positions(blocks, torch.arange(start, stop), self.token_size)
+            shape = (stop - start, self.token_size)
+            found.append(TokenWindow(entries.view(shape), mask.view(shape), positions))
+        return found
+
+    def window_entries(self, architecture: Architecture, windows: Sequence[tuple[int, int]]) -> Mapping[str, int]:
+        """Counts the entries of each tensor that `tokenize_windows` reads for these windows."""
+        blocks = _blocks(self, architecture.layers)
+        counts: dict[str, int] = {}
+        for start, stop in windows:
+            for part in _window_parts(blocks, self.token_size * start, self.token_size * stop):
+                counts[part.tensor] = counts.get(part.tensor, 0) + part.stop - part.start
+        return counts
 
     def detokenize(self, tokens: WeightTokens) -> dict[str, Tensor]:
         """Turns tokens into the tensors of a model as they were stored: dtypes, aliases and excluded tensors included.
@@ -228,7 +315,12 @@ def _layout(blocks: tuple[_Block, ...], token_size: int) -> TokenLayout:
     mask = torch.empty(_length(blocks) // token_size, token_size, dtype=torch.bool)
     for _, target in _targets(mask[None], blocks):
         target.fill_(True)
-    first_entries = torch.arange(0, _length(blocks), token_size)
+    return TokenLayout(mask, _positions(blocks, torch.arange(len(mask)), token_size))
+
+
+def _positions(blocks: tuple[_Block, ...], tokens: Int[Tensor, " n"], token_size: int) -> Int[Tensor, "n 3"]:
+    """Returns running number, layer and row of the given tokens."""
+    first_entries = tokens * token_size
     starts, strides, layers, rows = (
         torch.tensor([(block.start, block.stride, block.layer, block.row) for block in blocks], dtype=torch.int64)
         .view(-1, 4)
@@ -236,8 +328,27 @@ def _layout(blocks: tuple[_Block, ...], token_size: int) -> TokenLayout:
     )
     at = torch.searchsorted(starts.contiguous(), first_entries, right=True) - 1
     channels = rows[at] + (first_entries - starts[at]) // strides[at]
-    positions = torch.stack([torch.arange(len(first_entries)), layers[at], channels], dim=1)
-    return TokenLayout(mask, positions)
+    return torch.stack([tokens, layers[at], channels], dim=1)
+
+
+def _window_parts(blocks: tuple[_Block, ...], start: int, stop: int) -> list[_WindowPart]:
+    """Finds the entries that stand between two places of the flattened token sequence."""
+    parts = []
+    first = bisect_right(blocks, start, key=lambda block: block.start) - 1
+    for block in blocks[first:]:
+        if block.start >= stop:
+            break
+        low, high = (min(max(place - block.start, 0), block.rows * block.stride) for place in (start, stop))
+        column = 0
+        for spec, width in zip(block.tensors, block.widths, strict=True):
+            begin, end = (
+                place // block.stride * width + min(max(place % block.stride - column, 0), width)
+                for place in (low, high)
+            )
+            if begin < end:
+                parts.append(_WindowPart(spec.name, begin, end, width, block.stride, block.start + column))
+            column += width
+    return parts
 
 
 def _targets(tokens: Tensor, blocks: tuple[_Block, ...]) -> Iterator[tuple[TensorSpec, Tensor]]:
@@ -270,12 +381,19 @@ def _finite(entries: Tensor) -> bool:
     return not entries.numel() or all(bool(extreme.isfinite()) for extreme in torch.aminmax(entries))
 
 
-def _not_finite(tensors: Mapping[str, Tensor], architecture: Architecture) -> TokenError:
+def ensure_finite(entries: Tensor, tensors: Mapping[str, Tensor], architecture: Architecture) -> None:
+    """Refuses ``entries``, which were made of ``tensors``, if any is NaN or infinite.
+
+    Raises:
+        TokenError: naming the first tensor with such entries.
+    """
+    if _finite(entries):
+        return
     counts = {spec.name: int((~tensors[spec.name].to(torch.float64).isfinite()).sum()) for spec in architecture.tensors}
     name, count = next((name, count) for name, count in counts.items() if count)
     others = sum(1 for other in counts.values() if other) - 1
     also = f" (and {others} more)" if others else ""
-    return TokenError(
+    raise TokenError(
         f"{name}: {count} of {tensors[name].numel()} entries are NaN or infinite{also}; "
         "replace them with torch.nan_to_num or leave this model out"
     )

@@ -1,0 +1,248 @@
+"""Tokens of LoRA adapters that do not depend on which of the many equal factors are stored."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from weightspace.architectures.flat import flat_dtype, flatten, split_off, unflatten
+from weightspace.errors import TokenError
+from weightspace.io.adapters import LoraPair, find_pairs
+from weightspace.schema import Architecture, LayerSpec, TensorSpec, WeightTokens
+from weightspace.tokenizers.base import ReadEntries, TokenLayout, TokenWindow, WeightTokenizer, ensure_finite
+from weightspace.tokenizers.channel import ChannelTokenizer
+
+
+@dataclass(frozen=True)
+class LoraTokenizer(WeightTokenizer):
+    """A row ``[a_k | b_k]`` for each rank-one component of a module's update; other tensors as `ChannelTokenizer` does.
+
+    Components come in the form of `canonical_factors`, the largest first, so that ``(B G, inv(G) A)`` has the tokens of
+    ``(B, A)`` up to rounding, and a rank that is not used is rows of zeros. What comes back from tokens is the same
+    update with other factors. Tensors that are no factors (whole modules, magnitudes, biases) come back bit for bit.
+
+    Factors are found by names and shapes (`find_pairs`); A and B of a module count as one layer. Scaling is no part of
+    the tensors: `weightspace.io.peft.fold_scaling` makes adapters of different alpha comparable. ``detokenize_batch``
+    is differentiable everywhere, ``tokenize_batch`` where singular values differ and are not zero.
+    """
+
+    name: ClassVar[str] = "lora"
+    exact: ClassVar[bool] = False
+
+    @property
+    def _rows(self) -> ChannelTokenizer:
+        """Cuts the rows of canonical factors into tokens."""
+        return ChannelTokenizer(self.token_size)
+
+    def row_stride(self, width: int) -> int:
+        """Rounds ``width`` up to whole tokens."""
+        return self._rows.row_stride(width)
+
+    def accepts(self, architecture: Architecture) -> bool:
+        """Whether there is a pair of factors among the tensors."""
+        return bool(_arrange(architecture.layers).pairs)
+
+    def token_count(self, architecture: Architecture) -> int:
+        """Returns the number of tokens of a model, without building a mask.
+
+        Raises:
+            TokenError: there is no pair of factors.
+        """
+        return self._rows.token_count(_arranged(architecture))
+
+    def layout(self, architecture: Architecture) -> TokenLayout:
+        """Returns mask and positions of the tokens; cached, except for huge models.
+
+        Raises:
+            TokenError: there is no pair of factors.
+            ArchitectureError: a layer's tensors do not form rows.
+        """
+        return self._rows.layout(_arranged(architecture))
+
+    def tokenize(self, tensors: Mapping[str, Tensor], architecture: Architecture) -> WeightTokens:
+        """Turns one adapter into tokens.
+
+        Raises:
+            ArchitectureError: a tensor is missing, unknown, or has another shape or dtype.
+            TokenError: a tensor that becomes tokens holds NaN or infinite entries, or there is no pair of factors.
+        """
+        layout = self.layout(architecture)
+        passthrough = split_off(tensors, architecture)
+        flat = flatten(tensors, architecture).detach()
+        ensure_finite(flat, tensors, architecture)
+        tokens = self.tokenize_batch(flat[None], architecture)[0]
+        return WeightTokens(tokens, layout.mask, layout.positions, architecture, passthrough)
+
+    def tokenize_batch(
+        self, flat: Float[Tensor, "models params"], architecture: Architecture
+    ) -> Float[Tensor, "models n d"]:
+        """Turns flat weight vectors of one architecture into tokens, in the dtype and on the device of ``flat``.
+
+        Raises:
+            TokenError: there is no pair of factors.
+            ArchitectureError: the vectors have another length than the architecture.
+        """
+        arranged, tensors = _arranged(architecture), unflatten(flat, architecture)
+        tensors |= _canonical(tensors, _arrange(architecture.layers).pairs, len(flat))
+        pieces = [tensors[spec.name].reshape(len(flat), spec.numel) for spec in arranged.tensors]
+        return self._rows.tokenize_batch(torch.cat(pieces, dim=1), arranged)
+
+    def tokenize_windows(
+        self, read: ReadEntries, architecture: Architecture, windows: Sequence[tuple[int, int]]
+    ) -> list[TokenWindow]:
+        """Turns stretches of the token sequence into tokens; both factors of each module in them are read whole.
+
+        Args:
+            read: reads stretches of flattened tensors, as `Checkpoint.entries` does; it is called once.
+            architecture: of the model.
+            windows: first token and token after the last, for each window; within ``token_count(architecture)``.
+
+        Raises:
+            ArchitectureError: a layer's tensors do not form rows.
+            TokenError: an entry is NaN or infinite, or there is no pair of factors.
+        """
+        arranged, partners = _arranged(architecture), _partners(architecture)
+        dtype = flat_dtype(architecture)
+
+        def read_canonical(stretches: Sequence[tuple[str, int, int]]) -> list[Tensor]:
+            pairs = tuple(dict.fromkeys(partners[name] for name, _, _ in stretches if name in partners))
+            factors = [spec for pair in pairs for spec in (pair.a, pair.b)]
+            others = [stretch for stretch in stretches if stretch[0] not in partners]
+            contents = read([*((spec.name, 0, spec.numel) for spec in factors), *others])
+            whole = {spec.name: content.to(dtype)[None] for spec, content in zip(factors, contents, strict=False)}
+            for name, content in whole.items():
+                if not content.isfinite().all():
+                    raise TokenError(f"{name}: holds NaN or infinite entries; leave this adapter out")
+            canonical, rest = _canonical(whole, pairs, 1), iter(contents[len(factors) :])
+            return [canonical[n].flatten()[i:j] if n in canonical else next(rest) for n, i, j in stretches]
+
+        return self._rows.tokenize_windows(read_canonical, arranged, windows)
+
+    def window_entries(self, architecture: Architecture, windows: Sequence[tuple[int, int]]) -> Mapping[str, int]:
+        """Counts the entries of each tensor that `tokenize_windows` reads for these windows.
+
+        Raises:
+            TokenError: there is no pair of factors.
+        """
+        counts = self._rows.window_entries(_arranged(architecture), windows)
+        partners = _partners(architecture)
+        touched = dict.fromkeys(partners[name] for name in counts if name in partners)
+        return {**counts, **{spec.name: spec.numel for pair in touched for spec in (pair.a, pair.b)}}
+
+    def detokenize_batch(
+        self, tokens: Float[Tensor, "models n d"], architecture: Architecture
+    ) -> Float[Tensor, "models params"]:
+        """Turns tokens of one architecture into flat weight vectors; differentiable, padding gets no gradient.
+
+        Raises:
+            TokenError: the tokens have another shape than the architecture gives, or there is no pair of factors.
+        """
+        arranged = _arranged(architecture)
+        tensors = unflatten(self._rows.detokenize_batch(tokens, arranged), arranged)
+        for pair in _arrange(architecture.layers).pairs:
+            groups, rank, _, outputs = _sizes(pair)
+            tensors[pair.b.name] = tensors[pair.b.name].reshape(len(tokens), groups, rank, outputs).mT
+        return torch.cat([tensors[spec.name].reshape(len(tokens), spec.numel) for spec in architecture.tensors], dim=1)
+
+
+def canonical_factors(
+    a: Float[Tensor, "*batch rank inputs"], b: Float[Tensor, "*batch outputs rank"]
+) -> tuple[Float[Tensor, "*batch rank inputs"], Float[Tensor, "*batch outputs rank"]]:
+    """Returns ``sqrt(S) V^T`` and ``U sqrt(S)`` of the singular value decomposition ``b @ a = U S V^T``.
+
+    ``b = Q R`` and ``a^T = P T`` leave the decomposition of ``R T^T``, which is rank x rank: the product itself is not
+    formed. Of the two signs that a pair of singular vectors can have, that one is taken that makes the sum of the cubes
+    of ``[a_k | b_k]`` positive. Singular values that are nothing but rounding, below rank times the dtype's precision
+    of the largest, become zero. Where singular values are equal, or a sum of cubes is zero, more than one answer is
+    right, and equal products may get different factors.
+    """
+    rank = a.shape[-2]
+    left, left_mix = torch.linalg.qr(b.double())
+    right, right_mix = torch.linalg.qr(a.double().mT)
+    u, singular, vt = torch.linalg.svd(left_mix @ right_mix.mT, full_matrices=False)
+    least = rank * torch.finfo(a.dtype).eps * singular.amax(-1, keepdim=True)
+    root = torch.where(singular > least, singular, 0.0).sqrt().unsqueeze(-2)
+    rows, columns = (right @ (vt.mT * root)).mT, left @ (u * root)
+    skew = rows.pow(3).sum(-1) + columns.pow(3).sum(-2)
+    sign = torch.where(skew < 0, -1.0, 1.0)
+    rows, columns = rows * sign.unsqueeze(-1), columns * sign.unsqueeze(-2)
+    # A rank above the number of inputs or outputs has components that cannot be used.
+    unused = rank - singular.shape[-1]
+    rows = torch.nn.functional.pad(rows, (0, 0, 0, unused))
+    columns = torch.nn.functional.pad(columns, (0, unused))
+    return rows.to(a.dtype), columns.to(b.dtype)
+
+
+def _canonical(tensors: Mapping[str, Tensor], pairs: Sequence[LoraPair], models: int) -> dict[str, Tensor]:
+    """Returns the canonical A and the transpose of the canonical B of each pair, row after row."""
+    found: dict[str, Tensor] = {}
+    # Modules of equal shapes are brought into canonical form together.
+    alike: dict[tuple[int, int, int, int], list[LoraPair]] = defaultdict(list)
+    for pair in pairs:
+        alike[_sizes(pair)].append(pair)
+    for (groups, rank, inputs, outputs), members in alike.items():
+        a = torch.stack([tensors[pair.a.name].reshape(models, groups, rank, inputs) for pair in members])
+        b = torch.stack([tensors[pair.b.name].reshape(models, groups, outputs, rank) for pair in members])
+        for pair, rows, columns in zip(members, *canonical_factors(a, b), strict=True):
+            found |= {pair.a.name: rows, pair.b.name: columns.mT}
+    return found
+
+
+@dataclass(frozen=True)
+class _Arrangement:
+    """Layers with A and the transpose of B side by side, and the pairs that they are made of."""
+
+    layers: tuple[LayerSpec, ...]
+    pairs: tuple[LoraPair, ...]
+
+
+def _arranged(architecture: Architecture) -> Architecture:
+    arrangement = _arrange(architecture.layers)
+    if not arrangement.pairs:
+        raise TokenError(
+            f"tokenizer lora: none of {len(architecture.tensors)} tensors is a LoRA factor with its partner; "
+            "use the tokenizer channel"
+        )
+    return replace(architecture, layers=arrangement.layers)
+
+
+@lru_cache(maxsize=64)
+def _arrange(layers: tuple[LayerSpec, ...]) -> _Arrangement:
+    pairs, _ = find_pairs(tensor for layer in layers for tensor in layer.tensors)
+    by_factor = {pair.a.name: pair for pair in pairs}
+    factors = by_factor.keys() | {pair.b.name for pair in pairs}
+    arranged: list[LayerSpec] = []
+    for layer in layers:
+        arranged += [_paired(by_factor[spec.name]) for spec in layer.tensors if spec.name in by_factor]
+        rest = tuple(spec for spec in layer.tensors if spec.name not in factors)
+        if len(rest) == len(layer.tensors):
+            arranged.append(layer)
+        elif rest:
+            arranged.append(LayerSpec(rest[0].name, "vector", rest, "vectors"))
+    return _Arrangement(tuple(arranged), pairs)
+
+
+def _partners(architecture: Architecture) -> dict[str, LoraPair]:
+    """Returns the pair that each factor belongs to, by the factor's name."""
+    return {spec.name: pair for pair in _arrange(architecture.layers).pairs for spec in (pair.a, pair.b)}
+
+
+def _paired(pair: LoraPair) -> LayerSpec:
+    # Rows as in any layer of channels, though the second tensor has more than the one axis of a bias.
+    _, _, _, outputs = _sizes(pair)
+    transposed = TensorSpec(pair.b.name, (pair.rank, outputs), pair.b.dtype)
+    return LayerSpec(pair.module, "other", (pair.a, transposed), "channels")
+
+
+def _sizes(pair: LoraPair) -> tuple[int, int, int, int]:
+    """Groups, and each group's rank, inputs and outputs."""
+    groups = pair.groups
+    return groups, pair.rank // groups, math.prod(pair.a.shape[1:]), pair.b.shape[0] // groups
