@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from weightspace.errors import WeightspaceError, ZooError
-from weightspace.index import checkpoint_paths, embed, embed_zoo, load_encoder, save_embeddings
-from weightspace.io.checkpoint import save_checkpoint
+from weightspace.index import embed, embed_zoo, load_encoder, save_embeddings
 from weightspace.zoo.dataset import Zoo
 from weightspace.zoo.exporting import export_folder
 
@@ -101,18 +100,8 @@ class TestEmbed:
     def test_nothing_to_embed_is_refused(self, tiny_encoder: Path, tmp_path: Path) -> None:
         with pytest.raises(WeightspaceError, match="nowhere"):
             embed([str(tmp_path / "nowhere")], tiny_encoder)
-        with pytest.raises(WeightspaceError, match="no zoo, safetensors file or folder"):
+        with pytest.raises(WeightspaceError, match="no safetensors file"):
             embed([str(tmp_path)], tiny_encoder)
-
-
-class TestPaths:
-    def test_a_sharded_checkpoint_is_one_model(self, tmp_path: Path) -> None:
-        for name in ("sharded/a.safetensors", "sharded/b.safetensors", "plain/one.safetensors"):
-            (tmp_path / name).parent.mkdir(exist_ok=True)
-            save_checkpoint({"w": torch.ones(2)}, tmp_path / name)
-        (tmp_path / "sharded" / "model.safetensors.index.json").write_text("{}")
-        assert list(checkpoint_paths(tmp_path)) == [tmp_path / "sharded", tmp_path / "plain" / "one.safetensors"]
-        assert list(checkpoint_paths(tmp_path / "plain" / "one.safetensors")) == [tmp_path / "plain/one.safetensors"]
 
 
 class TestTable:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,14 +16,18 @@ from tqdm.auto import tqdm
 from transformers import AutoFeatureExtractor, AutoModel, BatchFeature
 
 from weightspace.errors import WeightspaceError, ZooError
+from weightspace.io.checkpoint import FAMOUS_STEMS, INDEX, Checkpoint, find_checkpoints, open_in
+from weightspace.io.hub import HubOptions, open_repo
+from weightspace.io.refs import is_repo_id, parse_ref
 from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
 from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel
 from weightspace.models.pooling import STATISTICS
-from weightspace.schema import Architecture
+from weightspace.schema import Architecture, ModelRef
 from weightspace.zoo.dataset import Zoo, load_zoo
 from weightspace.zoo.storage import replacing
 
 _CHUNK = 256
+_ENCODER_FILES = ("config.json", "preprocessor_config.json", "model.safetensors", "training.json")
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,13 +52,33 @@ class Encoder:
         return torch.cat([self._features(self.extractor.batch(part, architecture)) for part in flat.split(_CHUNK)])
 
     @torch.no_grad()
-    def embed_checkpoint(self, location: str | Path) -> Float[Tensor, " features"]:
-        """Embeds one checkpoint file or folder.
+    def embed_checkpoint(self, model: str | Path | Checkpoint) -> Float[Tensor, " features"]:
+        """Embeds one checkpoint, given as its location on disk or on the Hub, or opened.
 
         Raises:
-            WeightspaceError: it cannot be read, or holds entries that are not finite.
+            WeightspaceError: it cannot be read, is too large to read whole, or holds entries that are not finite.
         """
-        return self._features(self.extractor(location))[0]
+        return self._features(self.extractor(model))[0]
+
+    @torch.no_grad()
+    def estimate(
+        self, model: str | Path | Checkpoint, max_bytes: int, seed: int = 0
+    ) -> tuple[Float[Tensor, " features"], float]:
+        """Estimates the embedding of a model of any size from a stratified sample of its token windows.
+
+        Args:
+            model: as in `embed_checkpoint`.
+            max_bytes: most bytes of weights to read; the estimate is the embedding itself for a smaller model.
+            seed: draws the sample.
+
+        Returns:
+            The embedding, and the share of the model's bytes that was read.
+
+        Raises:
+            WeightspaceError: the model cannot be read, or ``max_bytes`` is less than a window.
+        """
+        sample = self.extractor.sample(model, window=self.model.config.window, max_bytes=max_bytes, seed=seed)
+        return self._features(sample.inputs)[0], sample.share
 
     def _features(self, inputs: BatchFeature) -> Tensor:
         features = self.model.get_weight_features(**inputs).pooler_output
@@ -83,25 +108,38 @@ class Encoder:
         return self.extractor.token_count(architecture) * self.model.config.latent_size
 
 
-def load_encoder(folder: str | Path) -> Encoder:
-    """Loads a `save_pretrained` folder.
+def load_encoder(location: str | Path, options: HubOptions | None = None) -> Encoder:
+    """Loads an encoder that `save_pretrained` wrote.
+
+    Args:
+        location: its folder, or ``org/name[@revision]`` on the Hub.
+        options: how the Hub is reached.
 
     Raises:
-        WeightspaceError: there is no encoder in the folder.
+        WeightspaceError: there is no encoder, or it cannot be loaded.
     """
-    path = Path(folder)
+    path = Path(location)
+    if not path.exists() and is_repo_id(parse_ref(str(location)).location):
+        path = _fetched(parse_ref(str(location)), options)
     if not (path / "config.json").is_file():
-        raise WeightspaceError(f"{folder}: no encoder (there is no config.json); train one or check the path")
+        raise WeightspaceError(f"{location}: no encoder (there is no config.json); train one or check the path")
     try:
         model = AutoModel.from_pretrained(path).eval()
         extractor = AutoFeatureExtractor.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise WeightspaceError(f"{folder}: the encoder cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise WeightspaceError(f"{location}: the encoder cannot be loaded: {str(error).splitlines()[0]}") from error
     if not isinstance(model, WeightAutoencoderModel):
-        raise WeightspaceError(
-            f"{folder}: a {type(model).__name__} is no weight encoder; give a folder of this library"
-        )
+        raise WeightspaceError(f"{location}: a {type(model).__name__} is no weight encoder; give one of this library")
     return Encoder(path, model, extractor)
+
+
+def _fetched(ref: ModelRef, options: HubOptions | None) -> Path:
+    """Fetches the files of an encoder, the record of its training among them, into huggingface_hub's cache."""
+    repo = open_repo(ref.location, ref.revision, options)
+    fetched = {name: repo.download(name) for name in _ENCODER_FILES if name in repo.entries}
+    if "config.json" not in fetched:
+        raise WeightspaceError(f"{repo}: no encoder (there is no config.json); check the name")
+    return fetched["config.json"].parent
 
 
 def embed_zoo(
@@ -122,60 +160,74 @@ def embed_zoo(
     return embeddings[places]
 
 
-def embed(locations: Sequence[str], encoder: str | Path) -> pd.DataFrame:
-    """Embeds zoos, checkpoint files and folders.
+def embed(
+    locations: Sequence[str],
+    encoder: str | Path,
+    *,
+    max_bytes: int | None = None,
+    seed: int = 0,
+    options: HubOptions | None = None,
+    allow_pickle: bool = False,
+) -> pd.DataFrame:
+    """Embeds zoos, checkpoint files and folders, and models on the Hub.
 
     Args:
-        locations: a folder with a ``zoo.json`` is a zoo, any other folder or file a checkpoint, and a folder that is no
-            checkpoint itself stands for all safetensors files below it.
-        encoder: folder of the encoder.
+        locations: a folder with a ``zoo.json`` is a zoo; any other file or folder, or ``org/name[@revision][:path]`` on
+            the Hub, is a checkpoint, and a folder that is no checkpoint itself stands for all those below it.
+        encoder: folder of the encoder, or ``org/name`` on the Hub.
+        max_bytes: most bytes of weights to read of a model; a larger one is estimated from a stratified sample of its
+            token windows. None reads everything.
+        seed: draws the samples.
+        options: how the Hub is reached.
+        allow_pickle: also read plain tensors from pickled checkpoints.
 
     Returns:
-        One row a model: ``model_id``, ``location``, the zoo's metadata where there is any, and ``embedding``.
+        One row a model: ``model_id``, ``location`` (pinned to a commit on the Hub), ``share`` of its bytes that was
+        read, the zoo's metadata where there is any, and ``embedding``.
 
     Raises:
         WeightspaceError: the encoder or a model cannot be read.
     """
-    loaded = load_encoder(encoder)
+    loaded = load_encoder(encoder, options)
     frames = []
     for location in locations:
         if (Path(location) / "zoo.json").exists():
             zoo = load_zoo(location)
-            frame = zoo.index.assign(location=str(location))
+            frame = zoo.index.assign(location=str(location), share=1.0)
             frame["embedding"] = list(embed_zoo(loaded, zoo))
             frames.append(frame)
             continue
-        paths = list(checkpoint_paths(Path(location)))
+        folder, names = find_checkpoints(location, options=options, allow_pickle=allow_pickle)
         rows = []
-        for path in tqdm(paths, desc="embed", unit="model", leave=False, disable=len(paths) < 2):
-            embedding = loaded.embed_checkpoint(path).numpy()
-            rows.append({"model_id": _model_id(path), "location": str(path), "embedding": embedding})
+        for name in tqdm(names, desc="embed", unit="model", leave=False, disable=len(names) < 2):
+            rows.append(_embedded(loaded, open_in(folder, name, allow_pickle=allow_pickle), max_bytes, seed))
         frames.append(pd.DataFrame(rows))
     return pd.concat(frames, ignore_index=True)
 
 
-def checkpoint_paths(location: Path) -> Iterator[Path]:
-    """Yields the checkpoints that a location stands for: itself, or every safetensors file below a plain folder.
-
-    Raises:
-        WeightspaceError: there is nothing at ``location``.
-    """
-    if location.is_file():
-        yield location
-        return
-    found = sorted(location.rglob("*.safetensors")) if location.is_dir() else []
-    if not found:
-        raise WeightspaceError(f"{location}: no zoo, safetensors file or folder of them; check the path")
-    whole = {path.parent for path in location.rglob("*.safetensors.index.json")}
-    yield from sorted(whole)
-    yield from (path for path in found if path.parent not in whole)
+def _embedded(encoder: Encoder, checkpoint: Checkpoint, max_bytes: int | None, seed: int) -> dict[str, Any]:
+    """Makes the row of one model."""
+    if max_bytes is None:
+        embedding, share = encoder.embed_checkpoint(checkpoint), 1.0
+    else:
+        embedding, share = encoder.estimate(checkpoint, max_bytes, seed)
+    return {
+        "model_id": _model_id(checkpoint),
+        "location": str(checkpoint.ref),
+        "share": share,
+        "embedding": embedding.numpy(),
+    }
 
 
-def _model_id(path: Path) -> str:
-    """Names a checkpoint by its file, or by its folder where the file has the name that all models have."""
-    if path.is_dir():
-        return path.name
-    return path.parent.name if path.stem == "model" else path.stem
+def _model_id(checkpoint: Checkpoint) -> str:
+    """Names a checkpoint by its repository, its file, or its folder where the file has a name that many have."""
+    assert checkpoint.ref is not None
+    path = PurePosixPath(checkpoint.ref.subfolder or Path(checkpoint.ref.location).absolute().as_posix())
+    stem = path.name.removesuffix(INDEX).removesuffix(".safetensors")
+    name = path.parent.name if stem in FAMOUS_STEMS else stem
+    if checkpoint.ref.subfolder is None:
+        return name
+    return f"{checkpoint.ref.location}:{name}" if name else checkpoint.ref.location
 
 
 def save_embeddings(frame: pd.DataFrame, path: str | Path) -> None:

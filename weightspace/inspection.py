@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,15 @@ from tqdm.auto import tqdm
 
 from weightspace.architectures.infer import infer_architecture
 from weightspace.errors import CheckpointError, WeightspaceError
-from weightspace.io.checkpoint import Checkpoint, open_checkpoint
+from weightspace.io.checkpoint import Checkpoint, find_checkpoints, open_in
+from weightspace.io.hub import HubOptions
+from weightspace.io.quantization import Quantization
 from weightspace.schema import Architecture
 from weightspace.tokenizers import TOKENIZERS, get_tokenizer
 
 TOKEN_SIZE = 64
 """Entries a token that counts are given for by default."""
 
-_INDEX = ".safetensors.index.json"
 _CHECKED_ENTRIES = 1 << 22
 
 
@@ -29,12 +30,13 @@ class Inspection:
     """What is known of one checkpoint.
 
     Attributes:
-        location: path of the file, or of the index of a sharded checkpoint.
+        location: the file, or the index of a sharded checkpoint: its path, or repository, commit and path.
         architecture: layers, permutation groups, and what would be left out.
         left_out: number of entries of the excluded tensors by name.
         token_counts: tokens by tokenizer name, at ``token_size`` entries a token.
         not_finite: number of NaN and infinite entries by tensor name, tensors without any left out; None if the values
             were not read.
+        quantization: how the stored numbers are quantised, so that they are not the weights; None if they are.
     """
 
     location: str
@@ -43,6 +45,7 @@ class Inspection:
     token_size: int
     token_counts: Mapping[str, int]
     not_finite: Mapping[str, int] | None = None
+    quantization: Quantization | None = None
 
     @property
     def parameters(self) -> int:
@@ -79,6 +82,7 @@ class Inspection:
             "aliases": dict(architecture.aliases),
             "notes": list(architecture.notes),
             "not_finite": None if self.not_finite is None else dict(self.not_finite),
+            "quantization": None if self.quantization is None else asdict(self.quantization),
         }
 
 
@@ -90,15 +94,24 @@ class Survey:
     unreadable: tuple[tuple[str, str], ...] = ()
 
 
-def inspect_location(location: str | Path, *, token_size: int = TOKEN_SIZE, check_values: bool = False) -> Survey:
-    """Inspects a safetensors file, a folder that holds one checkpoint, or every checkpoint in a tree of folders.
+def inspect_location(
+    location: str | Path,
+    *,
+    token_size: int = TOKEN_SIZE,
+    check_values: bool = False,
+    options: HubOptions | None = None,
+    allow_pickle: bool = False,
+) -> Survey:
+    """Inspects a safetensors file, every checkpoint in a tree of folders, or a repository on the Hub.
 
     Only headers are read unless ``check_values`` is set. Hidden folders of a tree are passed over.
 
     Args:
-        location: path of a file or folder.
+        location: path of a file or folder, or ``org/name[@revision][:path]`` on the Hub.
         token_size: entries a token, for the token counts.
         check_values: also reads all weights and counts NaN and infinite entries.
+        options: how the Hub is reached.
+        allow_pickle: also read plain tensors from pickled checkpoints.
 
     Raises:
         WeightspaceError: the only checkpoint there is cannot be read, or there is none. In a tree of several, those
@@ -107,8 +120,8 @@ def inspect_location(location: str | Path, *, token_size: int = TOKEN_SIZE, chec
     tokenizers = [get_tokenizer(name, token_size) for name in TOKENIZERS]
     inferred: dict[object, Architecture] = {}
 
-    def inspect(path: str | Path) -> Inspection:
-        checkpoint = open_checkpoint(path)
+    def inspect(name: str) -> Inspection:
+        checkpoint = open_in(folder, name, allow_pickle=allow_pickle)
         # Models of a tree mostly share a few headers, and architectures are the slow part.
         key = (tuple(checkpoint.specs.values()), checkpoint.aliases, json.dumps(checkpoint.config, sort_keys=True))
         if key not in inferred:
@@ -121,35 +134,27 @@ def inspect_location(location: str | Path, *, token_size: int = TOKEN_SIZE, chec
             architecture,
             {exclusion.tensor: checkpoint.specs[exclusion.tensor].numel for exclusion in architecture.exclusions},
             token_size,
-            {tokenizer.name: tokenizer.token_count(architecture) for tokenizer in tokenizers},
+            {
+                tokenizer.name: tokenizer.token_count(architecture)
+                for tokenizer in tokenizers
+                if tokenizer.accepts(architecture)
+            },
             _not_finite(checkpoint, architecture) if check_values else None,
+            checkpoint.quantization,
         )
 
-    paths = list(_checkpoints_in(Path(location))) if Path(location).is_dir() else []
-    if not paths and (Path(location) / "zoo.json").is_file():
+    if (Path(location) / "zoo.json").is_file():
         raise CheckpointError(f"{location}: this is a zoo; use `weightspace zoo info`")
-    if len(paths) < 2:
-        return Survey((inspect(paths[0] if paths else location),))
+    folder, names = find_checkpoints(location, options=options, allow_pickle=allow_pickle)
+    if len(names) == 1:
+        return Survey((inspect(names[0]),))
     inspections, unreadable = [], []
-    for path in tqdm(paths, desc="inspect", unit="file", disable=None):
+    for name in tqdm(names, desc="inspect", unit="file", disable=None):
         try:
-            inspections.append(inspect(path))
+            inspections.append(inspect(name))
         except WeightspaceError as error:
-            unreadable.append((str(path), str(error)))
+            unreadable.append((folder.title(name), str(error)))
     return Survey(tuple(inspections), tuple(unreadable))
-
-
-def _checkpoints_in(folder: Path) -> Iterator[Path]:
-    """Yields the safetensors files of a tree and, in place of their shards, the indexes of sharded checkpoints."""
-    found = [path for path in sorted(folder.rglob("*.safetensors*")) if _is_visible(path.relative_to(folder))]
-    shards = tuple(str(path).removesuffix(_INDEX) + "-" for path in found if path.name.endswith(_INDEX))
-    for path in found:
-        if path.name.endswith(_INDEX) or (path.suffix == ".safetensors" and not str(path).startswith(shards)):
-            yield path
-
-
-def _is_visible(path: Path) -> bool:
-    return not any(part.startswith(".") for part in path.parts)
 
 
 def _not_finite(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, int]:

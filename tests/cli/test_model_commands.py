@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from weightspace.cli.main import main, program
+from weightspace.io.hub import HubOptions
 
 
 def invoke(*words: str) -> str:
@@ -45,19 +46,27 @@ def test_train_autoencoder_refuses_unknown_keys(tmp_path: Path, capsys: pytest.C
 
 
 def test_embed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    frame = pd.DataFrame({"model_id": ["a", "b"], "embedding": [[0.0] * 3, [1.0] * 3]})
+    frame = pd.DataFrame({"model_id": ["a", "b"], "share": [1.0, 0.25], "embedding": [[0.0] * 3, [1.0] * 3]})
+    called: list[Any] = []
     written: list[Any] = []
 
-    def embed(locations: Sequence[str], encoder: str) -> pd.DataFrame:
-        assert list(locations) == ["zoo", "file.safetensors"]
-        assert encoder == "enc"
+    def embed(locations: Sequence[str], encoder: str, **options: Any) -> pd.DataFrame:
+        called.append((list(locations), encoder, options))
         return frame
 
     monkeypatch.setattr("weightspace.index.embed", embed)
     monkeypatch.setattr("weightspace.index.save_embeddings", lambda *arguments: written.append(arguments))
     words = ("embed", "zoo", "file.safetensors", "--encoder", "enc", "--output", "e.parquet")
-    assert invoke(*words) == "e.parquet: 2 embeddings of 3 numbers\n"
-    assert json.loads(invoke(*words, "--json")) == {"output": "e.parquet", "models": 2, "size": 3}
+    assert invoke(*words) == (
+        "e.parquet: 2 embeddings of 3 numbers\nestimated from a sample: 1\n  b: 25.000% of its bytes\n"
+    )
+    limits = ("--max-bytes", "1.5MB", "--seed", "3", "--token", "secret", "--local-files-only", "--allow-pickle")
+    record = json.loads(invoke(*words, *limits, "--json"))
+    assert record == {"output": "e.parquet", "models": 2, "size": 3, "sampled": {"b": 0.25}}
+    locations, encoder, options = called[1]
+    assert (locations, encoder) == (["zoo", "file.safetensors"], "enc")
+    assert options.pop("options") == HubOptions(token="secret", local_files_only=True)
+    assert options == {"max_bytes": 1_500_000, "seed": 3, "allow_pickle": True}
     assert written[0][0] is frame
     assert written[0][1] == Path("e.parquet")
 

@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from weightspace.cli.options import json_option
+from weightspace.cli.options import hub_options, json_option, pickle_option
 from weightspace.cli.output import print_json, print_list, print_table, printable
 
 if TYPE_CHECKING:
     from weightspace.inspection import Inspection, Survey
+    from weightspace.io.hub import HubOptions
 
 
 @click.command()
 @click.argument("location")
 @click.option("--token-size", type=click.IntRange(min=1), help="Entries a token, for the token counts.")
 @click.option("--values", is_flag=True, help="Also read all weights and count NaN and infinite values.")
+@pickle_option
+@hub_options
 @json_option
-def inspect(location: str, token_size: int | None, values: bool, as_json: bool) -> None:
+def inspect(
+    location: str,
+    token_size: int | None,
+    values: bool,
+    allow_pickle: bool,
+    options: HubOptions,
+    as_json: bool,
+) -> None:
     """Show what checkpoints are made of.
 
     Layers, shapes, dtypes, symmetries, token counts, and what would be left out of the tokens.
 
-    LOCATION is a safetensors file, a folder that holds a checkpoint, or a tree of many. Only headers are read.
+    LOCATION is a safetensors file, a tree of them, or org/name[@revision][:path] on the Hub. Only headers are read.
     """
     from weightspace.inspection import inspect_location
 
-    sizes = {} if token_size is None else {"token_size": token_size}
-    survey = inspect_location(location, check_values=values, **sizes)
+    sizes: dict[str, Any] = {} if token_size is None else {"token_size": token_size}
+    survey = inspect_location(location, check_values=values, options=options, allow_pickle=allow_pickle, **sizes)
     if as_json:
         print_json(
             {
@@ -79,6 +89,8 @@ def _print_one(inspection: Inspection) -> None:
     )
     print_list("stored once, used twice", [f"{alias} is {kept}" for alias, kept in architecture.aliases])
     print_list("notes", architecture.notes)
+    if inspection.quantization is not None:
+        print_list("quantised", [inspection.quantization.reason])
     if inspection.not_finite is not None:
         print_list("NaN or infinite", [f"{name}: {count:,}" for name, count in inspection.not_finite.items()])
 

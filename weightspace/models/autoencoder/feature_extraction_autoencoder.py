@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,13 +14,30 @@ from transformers.feature_extraction_utils import BatchFeature, FeatureExtractio
 from weightspace.architectures.infer import infer_architecture
 from weightspace.errors import TokenError
 from weightspace.io.checkpoint import Checkpoint, open_checkpoint
-from weightspace.io.header import dtype_name
-from weightspace.schema import Architecture, TensorSpec
-from weightspace.tokenizers import get_tokenizer
+from weightspace.io.header import byte_count, dtype_name
+from weightspace.schema import Architecture, ModelRef, TensorSpec
+from weightspace.tokenizers import TokenWindow, get_tokenizer
 from weightspace.tokenizers.normalization import TokenNormalizer
+from weightspace.tokenizers.sampling import sample_windows
 
-Weights = str | Path | Checkpoint | Mapping[str, Tensor]
-"""A checkpoint's location, an open checkpoint, or a state dict."""
+Weights = str | Path | ModelRef | Checkpoint | Mapping[str, Tensor]
+"""A checkpoint's location on disk or on the Hub, an open checkpoint, or a state dict."""
+
+LARGEST_WHOLE = 4 * 2**30
+"""Most bytes of weights that are read whole: their tokens and what is computed of them take several times as much."""
+
+
+@dataclass(frozen=True)
+class SampledInputs:
+    """Inputs of a weight encoder that hold part of a model.
+
+    Attributes:
+        inputs: one sequence of whole windows, with the relative depth of each token's layer as ``depths``.
+        share: share of the model's bytes that is in it.
+    """
+
+    inputs: BatchFeature
+    share: float
 
 
 class WeightFeatureExtractor(FeatureExtractionMixin):
@@ -55,16 +73,18 @@ class WeightFeatureExtractor(FeatureExtractionMixin):
         """Builds one padded batch of whole models, of any mix of architectures.
 
         Args:
-            models: one model or several: locations, open checkpoints or state dicts.
+            models: one model or several: locations (a path, or ``org/name[@revision][:path]`` on the Hub), open
+                checkpoints or state dicts.
 
         Returns:
             ``weight_values (batch, n, d)``, ``weight_mask (batch, n, d)``, ``position_ids (batch, n, 3)`` and
             ``attention_mask (batch, n)``; n is the longest model's number of tokens.
 
         Raises:
-            WeightspaceError: a model cannot be read or holds entries that are not finite, or there is none.
+            WeightspaceError: a model cannot be read, is larger than ``LARGEST_WHOLE`` or holds entries that are not
+                finite, or there is none.
         """
-        single = isinstance(models, str | Path | Checkpoint | Mapping)
+        single = isinstance(models, str | Path | ModelRef | Checkpoint | Mapping)
         items: Sequence[Weights] = [models] if single else models  # type: ignore[list-item, assignment]
         if not items:
             raise TokenError("no models given; pass at least one location, checkpoint or state dict")
@@ -85,6 +105,41 @@ class WeightFeatureExtractor(FeatureExtractionMixin):
                 ),
             }
         )
+
+    def sample(
+        self, model: str | Path | ModelRef | Checkpoint, *, window: int, max_bytes: int, seed: int = 0
+    ) -> SampledInputs:
+        """Builds the input of one model of any size from a stratified sample of its token windows.
+
+        Args:
+            model: a location or an open checkpoint.
+            window: tokens that the encoder sees at once; its config's ``window``.
+            max_bytes: most bytes of weights to read; a smaller model is taken whole.
+            seed: draws the sample.
+
+        Raises:
+            WeightspaceError: the model cannot be read or holds entries that are not finite, or ``max_bytes`` is less
+                than a window.
+        """
+        checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+        checkpoint.ensure_weights()
+        architecture = _architecture_of(checkpoint)
+        chosen = sample_windows(self._tokenizer, architecture, window=window, max_bytes=max_bytes, seed=seed)
+        if not chosen.runs:
+            raise TokenError(f"{checkpoint.where}: no floating point tensor; there is nothing to encode")
+        runs = self._tokenizer.tokenize_windows(checkpoint.entries, architecture, chosen.runs)
+        parts = [_in_whole_windows(run, window) for run in runs]
+        mask = torch.cat([part.mask for part in parts])
+        values = self._normalizer.normalize(torch.cat([part.tokens for part in parts]).float(), mask)
+        positions = torch.cat([part.positions for part in parts])
+        inputs = {
+            "weight_values": values,
+            "weight_mask": mask,
+            "position_ids": positions,
+            "attention_mask": mask.any(-1),
+            "depths": positions[:, 1] / max(1, len(architecture.layers) - 1),
+        }
+        return SampledInputs(BatchFeature({name: value.unsqueeze(0) for name, value in inputs.items()}), chosen.share)
 
     def batch(self, flat: Float[Tensor, "models params"], architecture: Architecture) -> BatchFeature:
         """Builds the batch of many models of one architecture from their flat weight vectors.
@@ -134,8 +189,26 @@ def _opened(model: Weights) -> tuple[Architecture, Mapping[str, Tensor]]:
         specs = [TensorSpec(name, tuple(value.shape), dtype_name(value.dtype)) for name, value in model.items()]
         return infer_architecture(specs), model
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
-    architecture = infer_architecture(checkpoint.specs.values(), config=checkpoint.config, aliases=checkpoint.aliases)
-    return architecture, checkpoint.tensors()
+    checkpoint.ensure_weights()
+    architecture = _architecture_of(checkpoint)
+    size = sum(byte_count(spec, checkpoint.where) for spec in architecture.tensors)
+    if size > LARGEST_WHOLE:
+        raise TokenError(
+            f"{checkpoint.where}: {size:,} bytes of weights are too many to read whole; read a sample of them with "
+            "--max-bytes 64MB (WeightFeatureExtractor.sample)"
+        )
+    return architecture, checkpoint.tensors([spec.name for spec in architecture.tensors])
+
+
+def _architecture_of(checkpoint: Checkpoint) -> Architecture:
+    """The architecture without what never becomes tokens, so that it need not be read."""
+    inferred = infer_architecture(checkpoint.specs.values(), config=checkpoint.config, aliases=checkpoint.aliases)
+    return replace(inferred, exclusions=())
+
+
+def _in_whole_windows(run: TokenWindow, window: int) -> TokenWindow:
+    missing = -len(run.tokens) % window
+    return TokenWindow(*(_padded(part, len(part) + missing) for part in (run.tokens, run.mask, run.positions)))
 
 
 def _padded(values: Tensor, length: int) -> Tensor:

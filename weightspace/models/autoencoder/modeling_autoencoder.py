@@ -13,7 +13,9 @@ from transformers.utils.generic import ModelOutput
 from weightspace.losses import masked_mse, nt_xent
 from weightspace.models.autoencoder.configuration_autoencoder import WeightAutoencoderConfig
 from weightspace.models.layers import PositionEmbedding, TokenTransformer, initialize_linear
-from weightspace.models.pooling import depth_weights, entry_statistics, relative_depths, state_moments
+from weightspace.models.pooling import STATISTICS, depth_weights, entry_statistics, relative_depths, state_moments
+
+_WINDOWS_AT_ONCE = 512
 
 
 @dataclass
@@ -69,6 +71,11 @@ class WeightAutoencoderModel(PreTrainedModel):
             nn.LayerNorm(features), nn.Linear(features, width), nn.GELU(), nn.Linear(width, config.projection_size)
         )
         self.post_init()
+
+    @property
+    def embedding_size(self) -> int:
+        """Length of the embedding of one model."""
+        return int(self.config.depth_bins * (2 * self.config.latent_size + STATISTICS))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -198,7 +205,9 @@ class WeightAutoencoderModel(PreTrainedModel):
         missing = -length % window
         hidden = nn.functional.pad(hidden, (0, 0, 0, missing)).view(-1, window, width)
         mask = nn.functional.pad(mask, (0, missing)).view(-1, window)
-        return stack(hidden, mask).view(batch, -1, width)[:, :length]
+        # What a layer holds at once would otherwise grow with the model that is embedded.
+        parts = zip(hidden.split(_WINDOWS_AT_ONCE), mask.split(_WINDOWS_AT_ONCE), strict=True)
+        return torch.cat([stack(*part) for part in parts]).view(batch, -1, width)[:, :length]
 
 
 __all__ = ["WeightAutoencoderModel", "WeightAutoencoderOutput"]
