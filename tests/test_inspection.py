@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from weightspace.architectures.families import MLPConfig, build_module, config_mapping
+from weightspace.cli.main import main
 from weightspace.errors import CheckpointError, SettingsError, WeightspaceError
 from weightspace.inspection import inspect_location
 from weightspace.io.checkpoint import open_checkpoint, save_checkpoint
@@ -132,3 +133,55 @@ def test_a_zoo_is_no_checkpoint(tmp_path: Path) -> None:
 def test_an_impossible_token_size_is_named(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="token_size"):
         inspect_location(save(network(), tmp_path / "net.safetensors"), token_size=0)
+
+
+class TestAdapters:
+    def save(self, folder: Path, config: dict[str, object], *, trained: bool = True) -> Path:
+        module = "base_model.model.encoder.query"
+        factors = {
+            f"{module}.lora_A.weight": torch.randn(4, 16, generator=torch.Generator().manual_seed(0)),
+            f"{module}.lora_B.weight": torch.full((8, 4), float(trained)),
+        }
+        save(factors, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        return folder
+
+    def config(self, **changes: object) -> dict[str, object]:
+        return {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": "org/base", **changes}
+
+    def test_what_is_known_of_one(self, tmp_path: Path) -> None:
+        folder = self.save(tmp_path, self.config(target_modules=["query"]))
+        (inspection,) = inspect_location(folder).inspections
+        adapter = inspection.adapter
+        assert adapter is not None
+        assert (adapter.base_model, adapter.modules, adapter.ranks, adapter.scalings) == ("org/base", 1, (4,), (2.0,))
+        assert (adapter.problems, adapter.untrained) == ((), None)
+        assert "lora" in inspection.token_counts
+
+    @pytest.mark.parametrize("trained", [True, False])
+    def test_untrained_ones_are_flagged_where_values_are_read(
+        self, tmp_path: Path, trained: bool, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        folder = self.save(tmp_path, self.config(), trained=trained)
+        (inspection,) = inspect_location(folder, check_values=True).inspections
+        assert inspection.adapter is not None
+        assert inspection.adapter.untrained is not trained
+        assert main(["inspect", str(folder), "--values"]) == 0
+        out = capsys.readouterr().out
+        assert "LoRA adapter of org/base\n1 modules, rank 4, scaling 2\nnamed as by peft\n" in out
+        assert ("untrained: no module has an update" in out) is not trained
+
+    def test_a_config_that_does_not_fit(self, tmp_path: Path) -> None:
+        (inspection,) = inspect_location(self.save(tmp_path, self.config(r=16))).inspections
+        assert inspection.adapter is not None
+        assert len(inspection.adapter.problems) == 1
+        assert "16" in inspection.adapter.problems[0]
+
+    def test_another_kind_of_adapter_is_named(self, tmp_path: Path) -> None:
+        (inspection,) = inspect_location(self.save(tmp_path, self.config(peft_type="LOHA"))).inspections
+        assert inspection.adapter is not None
+        assert "LOHA" in inspection.adapter.problems[0]
+
+    def test_other_models_have_none(self, tmp_path: Path) -> None:
+        (inspection,) = inspect_location(save(network(), tmp_path / "net.safetensors")).inspections
+        assert inspection.adapter is None

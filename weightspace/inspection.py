@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from weightspace.architectures.infer import infer_architecture
 from weightspace.errors import CheckpointError, WeightspaceError
+from weightspace.io.adapters import find_pairs, is_untrained, read_adapter
 from weightspace.io.checkpoint import Checkpoint, find_checkpoints, open_in
 from weightspace.io.hub import HubOptions
 from weightspace.io.quantization import Quantization
@@ -23,6 +24,33 @@ TOKEN_SIZE = 64
 """Entries a token that counts are given for by default."""
 
 _CHECKED_ENTRIES = 1 << 22
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """What a checkpoint holds of a LoRA adapter.
+
+    Attributes:
+        base_model: the model that it was trained on, or None if nothing names it.
+        modules: number of modules with a pair of factors.
+        ranks: the ranks that occur, ascending.
+        scalings: what the products of the factors are multiplied with, the different values, ascending.
+        namings: how the tensors are named: ``"peft"``, ``"diffusers"``, ``"kohya"`` or ``"cloneofsimo"``.
+        saved: tensors of modules that were trained whole beside it.
+        problems: where config and tensors do not fit each other, or why this is no LoRA adapter.
+        notes: what could not be known.
+        untrained: whether no module has an update; None if the values were not read.
+    """
+
+    base_model: str | None
+    modules: int
+    ranks: tuple[int, ...]
+    scalings: tuple[float, ...]
+    namings: tuple[str, ...]
+    saved: tuple[str, ...]
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+    untrained: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -37,6 +65,7 @@ class Inspection:
         not_finite: number of NaN and infinite entries by tensor name, tensors without any left out; None if the values
             were not read.
         quantization: how the stored numbers are quantised, so that they are not the weights; None if they are.
+        adapter: what is known of it as an adapter; None if it is none.
     """
 
     location: str
@@ -46,6 +75,7 @@ class Inspection:
     token_counts: Mapping[str, int]
     not_finite: Mapping[str, int] | None = None
     quantization: Quantization | None = None
+    adapter: AdapterFacts | None = None
 
     @property
     def parameters(self) -> int:
@@ -83,6 +113,7 @@ class Inspection:
             "notes": list(architecture.notes),
             "not_finite": None if self.not_finite is None else dict(self.not_finite),
             "quantization": None if self.quantization is None else asdict(self.quantization),
+            "adapter": None if self.adapter is None else asdict(self.adapter),
         }
 
 
@@ -141,6 +172,7 @@ def inspect_location(
             },
             _not_finite(checkpoint, architecture) if check_values else None,
             checkpoint.quantization,
+            _adapter_facts(checkpoint, check_values),
         )
 
     if (Path(location) / "zoo.json").is_file():
@@ -155,6 +187,26 @@ def inspect_location(
         except WeightspaceError as error:
             unreadable.append((folder.title(name), str(error)))
     return Survey(tuple(inspections), tuple(unreadable))
+
+
+def _adapter_facts(checkpoint: Checkpoint, check_values: bool) -> AdapterFacts | None:
+    if checkpoint.adapter_config is None and not find_pairs(checkpoint.specs.values())[0]:
+        return None
+    try:
+        adapter = read_adapter(checkpoint, checkpoint.adapter_config)
+    except CheckpointError as error:  # one of the many other kinds of adapter, or a config that makes no sense
+        return AdapterFacts(None, 0, (), (), (), (), (str(error),), ())
+    return AdapterFacts(
+        base_model=adapter.base_model,
+        modules=len(adapter.pairs),
+        ranks=tuple(sorted({pair.rank for pair in adapter.pairs})),
+        scalings=tuple(sorted(set(adapter.scaling.values()))),
+        namings=adapter.namings,
+        saved=adapter.saved,
+        problems=adapter.mismatches,
+        notes=adapter.notes,
+        untrained=is_untrained(adapter, checkpoint) if check_values else None,
+    )
 
 
 def _not_finite(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, int]:

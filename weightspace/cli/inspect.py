@@ -10,7 +10,7 @@ from weightspace.cli.options import hub_options, json_option, pickle_option
 from weightspace.cli.output import print_json, print_list, print_table, printable
 
 if TYPE_CHECKING:
-    from weightspace.inspection import Inspection, Survey
+    from weightspace.inspection import AdapterFacts, Inspection, Survey
     from weightspace.io.hub import HubOptions
 
 
@@ -89,10 +89,27 @@ def _print_one(inspection: Inspection) -> None:
     )
     print_list("stored once, used twice", [f"{alias} is {kept}" for alias, kept in architecture.aliases])
     print_list("notes", architecture.notes)
+    if inspection.adapter is not None:
+        _print_adapter(inspection.adapter)
     if inspection.quantization is not None:
         print_list("quantised", [inspection.quantization.reason])
     if inspection.not_finite is not None:
         print_list("NaN or infinite", [f"{name}: {count:,}" for name, count in inspection.not_finite.items()])
+
+
+def _print_adapter(adapter: AdapterFacts) -> None:
+    ranks, scalings = (", ".join(f"{value:g}" for value in values) for values in (adapter.ranks, adapter.scalings))
+    named = printable(adapter.base_model or "no base model named")
+    click.echo(f"LoRA adapter of {named}")
+    click.echo(f"{adapter.modules} modules, rank {ranks or 'none'}, scaling {scalings or 'none'}")
+    click.echo(f"named as by {', '.join(adapter.namings) or 'no trainer known'}")
+    if adapter.untrained:
+        click.echo("untrained: no module has an update")
+    if adapter.saved:
+        print_list("trained whole", adapter.saved)
+    print_list("problems", adapter.problems)
+    if adapter.notes:
+        print_list("notes on the adapter", adapter.notes)
 
 
 def _print_many(survey: Survey, folder: str) -> None:
