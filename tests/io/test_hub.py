@@ -261,6 +261,10 @@ class TestAccess:
         with pytest.raises(HubError, match="org/none: no such repository on the Hub, or a private one"):
             open_checkpoint("org/none")
 
+    def test_what_may_have_been_meant_as_a_path(self, hub: LoopbackHub) -> None:
+        with pytest.raises(HubError, match=r"models/resnet: no such repository.*; nor is there a file or folder"):
+            open_checkpoint("models/resnet")
+
     def test_missing_revision(self, hub: LoopbackHub) -> None:
         hub.create("org/model", {"model.safetensors": blob()})
         with pytest.raises(HubError, match="org/model@v9: no such revision"):

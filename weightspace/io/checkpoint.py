@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weightspace.errors import CheckpointError
+from weightspace.errors import CheckpointError, HubError
 from weightspace.io.folders import Folder, LocalFolder
 from weightspace.io.header import (
     DTYPES,
@@ -386,7 +386,13 @@ def _located(location: str | Path | ModelRef, options: HubOptions | None) -> tup
             return LocalFolder(path.parent), path.name
     if isinstance(location, Path) or not is_repo_id(ref.location):
         raise CheckpointError(f"{ref}: no such file or folder; check the path")
-    return _located_on_hub(open_repo(ref.location, ref.revision, options), ref)
+    try:
+        repo = open_repo(ref.location, ref.revision, options)
+    except HubError as error:
+        if ref.revision is None and ref.subfolder is None:  # it may have been meant as a path
+            raise HubError(f"{error}; nor is there a file or folder of that name here") from error
+        raise
+    return _located_on_hub(repo, ref)
 
 
 def _located_on_hub(repo: HubRepo, ref: ModelRef) -> tuple[Folder, str | None]:
