@@ -184,6 +184,25 @@ class WeightTokens:
 
 
 @dataclass(frozen=True)
+class ReportedMetric:
+    """A result as a model's card or training log reports it.
+
+    Attributes:
+        name: the metric's type, e.g. ``"accuracy"``, as written.
+        value: the number as written; a text where it is none, or not finite.
+        dataset: id or name of the dataset that it was measured on, or None.
+        split: split of the dataset, or None.
+        verified: whether the Hub has verified it.
+    """
+
+    name: str
+    value: float | str
+    dataset: str | None = None
+    split: str | None = None
+    verified: bool = False
+
+
+@dataclass(frozen=True)
 class ZooEntry:
     """What a zoo knows of one model beside its weights.
 
@@ -198,6 +217,11 @@ class ZooEntry:
         licence: licence id of the weights, or None.
         base_model: model that this one was trained from, or None.
         lineage: ancestors, nearest first.
+        task: what the model does, as a pipeline tag of the Hub (``"image-classification"``), or None.
+        datasets: all datasets that the model's card names.
+        metrics: everything that is reported of the model, as written.
+        content: tells equal weights: for stored weights what ``weightspace.zoo.content`` makes of the tensors, for
+            weights on the Hub what names the file's content there. None if nobody has looked.
     """
 
     model_id: str
@@ -210,3 +234,7 @@ class ZooEntry:
     licence: str | None = None
     base_model: str | None = None
     lineage: tuple[str, ...] = ()
+    task: str | None = None
+    datasets: tuple[str, ...] = ()
+    metrics: tuple[ReportedMetric, ...] = ()
+    content: str | None = None

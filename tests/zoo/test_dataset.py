@@ -453,6 +453,6 @@ def test_damage_is_named(tmp_path, damage, named):
     assert named in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_path_that_is_no_folder_says_how_to_get_one(tmp_path):
-    with pytest.raises(ZooError, match=r"org/zoo: no such folder; .*hf download"):
-        load_zoo("org/zoo")
+def test_a_path_that_is_no_folder_says_what_to_give(tmp_path):
+    with pytest.raises(ZooError, match=r"no such folder; give the folder of a zoo or org/name\[@revision\]"):
+        load_zoo(tmp_path / "missing")

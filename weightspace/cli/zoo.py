@@ -59,11 +59,34 @@ def import_command(folder: Path, output: Path, strict: bool, as_json: bool) -> N
     print_list("left out", [f"{file}: {reason}" for file, reason in summary.skipped])
 
 
+@zoo.command("join")
+@click.argument("paths", metavar="ZOO...", nargs=-1, required=True)
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder of the new zoo.")
+@json_option
+def join_command(paths: tuple[str, ...], output: Path, as_json: bool) -> None:
+    """Make one zoo of several.
+
+    Models whose tensors another one has already are left out. After an interruption, the same command goes on.
+    """
+    from weightspace.zoo.joining import join_zoos
+
+    summary = join_zoos(paths, output)
+    if as_json:
+        skipped = [{"file": file, "reason": reason} for file, reason in summary.skipped]
+        print_json({"zoo": str(output), "models": summary.models, "skipped": skipped})
+        return
+    click.echo(f"{output}: {summary.models:,} models joined")
+    print_list("left out", [f"{file}: {reason}" for file, reason in summary.skipped])
+
+
 @zoo.command("info")
 @click.argument("path", metavar="ZOO", type=click.Path(path_type=Path))
 @json_option
 def info_command(path: Path, as_json: bool) -> None:
-    """Describe a zoo."""
+    """Describe a zoo.
+
+    ZOO is a folder, or org/name[@revision] on the Hub; so it is wherever a zoo is read.
+    """
     from weightspace.zoo.dataset import load_zoo
 
     _print_zoo(load_zoo(path), as_json)
@@ -109,7 +132,7 @@ def _record(opened: Zoo) -> dict[str, Any]:
     index = opened.index
     results = {name: index[name].dropna() for name in opened.result_names}
     return {
-        "zoo": str(opened.path),
+        "zoo": opened.location,
         "models": len(opened),
         "runs": int(index["run_id"].nunique()),
         "bytes": int(index["size"].sum()),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -26,7 +27,11 @@ from weightspace.architectures.infer import infer_architecture
 from weightspace.errors import ZooError
 from weightspace.io.checkpoint import Checkpoint, open_checkpoint_bytes
 from weightspace.io.header import Header, parse_header, shown
-from weightspace.schema import Architecture, ModelRef, PermutationGroup, ZooEntry
+from weightspace.io.hub import CONNECTIONS, HubOptions, HubRepo
+from weightspace.io.reader import ByteSource
+from weightspace.schema import Architecture, ModelRef, PermutationGroup, ReportedMetric, ZooEntry
+from weightspace.zoo.hub import SourceFile, fetch_zoo, open_zoo_repo
+from weightspace.zoo.remote import remote_blobs
 from weightspace.zoo.storage import check_index, header_digest, read_state, read_table, reading
 from weightspace.zoo.writer import ZooWriter
 
@@ -54,25 +59,49 @@ class ZooBatch:
 
 
 class Zoo:
-    """A complete zoo on disk: its index is in memory, weights are read row group by row group when asked for."""
+    """A complete zoo: its index is in memory, weights are read row group by row group when asked for.
 
-    def __init__(self, path: str | Path) -> None:
-        """Opens the zoo in the folder ``path``; see ``load_zoo``."""
+    Attributes:
+        path: folder of the zoo; in the cache for one from the Hub, where a streamed zoo has all but its weights.
+        location: what `load_zoo` opens it by, pinned to a commit if it lies on the Hub.
+        repo: where on the Hub it comes from, or None.
+        settings: what its content follows from.
+        digest: of the settings.
+        result_names: the columns of the index that hold results.
+        reference: whether the weights lie on the Hub, each model's in the repository that it comes from.
+    """
+
+    def __init__(self, path: str | Path, repo: HubRepo | None = None, *, streaming: bool = False) -> None:
+        """Opens the zoo in the folder ``path``; see ``load_zoo``.
+
+        Args:
+            path: folder of the zoo.
+            repo: where on the Hub it comes from, if it does.
+            streaming: read weights from ``repo`` by ranges instead of from the folder.
+        """
         self.path = Path(path)
+        self.repo = repo
+        self.location = str(path) if repo is None else f"{repo.repo_id}@{repo.sha}"
         state = read_state(self.path)
         if state is None:
             raise ZooError(f"{path}: no zoo (there is no zoo.json); give the folder of a zoo or import one")
         if not state["complete"] or not state["shards"]:
-            raise ZooError(f"{path}: the zoo is incomplete; run the command that writes it again and it goes on")
+            raise ZooError(
+                f"{self.location}: the zoo is incomplete; run the command that writes it again and it goes on"
+            )
         self.settings: Mapping[str, Any] = state["settings"]
         self.digest: str = state["digest"]
         self._table = _joined([self.path / "index" / f"{name}.parquet" for name in state["shards"]])
         check_index(self._table, self.path)
         self.result_names = tuple(field.name for field in self._table.schema if pa.types.is_float64(field.type))
-        self._groups = _located([self.path / "weights" / f"{name}.parquet" for name in state["shards"]])
+        self.reference: bool = state["reference"]
+        files = [] if self.reference else [f"weights/{name}.parquet" for name in state["shards"]]
+        self._groups = _located([repo.file(file) if repo and streaming else self.path / file for file in files])
         self._group_ends = np.cumsum([group.rows for group in self._groups])
-        if not len(self) or sum(group.rows for group in self._groups) != len(self):
-            raise ZooError(f"{path}: {len(self)} models in index and another number in weights; write the zoo again")
+        if not len(self) or (not self.reference and sum(group.rows for group in self._groups) != len(self)):
+            raise ZooError(
+                f"{self.location}: {len(self)} models in index and another number in weights; write the zoo again"
+            )
         self._header_numbers, headers = pd.factorize(self._table["header"].to_numpy())
         self._headers: list[str] = list(headers)
         self._sizes = self._table["size"].to_numpy()
@@ -85,7 +114,7 @@ class Zoo:
 
     def __repr__(self) -> str:
         """Returns where it is and how many models and headers it has."""
-        return f"Zoo({str(self.path)!r}, {len(self)} models of {len(self._headers)} headers)"
+        return f"Zoo({self.location!r}, {len(self)} models of {len(self._headers)} headers)"
 
     @cached_property
     def index(self) -> pd.DataFrame:
@@ -97,7 +126,7 @@ class Zoo:
     def families(self) -> list[FamilyConfig | None]:
         """Config of each model that the library can run, in row order; None for all others."""
         texts = self.index["config"]
-        where = f"{self.path}: config"
+        where = f"{self.location}: config"
         read = {text: family_config(_parsed(text, dict, where)) for text in texts.dropna().unique()}
         return [read.get(text) for text in texts]
 
@@ -135,7 +164,7 @@ class Zoo:
     def checkpoint(self, row: SupportsIndex) -> Checkpoint:
         """Opens the model in ``row`` like a file, with its config."""
         entry = self.entry(row)
-        return open_checkpoint_bytes(self.blob(row), where=f"{self.path}: {entry.model_id}", config=entry.config)
+        return open_checkpoint_bytes(self.blob(row), where=f"{self.location}: {entry.model_id}", config=entry.config)
 
     def batches(self, rows: Sequence[int] | np.ndarray | None = None, chunk: int = 1024) -> Iterator[ZooBatch]:
         """Yields the models of ``rows`` (all by default), each once, header by header.
@@ -167,14 +196,14 @@ class Zoo:
         self._check_rows(chosen)
         headers = {self._header_of(row) for row in chosen}
         if len(headers) != 1:
-            raise ZooError(f"{self.path}: flat() needs models of one header, got {len(headers)}; use batches()")
+            raise ZooError(f"{self.location}: flat() needs models of one header, got {len(headers)}; use batches()")
         flat = torch.cat([batch.flat for batch in self.batches(chosen)])
         return flat if np.array_equal(inverse, np.arange(len(flat))) else flat[torch.from_numpy(inverse)]
 
     def _check_rows(self, rows: np.ndarray) -> None:
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
             wrong = int(rows.min() if rows.min() < 0 else rows.max())
-            raise IndexError(f"{self.path}: no row {wrong} in a zoo of {len(self)} models")
+            raise IndexError(f"{self.location}: no row {wrong} in a zoo of {len(self)} models")
 
     def _header_of(self, row: SupportsIndex) -> str:
         number: int = self._header_numbers[row]
@@ -199,6 +228,9 @@ class Zoo:
         return (rows[start : start + step] for start in range(0, len(rows), step))
 
     def _blobs(self, rows: np.ndarray) -> Iterator[bytes]:
+        if self.reference:
+            yield from remote_blobs((self.entry(row), int(self._sizes[row])) for row in rows)
+            return
         for row in rows:
             group = int(np.searchsorted(self._group_ends, row, side="right"))
             column = self._read_group(group)
@@ -206,10 +238,10 @@ class Zoo:
 
     def _read_group_from_disk(self, number: int) -> pa.ChunkedArray:
         group = self._groups[number]
-        with reading(group.shard), pq.ParquetFile(group.shard, page_checksum_verification=True) as file:
+        with group.shard.opened() as file:
             column = file.read_row_group(group.number, columns=["weights"])["weights"]
         if not pa.types.is_large_binary(column.type) or column.null_count:
-            raise ZooError(f"{group.shard}: weights are not bytes in every row; write the zoo again")
+            raise ZooError(f"{group.shard.where}: weights are not bytes in every row; write the zoo again")
         return column
 
     def _batch(self, rows: np.ndarray, blobs: list[bytes]) -> ZooBatch:
@@ -219,7 +251,7 @@ class Zoo:
 
     def _layout(self, digest: str, blob: bytes) -> tuple[Header, Architecture]:
         """Returns how models of this header are laid out; ``blob`` is one of them."""
-        where = f"{self.path}: header {digest}"
+        where = f"{self.location}: header {digest}"
         if digest not in self._layouts:
             header = parse_header(blob, file_size=len(blob), where=where)
             checkpoint = open_checkpoint_bytes(blob, where=where)
@@ -237,40 +269,90 @@ class Zoo:
         return header, architecture
 
 
-def load_zoo(path: str | Path) -> Zoo:
+def load_zoo(
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    streaming: bool = False,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> Zoo:
     """Opens a zoo that is complete.
 
+    What exists on this machine is never looked for on the Hub. A zoo on the Hub is pinned to a commit and fetched into
+    huggingface_hub's own cache once.
+
     Args:
-        path: folder of the zoo.
+        path: folder of the zoo, or ``org/name[@revision]`` of a dataset on the Hub.
+        revision: branch, tag or commit on the Hub.
+        streaming: fetch only what is known of the models, and read weights from the Hub by ranges whenever they are
+            asked for; they are not kept on disk.
+        token: for private and gated zoos; None takes the one of ``hf auth login`` or ``HF_TOKEN``.
+        local_files_only: use the cache and ask nobody.
 
     Raises:
         ZooError: there is no zoo, it is incomplete or damaged, or a newer version wrote it.
+        HubError: the Hub lacks it, refuses, or is out of reach.
     """
     folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise ZooError(
-            f"{path}: no such folder; zoos are opened from disk, so fetch one that lies elsewhere first "
-            "(hf download --repo-type dataset)"
-        )
-    return Zoo(folder)
+    if folder.is_dir():
+        return Zoo(folder)
+    options = HubOptions(token=token, local_files_only=local_files_only, keep=not streaming)
+    repo = open_zoo_repo(str(path), revision, options)
+    return Zoo(fetch_zoo(repo, weights=not streaming), repo, streaming=streaming)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A weights shard on disk or on the Hub, with its footer, which says where everything lies in it."""
+
+    file: Path | ByteSource
+    footer: pq.FileMetaData
+
+    @property
+    def where(self) -> str:
+        return _name(self.file)
+
+    @contextmanager
+    def opened(self) -> Iterator[pq.ParquetFile]:
+        with (
+            reading(self.where),
+            _source(self.file) as source,
+            pq.ParquetFile(source, metadata=self.footer, page_checksum_verification=True) as file,
+        ):
+            yield file
 
 
 @dataclass(frozen=True)
 class _Group:
     """A row group of a weights shard."""
 
-    shard: Path
+    shard: _Shard
     number: int
     rows: int
 
 
-def _located(shards: Sequence[Path]) -> list[_Group]:
-    groups: list[_Group] = []
-    for shard in shards:
-        with reading(shard):
-            footer = pq.read_metadata(shard)
-        groups += [_Group(shard, number, footer.row_group(number).num_rows) for number in range(footer.num_row_groups)]
-    return groups
+def _located(files: Sequence[Path | ByteSource]) -> list[_Group]:
+    with ThreadPoolExecutor(CONNECTIONS) as pool:  # on the Hub, a footer costs a round trip
+        shards = list(pool.map(_with_footer, files))
+    return [
+        _Group(shard, number, shard.footer.row_group(number).num_rows)
+        for shard in shards
+        for number in range(shard.footer.num_row_groups)
+    ]
+
+
+def _with_footer(file: Path | ByteSource) -> _Shard:
+    with reading(_name(file)), _source(file) as source:
+        return _Shard(file, pq.read_metadata(source))
+
+
+def _source(file: Path | ByteSource) -> AbstractContextManager[pa.NativeFile]:
+    return pa.PythonFile(SourceFile(file), mode="r") if isinstance(file, ByteSource) else pa.OSFile(str(file))
+
+
+def _name(file: Path | ByteSource) -> str:
+    return file.where if isinstance(file, ByteSource) else str(file)
 
 
 def _joined(shards: Sequence[Path]) -> pa.Table:
@@ -304,7 +386,20 @@ def _entry(values: Mapping[str, Any], results: Sequence[str]) -> ZooEntry:
         licence=values["licence"],
         base_model=values["base_model"],
         lineage=tuple(_parsed(values["lineage"], list, where)),
+        task=values.get("task"),
+        datasets=tuple(_parsed(values.get("datasets"), list, where) or ()),
+        metrics=tuple(_metric(each, where) for each in _parsed(values.get("metrics"), list, where) or ()),
+        content=values.get("content"),
     )
+
+
+def _metric(values: Any, where: str) -> ReportedMetric:
+    try:
+        return ReportedMetric(**values)
+    except TypeError as error:
+        raise ZooError(
+            f"{where}: the index holds {shown(values)} where a metric belongs; write the zoo again"
+        ) from error
 
 
 def _parsed(text: str | None, kind: type, where: str) -> Any:

@@ -66,6 +66,9 @@ def _metadata(entry: ZooEntry) -> dict[str, Any]:
         "licence": entry.licence,
         "base_model": entry.base_model,
         "lineage": list(entry.lineage),
+        "task": entry.task,
+        "datasets": list(entry.datasets),
+        "metrics": [asdict(metric) for metric in entry.metrics],
         "ref": asdict(entry.ref),
         "hyperparameters": dict(entry.hyperparameters),
     }

@@ -6,7 +6,9 @@ The folder is any tree of safetensors files (or folders that hold one checkpoint
 - ``test_accuracy train_accuracy generalization_gap test_loss train_loss epoch step train_size``: numbers or null;
 - ``results``: an object of further results;
 - ``run`` or ``run_id``: groups the checkpoints of one training run; by default each model is its own run;
-- ``model_id``, ``dataset``, ``licence`` (or ``license``), ``base_model``: texts; ``lineage``: a list of texts;
+- ``model_id``, ``dataset``, ``task``, ``licence`` (or ``license``), ``base_model``: texts; ``lineage`` and
+  ``datasets``: lists of texts;
+- ``metrics``: a list of objects with name, value, and if known dataset, split and verified;
 - ``ref``: where the model came from, by default the file;
 - ``hyperparameters``: an object. Every other key is kept as a hyper-parameter too.
 
@@ -22,14 +24,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-import torch
 from tqdm.auto import tqdm
 
 from weightspace.errors import WeightspaceError, ZooError
-from weightspace.io.checkpoint import Checkpoint, checkpoint_bytes, open_checkpoint, open_checkpoint_bytes
-from weightspace.io.header import load_json_object, shown
+from weightspace.io.checkpoint import joined_bytes, open_checkpoint
+from weightspace.io.header import load_json_object, parse_header, shown
 from weightspace.io.refs import parse_ref
-from weightspace.schema import ModelRef, ZooEntry
+from weightspace.schema import ModelRef, ReportedMetric, ZooEntry
+from weightspace.zoo.content import check_finite
 from weightspace.zoo.storage import MAX_BLOB_BYTES, RESULTS, weights_schema
 from weightspace.zoo.writer import ZooWriter
 
@@ -39,6 +41,7 @@ _SHARD_MODELS, _SHARD_BYTES = 1024, 256 * 2**20
 _SOURCES = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json")
 _KEYS = {
     *("file", "model_id", "run_id", "run", "dataset", "licence", "license", "base_model", "lineage", "ref"),
+    *("task", "datasets", "metrics"),
     *("results", "hyperparameters", *RESULTS),
 }
 
@@ -234,6 +237,9 @@ def _candidate(row: Mapping[str, Any], file: str, path: Path) -> _Candidate:
         licence=_text(row, "licence", "license"),
         base_model=_text(row, "base_model"),
         lineage=_texts(row, "lineage"),
+        task=_text(row, "task"),
+        datasets=_texts(row, "datasets"),
+        metrics=_metrics(row),
     )
     return _Candidate(file, path, sum(part.stat().st_size for part in _files(path)), entry)
 
@@ -259,6 +265,21 @@ def _texts(row: Mapping[str, Any], key: str) -> tuple[str, ...]:
     if not isinstance(values, list) or not all(isinstance(value, str) and value.isprintable() for value in values):
         raise ZooError(f"{key} must be a list of texts, got {shown(values)}")
     return tuple(values)
+
+
+def _metrics(row: Mapping[str, Any]) -> tuple[ReportedMetric, ...]:
+    values = row.get("metrics")
+    if values is None:
+        return ()
+    try:
+        metrics = tuple(ReportedMetric(**value) for value in values)
+    except TypeError as error:
+        raise ZooError(f"metrics must be a list of objects with name and value, got {shown(values)}") from error
+    for metric in metrics:
+        texts = (metric.name, metric.dataset or "", metric.split or "")
+        if not all(isinstance(text, str) for text in texts) or not isinstance(metric.value, str | float | int):
+            raise ZooError(f"metrics must have texts and a number or a text as value, got {shown(values)}")
+    return metrics
 
 
 def _object(row: Mapping[str, Any], key: str) -> dict[str, Any]:
@@ -299,24 +320,12 @@ def _load(candidate: _Candidate) -> tuple[ZooEntry, bytes]:
     weights = Path(source.where)
     try:
         sharded = weights.suffix == ".json"
-        blob = checkpoint_bytes(source.tensors(), source.metadata) if sharded else weights.read_bytes()
+        blob = joined_bytes(source) if sharded else weights.read_bytes()
         adapter = weights.with_name("adapter_config.json")
         config = source.config
         if config is None and weights.name.startswith("adapter_model") and adapter.is_file():
             config = load_json_object(adapter.read_bytes(), where=adapter.name)
     except OSError as error:
         raise ZooError(f"cannot be read ({error.strerror}); fetch it again") from error
-    _check_finite(open_checkpoint_bytes(blob, where=candidate.file))
+    check_finite(blob, parse_header(blob, file_size=len(blob), where=candidate.file))
     return replace(candidate.entry, config=config), blob
-
-
-def _check_finite(checkpoint: Checkpoint) -> None:
-    for name, spec in checkpoint.specs.items():
-        # The 4- and 6-bit floats have neither NaN nor infinity.
-        if not spec.dtype.startswith(("F8", "F16", "BF16", "F32", "F64", "C64")):
-            continue
-        tensor = checkpoint.tensor(name)
-        finite = torch.isfinite(tensor.float() if tensor.dtype.itemsize == 1 else tensor)
-        if not finite.all():
-            count = int((~finite).sum())
-            raise ZooError(f"tensor {name!r} has {count} NaN or infinite values of {tensor.numel()}")

@@ -9,8 +9,11 @@ A zoo is a folder::
     weights/*.parquet   the same columns and ``weights``: the complete safetensors bytes of the model
     README.md           names ``index`` and ``weights`` as configurations for ``datasets.load_dataset``
 
-Result columns are the float64 columns; ``hyperparameters``, ``config`` and ``lineage`` are JSON texts; ``header`` is a
-digest of the safetensors header, equal for models whose tensors lie at the same bytes; ``size`` is the model's bytes.
+A reference zoo has no ``weights``: they stay where ``ref`` says, on the Hub at one commit, and are read when needed.
+
+Result columns are the float64 columns; ``hyperparameters``, ``config``, ``lineage``, ``datasets`` and ``metrics`` are
+JSON texts; ``header`` is a digest of the safetensors header, equal for models whose tensors lie at the same bytes;
+``size`` is the model's bytes; ``content`` is equal for equal weights. Zoos of earlier versions lack `LATER` columns.
 """
 
 from __future__ import annotations
@@ -49,17 +52,24 @@ MAX_BLOB_BYTES = 2**31 - 2**16
 GROUP_ROWS, GROUP_BYTES = 256, 64 * 2**20
 """Most models and most bytes of a row group, the smallest piece that is read; a larger model has its own."""
 
+COPY_OF = "published_from"
+"""Setting of a zoo that holds a part of another: the digest of that one."""
+
 SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 _LEADING = ("model_id", "run_id", "dataset")
 _TRAILING = ("hyperparameters", "config", "licence", "base_model", "lineage", "ref", "revision", "subfolder", "header")
+LATER = ("task", "datasets", "metrics", "content")
+"""Columns that zoos of the first versions do not have."""
+
 _REQUIRED = ("model_id", "run_id", "hyperparameters", "lineage", "ref", "header", "size")
 
 
 def index_schema(results: Sequence[str]) -> pa.Schema:
     """Returns the columns of the index."""
     fields = [(name, pa.string()) for name in _LEADING] + [(name, pa.float64()) for name in results]
-    return pa.schema([*fields, *((name, pa.string()) for name in _TRAILING), ("size", pa.int64())])
+    fields += [(name, pa.string()) for name in _TRAILING]
+    return pa.schema([*fields, ("size", pa.int64()), *((name, pa.string()) for name in LATER)])
 
 
 def weights_schema(results: Sequence[str]) -> pa.Schema:
@@ -74,6 +84,8 @@ def check_index(table: pa.Table, where: Path) -> None:
         ZooError: it is not.
     """
     for field in index_schema(()):
+        if field.name in LATER and field.name not in table.schema.names:
+            continue
         if field.name not in table.schema.names or not table.schema.field(field.name).type.equals(field.type):
             raise ZooError(f"{where}: the index has no column {field.name!r} of type {field.type}; write the zoo again")
     for name in _REQUIRED:
@@ -81,7 +93,7 @@ def check_index(table: pa.Table, where: Path) -> None:
             raise ZooError(f"{where}: {table[name].null_count} models have no {name}; write the zoo again")
 
 
-def header_digest(blob: bytes, header: Header) -> str:
+def header_digest(blob: bytes | memoryview, header: Header) -> str:
     """Returns the first 16 hex digits of the sha256 of the header bytes of ``blob``."""
     return hashlib.sha256(memoryview(blob)[: header.size]).hexdigest()[:16]
 
@@ -103,7 +115,8 @@ def read_state(folder: Path) -> dict[str, Any] | None:
         raise ZooError(
             f"{file}: version {state.get('version')!r} of the zoo format, expected {FORMAT_VERSION}; update weightspace"
         )
-    kinds = {"complete": bool, "digest": str, "settings": dict, "shards": list}
+    state.setdefault("reference", False)
+    kinds = {"complete": bool, "digest": str, "reference": bool, "settings": dict, "shards": list}
     for key, kind in kinds.items():
         if not isinstance(state.get(key), kind):
             raise ZooError(f"{file}: damaged: {key} is {state.get(key)!r}; write the zoo again")
@@ -113,8 +126,24 @@ def read_state(folder: Path) -> dict[str, Any] | None:
     return state
 
 
+def read_skips(folder: Path) -> list[tuple[str, str]]:
+    """Reads ``(file, reason)`` of what was left out of a zoo; empty if that is not known.
+
+    Raises:
+        ZooError: the list is damaged.
+    """
+    file = folder / "skips.jsonl"
+    if not file.is_file():
+        return []
+    try:
+        rows = [load_json_object(line, where=str(file)) for line in file.read_bytes().splitlines()]
+        return [(str(row["file"]), str(row["reason"])) for row in rows]
+    except (CheckpointError, KeyError) as error:
+        raise ZooError(f"{file}: damaged ({error}); write the zoo again") from error
+
+
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(path: Path | str) -> Iterator[None]:
     """Turns whatever goes wrong with the parquet file ``path`` within the block into a ``ZooError``."""
     try:
         yield

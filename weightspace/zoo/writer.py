@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from weightspace.zoo.storage import (
     write_text,
 )
 
-_README = """\
+README = """\
 ---
 configs:
 - config_name: index
@@ -62,6 +63,19 @@ for batch in zoo.batches():    # flat weights of models that share one header
 """
 
 
+@dataclass(frozen=True)
+class RemoteWeights:
+    """Weights that stay where they are, in place of their bytes.
+
+    Attributes:
+        header: digest of the header, see `header_digest`.
+        size: bytes of the whole model.
+    """
+
+    header: str
+    size: int
+
+
 class ZooWriter:
     """Writes a zoo shard by shard; a writer that was killed goes on where the last finished shard ended.
 
@@ -70,29 +84,40 @@ class ZooWriter:
     written again, or removed by ``finish``. One process at a time writes a zoo.
     """
 
-    def __init__(self, path: str | Path, *, settings: Mapping[str, Any], results: Sequence[str] = RESULTS) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        settings: Mapping[str, Any],
+        results: Sequence[str] = RESULTS,
+        reference: bool = False,
+        beside: Collection[str] = (),
+    ) -> None:
         """Opens a new, an unfinished or a finished zoo.
 
         Args:
             path: folder of the zoo; created if need be.
             settings: what the zoo's content follows from, ready for JSON; a folder holds the zoo of one settings.
             results: names of the result columns.
+            reference: all weights stay on the Hub.
+            beside: names of the caller's own files in the folder.
 
         Raises:
             ZooError: the folder holds something else or a zoo of other settings, or cannot be written.
         """
         self.path = Path(path)
-        self._settings, self._results = dict(settings), tuple(results)
-        if taken := set(self._results) & set(weights_schema(()).names):
+        self.results = tuple(results)
+        self._settings, self._reference = dict(settings), reference
+        if taken := set(self.results) & set(weights_schema(()).names):
             raise ZooError(f"{path}: {min(taken)!r} cannot be a result column, the zoo format uses it; rename it")
-        recorded = json.dumps([self._settings, self._results], sort_keys=True)
+        recorded = json.dumps([self._settings, self.results, *([reference] if reference else [])], sort_keys=True)
         self.digest = hashlib.sha256(recorded.encode()).hexdigest()[:16]
         self._complete = False
         self._ledger: dict[str, dict[str, Any]] = {}
         self._model_ids: set[str] = set()
         state = read_state(self.path)
         if state is None:
-            self._begin()
+            self._begin(beside)
         elif state["digest"] != self.digest:
             old = state["settings"]
             keys = [key for key in sorted({*old, *settings}) if old.get(key) != settings.get(key)] or ["results"]
@@ -113,15 +138,34 @@ class ZooWriter:
         """``(file, reason)`` of everything that was left out, in the order of the shards."""
         return tuple((file, reason) for name in sorted(self._ledger) for file, reason in self._ledger[name]["skipped"])
 
+    @property
+    def shards(self) -> tuple[str, ...]:
+        """Names of the finished shards, sorted."""
+        return tuple(sorted(self._ledger))
+
     def has_shard(self, name: str) -> bool:
         """Whether the shard is finished."""
         return name in self._ledger
+
+    def has_model(self, model_id: str) -> bool:
+        """Whether a finished shard has a model of this name."""
+        return model_id in self._model_ids
+
+    def contents(self) -> dict[str, str]:
+        """Returns the model id of each content in the finished shards, the first one where several have it."""
+        found: dict[str, str] = {}
+        for name in self._shards():
+            table = read_table(self._file("index", name), ["model_id", "content"])
+            for model_id, content in zip(*(column.to_pylist() for column in table.columns), strict=True):
+                if content is not None:
+                    found.setdefault(content, model_id)
+        return found
 
     def write_shard(
         self,
         name: str,
         entries: Sequence[ZooEntry],
-        blobs: Sequence[bytes],
+        blobs: Sequence[bytes | RemoteWeights],
         *,
         skipped: Sequence[tuple[str, str]] = (),
     ) -> None:
@@ -132,7 +176,7 @@ class ZooWriter:
         Args:
             name: letters, digits, ``.``, ``_`` and ``-``.
             entries: what is known of the models.
-            blobs: their safetensors files as bytes, in the same order.
+            blobs: their safetensors files as bytes, in the same order; for a reference zoo what stands for them.
             skipped: ``(file, reason)`` of what should have been here and is not.
 
         Raises:
@@ -149,9 +193,13 @@ class ZooWriter:
             self._complete = False
             self._save_state()
         if rows:
-            index = pa.Table.from_pylist(rows, schema=index_schema(self._results))
+            index = pa.Table.from_pylist(rows, schema=index_schema(self.results))
             _write_parquet(self._file("index", name), [index], index.schema)
-            _write_parquet(self._file("weights", name), _row_groups(index, blobs), weights_schema(self._results))
+            stored = [blob for blob in blobs if isinstance(blob, bytes)]
+            if self._reference is bool(stored):
+                raise ZooError(f"{self.path}: shard {name}: a zoo stores the weights of all its models or of none")
+            if stored:
+                _write_parquet(self._file("weights", name), _row_groups(index, stored), weights_schema(self.results))
         line = {"shard": name, "models": len(rows), "bytes": self._sizes(name), "skipped": [*map(list, skipped)]}
         self._append(line)
         self._ledger[name] = line
@@ -172,12 +220,14 @@ class ZooWriter:
                 orphan.unlink()
         lines = [json.dumps({"file": file, "reason": reason}) for file, reason in self.skipped]
         write_text(self.path / "skips.jsonl", "".join(f"{line}\n" for line in lines))
-        write_text(self.path / "README.md", _README)
+        if not (self.path / "README.md").exists():  # somebody may have written in it
+            write_text(self.path / "README.md", README)
         self._complete = True
         self._save_state()
 
-    def _begin(self) -> None:
+    def _begin(self, beside: Collection[str]) -> None:
         strangers = [file.name for file in self.path.iterdir() if not is_partial(file)] if self.path.is_dir() else []
+        strangers = [name for name in strangers if name not in beside]
         if strangers:
             raise ZooError(f"{self.path}: holds {min(strangers)!r} and no zoo; choose an empty or a new folder")
         self._save_state()
@@ -192,20 +242,24 @@ class ZooWriter:
         state = read_state(self.path)
         self._complete = complete and state is not None and state["shards"] == self._shards()
 
-    def _row(self, entry: ZooEntry, blob: bytes) -> dict[str, Any]:
-        if len(blob) > MAX_BLOB_BYTES:
-            raise ZooError(f"{entry.model_id}: {len(blob)} bytes do not fit a zoo row; the limit is {MAX_BLOB_BYTES}")
+    def _row(self, entry: ZooEntry, blob: bytes | RemoteWeights) -> dict[str, Any]:
+        weights = blob if isinstance(blob, RemoteWeights) else _described(blob, entry.model_id)
+        size = weights.size
+        if size > MAX_BLOB_BYTES:
+            raise ZooError(f"{entry.model_id}: {size} bytes do not fit a zoo row; the limit is {MAX_BLOB_BYTES}")
         results = dict(entry.results)
-        if {"train_accuracy", "test_accuracy"} <= results.keys() and "generalization_gap" in self._results:
+        if {"train_accuracy", "test_accuracy"} <= results.keys() and "generalization_gap" in self.results:
             results.setdefault("generalization_gap", results["train_accuracy"] - results["test_accuracy"])
-        if unknown := results.keys() - set(self._results):
-            known = ", ".join(self._results)
+        if unknown := results.keys() - set(self.results):
+            known = ", ".join(self.results)
             raise ZooError(f"{entry.model_id}: no result column {min(unknown)!r}; the columns are {known}")
         try:
-            texts = {name: json.dumps(getattr(entry, name)) for name in ("hyperparameters", "config", "lineage")}
+            texts = {
+                name: json.dumps(getattr(entry, name)) for name in ("hyperparameters", "config", "lineage", "datasets")
+            }
+            texts["metrics"] = json.dumps([asdict(metric) for metric in entry.metrics])
         except (TypeError, ValueError) as error:
             raise ZooError(f"{entry.model_id}: not ready for JSON: {error}; use plain numbers and texts") from error
-        header = parse_header(blob, file_size=len(blob), where=entry.model_id)
         return {
             "model_id": entry.model_id,
             "run_id": entry.run_id,
@@ -218,8 +272,10 @@ class ZooWriter:
             "ref": str(entry.ref),
             "revision": entry.ref.revision,
             "subfolder": entry.ref.subfolder,
-            "header": header_digest(blob, header),
-            "size": len(blob),
+            "header": weights.header,
+            "size": size,
+            "task": entry.task,
+            "content": entry.content,
         }
 
     def _new_ids(self, rows: Iterable[Mapping[str, Any]]) -> set[str]:
@@ -275,12 +331,17 @@ class ZooWriter:
         state = {
             "version": FORMAT_VERSION,
             "complete": self._complete,
+            "reference": self._reference,
             "digest": self.digest,
             "models": self.models,
             "shards": self._shards(),
             "settings": self._settings,
         }
         write_text(self.path / "zoo.json", json.dumps(state, indent=1) + "\n")
+
+
+def _described(blob: bytes, where: str) -> RemoteWeights:
+    return RemoteWeights(header_digest(blob, parse_header(blob, file_size=len(blob), where=where)), len(blob))
 
 
 def _row_groups(index: pa.Table, blobs: Sequence[bytes]) -> Iterator[pa.Table]:
