@@ -20,6 +20,7 @@ from weightspace.inspection import inspect_location
 from weightspace.io.checkpoint import save_checkpoint
 from weightspace.io.hub import HubFile
 from weightspace.models.autoencoder import feature_extraction_autoencoder as extraction
+from weightspace.zoo.dataset import Zoo
 
 FILES = r"resolve/|^/cdn/"
 
@@ -105,6 +106,15 @@ class TestEmbed:
         hub.create("org/model", {"model.safetensors": tmp_path / "model.safetensors"})
         with pytest.raises(CheckpointError, match=r"org/model@.*quantised with fp8"):
             embed(["org/model"], tiny_encoder)
+
+    def test_a_zoo_on_the_hub(self, hub: LoopbackHub, tiny_zoo: Zoo, tiny_encoder: Path) -> None:
+        files = {
+            path.relative_to(tiny_zoo.path).as_posix(): path for path in tiny_zoo.path.rglob("*") if path.is_file()
+        }
+        hub.create("org/zoo", files, repo_type="dataset")
+        remote, local = (embed([location], tiny_encoder) for location in ("org/zoo", str(tiny_zoo.path)))
+        assert np.array_equal(np.stack(remote["embedding"]), np.stack(local["embedding"]))
+        assert remote["location"][0].startswith("org/zoo@")
 
     def test_an_encoder_on_the_hub(self, hub: LoopbackHub, published: Path, tiny_encoder: Path) -> None:
         files = {path.name: path for path in tiny_encoder.iterdir() if path.is_file()}

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from weightspace.models.autoencoder.configuration_autoencoder import WeightAutoencoderConfig
     from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
     from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel
+    from weightspace.publishing import push_folder
     from weightspace.tokenizers import get_tokenizer
     from weightspace.training.autoencoder import train_autoencoder
     from weightspace.zoo.dataset import load_zoo
@@ -42,6 +43,7 @@ _HOMES = {
     "inspect_location": "weightspace.inspection",
     "load_zoo": "weightspace.zoo.dataset",
     "open_checkpoint": "weightspace.io.checkpoint",
+    "push_folder": "weightspace.publishing",
     "save_checkpoint": "weightspace.io.checkpoint",
     "train_autoencoder": "weightspace.training.autoencoder",
     "train_zoo": "weightspace.zoo.training",
@@ -61,6 +63,7 @@ __all__ = [
     "inspect_location",
     "load_zoo",
     "open_checkpoint",
+    "push_folder",
     "save_checkpoint",
     "train_autoencoder",
     "train_zoo",

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from weightspace.analysis.report import (
     ZooMap,
     write_report,
 )
-from weightspace.cards.encoder import EncoderFacts, Measurement, Score, TrainingZoo, write_encoder_card
+from weightspace.cards import EncoderFacts, Measurement, Score, write_card
 from weightspace.evaluation import FunctionComparison, compare_functions
 from weightspace.index import Encoder, embed_zoo, load_encoder
 from weightspace.probes.probe import ProbeRow, rows_to_records
@@ -38,6 +38,7 @@ from weightspace.schema import Architecture
 from weightspace.training.autoencoder import AutoencoderSettings, read_training, train_autoencoder
 from weightspace.training.loop import read_history
 from weightspace.zoo.dataset import Zoo, load_zoo
+from weightspace.zoo.describing import training_zoo
 from weightspace.zoo.exporting import export_folder
 from weightspace.zoo.importing import import_folder
 from weightspace.zoo.storage import write_text
@@ -103,7 +104,7 @@ def run_demo(output: Path | str, settings: DemoSettings) -> Path:
         reconstruction = reconstruction_table(zoo, encoder, state)
         probes = probe_zoo(zoo, encoder, settings.targets, seeds=settings.seeds)
     with _timed(output, "5/5 write the report"):
-        write_encoder_card(encoder_path, _card(zoo, encoder, state, probes, reconstruction))
+        write_card(encoder_path, _card(zoo, encoder, state, probes, reconstruction))
         write_report(_report(zoo, encoder, settings, probes, reconstruction, _seconds(output)), output)
         write_text(output / _IDENTITY_FILE, json.dumps(identity) + "\n")
     return report
@@ -290,19 +291,13 @@ def _card(
         measurements.append(
             Measurement("reconstruction", "accuracy_kept", "share of accuracy kept", kept[0], tuple(kept[1:]))
         )
-    return EncoderFacts(
-        name="weight autoencoder",
+    described = training_zoo(zoo)
+    if _is_digits(zoo):
+        described = replace(described, name="small networks on variants of scikit-learn's digits")
+    return replace(
+        encoder.model.card_facts(),
         licence="apache-2.0",
-        parameters=encoder.model.num_parameters(),
-        embedding_size=encoder.embedding_size,
-        zoo=TrainingZoo(
-            name="small networks on variants of scikit-learn's digits" if _is_digits(zoo) else str(zoo.path),
-            digest=zoo.digest,
-            models=len(zoo),
-            runs=int(zoo.index["run_id"].nunique()),
-            datasets=tuple(sorted(zoo.index["dataset"].dropna().unique())),
-        ),
-        config=encoder.model.config.to_diff_dict(),
+        zoo=described,
         training=training["settings"],
         measurements=tuple(measurements),
         limits=("It was trained on small networks of few architectures; how well it judges others is not known.",),

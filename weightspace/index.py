@@ -15,13 +15,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoFeatureExtractor, AutoModel, BatchFeature
 
-from weightspace.errors import WeightspaceError, ZooError
+from weightspace.errors import HubError, WeightspaceError, ZooError
 from weightspace.io.checkpoint import FAMOUS_STEMS, INDEX, Checkpoint, find_checkpoints, open_in
 from weightspace.io.hub import HubOptions, open_repo
 from weightspace.io.refs import is_repo_id, parse_ref
 from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
 from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel
-from weightspace.models.pooling import STATISTICS
 from weightspace.schema import Architecture, ModelRef
 from weightspace.zoo.dataset import Zoo, load_zoo
 from weightspace.zoo.storage import replacing
@@ -100,8 +99,7 @@ class Encoder:
     @property
     def embedding_size(self) -> int:
         """Length of the embedding of one model."""
-        config = self.model.config
-        return int(config.depth_bins * (2 * config.latent_size + STATISTICS))
+        return self.model.embedding_size
 
     def latent_size(self, architecture: Architecture) -> int:
         """Numbers that a whole model of this architecture is compressed to."""
@@ -156,7 +154,7 @@ def embed_zoo(
             embeddings[np.searchsorted(chosen, batch.rows)] = values
             bar.update(len(batch.rows))
     if embeddings is None:
-        raise ZooError(f"{zoo.path}: no rows to embed; choose at least one")
+        raise ZooError(f"{zoo.location}: no rows to embed; choose at least one")
     return embeddings[places]
 
 
@@ -172,8 +170,9 @@ def embed(
     """Embeds zoos, checkpoint files and folders, and models on the Hub.
 
     Args:
-        locations: a folder with a ``zoo.json`` is a zoo; any other file or folder, or ``org/name[@revision][:path]`` on
-            the Hub, is a checkpoint, and a folder that is no checkpoint itself stands for all those below it.
+        locations: a folder with a ``zoo.json`` is a zoo, and so is a dataset on the Hub where there is no model of that
+            name; any other file or folder, or ``org/name[@revision][:path]`` on the Hub, is a checkpoint, and a folder
+            that is no checkpoint itself stands for all those below it.
         encoder: folder of the encoder, or ``org/name`` on the Hub.
         max_bytes: most bytes of weights to read of a model; a larger one is estimated from a stratified sample of its
             token windows. None reads everything.
@@ -192,17 +191,35 @@ def embed(
     frames = []
     for location in locations:
         if (Path(location) / "zoo.json").exists():
-            zoo = load_zoo(location)
-            frame = zoo.index.assign(location=str(location), share=1.0)
-            frame["embedding"] = list(embed_zoo(loaded, zoo))
-            frames.append(frame)
+            frames.append(_embedded_zoo(loaded, load_zoo(location)))
             continue
-        folder, names = find_checkpoints(location, options=options, allow_pickle=allow_pickle)
+        try:
+            folder, names = find_checkpoints(location, options=options, allow_pickle=allow_pickle)
+        except HubError:
+            zoo = _zoo_on_hub(location, options or HubOptions())
+            if zoo is None:
+                raise
+            frames.append(_embedded_zoo(loaded, zoo))
+            continue
         rows = []
         for name in tqdm(names, desc="embed", unit="model", leave=False, disable=len(names) < 2):
             rows.append(_embedded(loaded, open_in(folder, name, allow_pickle=allow_pickle), max_bytes, seed))
         frames.append(pd.DataFrame(rows))
     return pd.concat(frames, ignore_index=True)
+
+
+def _zoo_on_hub(location: str, options: HubOptions) -> Zoo | None:
+    """Opens a zoo that is a dataset on the Hub, to be read by ranges; None if there is none."""
+    try:
+        return load_zoo(location, streaming=True, token=options.token, local_files_only=options.local_files_only)
+    except WeightspaceError:
+        return None
+
+
+def _embedded_zoo(encoder: Encoder, zoo: Zoo) -> pd.DataFrame:
+    frame = zoo.index.assign(location=zoo.location, share=1.0)
+    frame["embedding"] = list(embed_zoo(encoder, zoo))
+    return frame
 
 
 def _embedded(encoder: Encoder, checkpoint: Checkpoint, max_bytes: int | None, seed: int) -> dict[str, Any]:

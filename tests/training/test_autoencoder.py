@@ -50,6 +50,8 @@ class TestTraining:
         self, tiny_encoder: Path, tiny_zoo: Zoo, tiny_encoder_settings: AutoencoderSettings
     ) -> None:
         assert sorted(path.name for path in tiny_encoder.iterdir()) == [
+            "README.md",
+            "card.json",
             "config.json",
             "history.jsonl",
             "model.safetensors",

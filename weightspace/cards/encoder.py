@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import html
-import json
 import math
-import os
-import re
-import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 
-from weightspace.errors import WeightspaceError
-
-_MARKDOWN = re.compile(r"([\\`*_\[\]|#~$])")
+from weightspace.cards.rendering import decimals, render_template, text
 
 
 @dataclass(frozen=True)
@@ -29,6 +20,7 @@ class TrainingZoo:
         name: what the zoo is called.
         digest: of the settings that its content follows from.
         hub_id: ``org/name`` where it lies on the Hub.
+        revision: commit of ``hub_id``.
         models: number of models.
         runs: number of training runs they come from.
         architectures: their names.
@@ -39,6 +31,7 @@ class TrainingZoo:
     name: str
     digest: str | None = None
     hub_id: str | None = None
+    revision: str | None = None
     models: int | None = None
     runs: int | None = None
     architectures: tuple[str, ...] = ()
@@ -51,9 +44,14 @@ class Score:
     """One measured number with its 95 % interval; NaN or None where something is not known."""
 
     method: str
-    value: float
+    value: float | None
     low: float | None = None
     high: float | None = None
+
+    @property
+    def known(self) -> float | None:
+        """The value, or None in place of NaN and infinities."""
+        return self.value if self.value is not None and math.isfinite(self.value) else None
 
 
 @dataclass(frozen=True)
@@ -106,47 +104,12 @@ class EncoderFacts:
     limits: tuple[str, ...] = ()
 
 
-def write_encoder_card(folder: str | Path, facts: EncoderFacts) -> Path:
-    """Writes ``README.md`` for an encoder, whole or not at all; an existing one is replaced.
+def render_encoder(facts: EncoderFacts) -> str:
+    """Renders the card. Texts in the facts are escaped.
 
     Measured numbers go into the table, and those of the encoder into the ``model-index`` of the metadata as well.
-
-    Args:
-        folder: where the encoder was saved; created if need be.
-        facts: what to say. Texts in it are escaped.
-
-    Returns:
-        Path of the card.
-
-    Raises:
-        WeightspaceError: the folder cannot be written.
     """
-    template = resources.files("weightspace.cards").joinpath("templates", "encoder.md").read_text(encoding="utf-8")
-    card = ModelCard.from_template(
-        _metadata(facts),
-        template_str=template,
-        facts=facts,
-        table=list(_table(facts.measurements)),
-        text=_text,
-        code=_code,
-    )
-    path = Path(folder) / "README.md"
-    partial = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("x", encoding="utf-8", newline="\n") as file:
-                file.write(str(card).rstrip() + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise WeightspaceError(
-            f"{path}: cannot be written ({error.strerror or error}); make room or choose another folder"
-        ) from error
-    return path
+    return render_template("encoder", _metadata(facts), facts=facts, table=list(_table(facts.measurements)))
 
 
 def _metadata(facts: EncoderFacts) -> ModelCardData:
@@ -156,12 +119,13 @@ def _metadata(facts: EncoderFacts) -> ModelCardData:
             task_type="feature-extraction",
             dataset_type=zoo.hub_id or zoo.name,
             dataset_name=zoo.name,
+            dataset_revision=zoo.revision,
             metric_type=one.metric,
             metric_name=f"{one.metric_name}, {one.task}",
-            metric_value=float(one.score.value),
+            metric_value=one.score.known,
         )
         for one in facts.measurements
-        if zoo is not None and math.isfinite(one.score.value)
+        if zoo is not None and one.score.known is not None
     ]
     return ModelCardData(
         model_name=facts.name,
@@ -178,24 +142,12 @@ def _metadata(facts: EncoderFacts) -> ModelCardData:
 def _table(measurements: tuple[Measurement, ...]) -> Iterator[tuple[str, str, str, str]]:
     """Gives the cells task, metric, method and value, the encoder's row before its baselines'."""
     for one in measurements:
-        yield _text(one.task), _text(one.metric_name), f"**{_text(one.score.method)}**", f"**{_number(one.score)}**"
+        yield text(one.task), text(one.metric_name), f"**{text(one.score.method)}**", f"**{_number(one.score)}**"
         for score in one.baselines:
-            yield "", "", _text(score.method), _number(score)
+            yield "", "", text(score.method), _number(score)
 
 
 def _number(score: Score) -> str:
-    if not math.isfinite(score.value):
-        return "n/a"
     if score.low is None or score.high is None or not math.isfinite(score.low + score.high):
-        return f"{score.value:.3f}"
-    return f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]"
-
-
-def _text(value: object) -> str:
-    """Makes one line of Markdown that shows the value as it is."""
-    return _MARKDOWN.sub(r"\\\1", html.escape(" ".join(str(value).split()), quote=False))
-
-
-def _code(value: object) -> str:
-    """Makes JSON (which Python reads as well where it is a text) that cannot end the code block it stands in."""
-    return json.dumps(value, indent=2, ensure_ascii=False, default=str).replace("`", "\\u0060")
+        return decimals(score.value)
+    return f"{decimals(score.value)} [{score.low:.3f}, {score.high:.3f}]"

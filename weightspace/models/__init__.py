@@ -11,6 +11,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 _CONFIG = ("weightspace.models.autoencoder.configuration_autoencoder", "WeightAutoencoderConfig")
+_EXTRACTOR = ("weightspace.models.autoencoder.feature_extraction_autoencoder", "WeightFeatureExtractor")
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,14 @@ _LINKS = (
     ),
     _Link(
         ("transformers.models.auto.feature_extraction_auto", "AutoFeatureExtractor"),
-        ("weightspace.models.autoencoder.feature_extraction_autoencoder", "WeightFeatureExtractor"),
+        _EXTRACTOR,
     ),
+    _Link(("transformers.models.auto.processing_auto", "AutoProcessor"), _EXTRACTOR),
 )
 
 
 def register() -> None:
-    """Makes ``AutoConfig``, ``AutoModel`` and ``AutoFeatureExtractor`` know this library's models.
+    """Makes ``AutoConfig``, ``AutoModel``, ``AutoFeatureExtractor`` and ``AutoProcessor`` know this library's models.
 
     Nothing heavy is imported for it: a class is registered right away if the module of its auto class is imported
     already, and otherwise as soon as that happens. Calling it again changes nothing.

@@ -23,6 +23,7 @@ from weightspace.probes.representations import (
 )
 from weightspace.training.autoencoder import read_training
 from weightspace.zoo.dataset import Zoo, load_zoo
+from weightspace.zoo.storage import COPY_OF
 
 ENCODER = "autoencoder"
 
@@ -57,7 +58,8 @@ def probe_zoo(
     if loaded is not None:
         representations[ENCODER] = encoder_features(loaded, blocks, len(opened))
         state = read_training(loaded.path)
-        if state is not None and state["zoo_digest"] == opened.digest:
+        # A published zoo may lack some models of the one that it is a copy of; the held-out runs are the same.
+        if state is not None and state["zoo_digest"] in (opened.digest, opened.settings.get(COPY_OF)):
             held_out = state["test_runs"]
     with tqdm(desc="probe", unit="probe", leave=False) as bar:
 
@@ -105,5 +107,5 @@ def target_values(zoo: Zoo, name: str) -> Float[np.ndarray, "models"]:
         values = pd.to_numeric(pd.Series(found, dtype=object), errors="coerce").to_numpy(dtype=np.float64)
     if not np.isfinite(values).any():
         known = [column for column in zoo.result_names if zoo.index[column].notna().any()]
-        raise SettingsError(f"target {name!r}: no numbers of that name in {zoo.path}; there are {', '.join(known)}")
+        raise SettingsError(f"target {name!r}: no numbers of that name in {zoo.location}; there are {', '.join(known)}")
     return values

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from weightspace.architectures.families import FamilyConfig, run_flat
+from weightspace.cards import write_card
 from weightspace.errors import SettingsError, ZooError
 from weightspace.losses import behaviour_loss, masked_mse
 from weightspace.models.autoencoder.configuration_autoencoder import WeightAutoencoderConfig
@@ -27,6 +28,7 @@ from weightspace.training.batches import BatchPart, ViewBatch, ViewBatches
 from weightspace.training.loop import Objective, clear_checkpoints, fit, is_main_process
 from weightspace.training.settings import LoopSettings
 from weightspace.zoo.dataset import Zoo, load_zoo
+from weightspace.zoo.describing import training_zoo
 from weightspace.zoo.images import load_images
 from weightspace.zoo.splits import Split, split_by_run
 from weightspace.zoo.storage import write_text
@@ -111,7 +113,7 @@ def train_autoencoder(zoo: Path | str, output: Path | str, settings: Autoencoder
     """Trains an autoencoder on the training runs of a zoo and saves it as a `save_pretrained` folder.
 
     A finished folder with the same settings and zoo is left as it is; an unfinished one goes on where it stopped.
-    ``training.json`` beside the model records settings, zoo and held-out runs.
+    ``training.json`` beside the model records settings, zoo and held-out runs, and a card says what is known of it.
 
     Args:
         zoo: folder of the zoo.
@@ -126,7 +128,7 @@ def train_autoencoder(zoo: Path | str, output: Path | str, settings: Autoencoder
         SettingsError: the settings do not fit the zoo or this machine.
     """
     output, opened = Path(output), load_zoo(zoo)
-    facts = {"zoo": str(opened.path), "zoo_digest": opened.digest, "settings": asdict(settings)}
+    facts = {"zoo": opened.location, "zoo_digest": opened.digest, "settings": asdict(settings)}
     identity = _identity(opened, settings)
     state = read_training(output)
     if state is not None and state["identity"] != identity:
@@ -160,6 +162,7 @@ def train_autoencoder(zoo: Path | str, output: Path | str, settings: Autoencoder
     if writes:
         trained.save_pretrained(output)
         extractor.save_pretrained(output)
+        write_card(output, replace(trained.card_facts(), zoo=training_zoo(opened), training=asdict(settings)))
         _write_training(output, {**facts, "complete": True, "parameters": trained.num_parameters()})
         clear_checkpoints(output)
     return output
@@ -310,7 +313,7 @@ def _fitted_input(
     architectures = zoo.architectures.values()
     widest = max((layer.width for architecture in architectures for layer in architecture.layers), default=0)
     if not widest:
-        raise ZooError(f"{zoo.path}: no model has a floating point tensor; there is nothing to encode")
+        raise ZooError(f"{zoo.location}: no model has a floating point tensor; there is nothing to encode")
     token_size = settings.token_size or min(widest, _WIDEST_TOKEN)
     tokenizer = get_tokenizer(settings.tokenizer, token_size)
     normalizer = TokenNormalizer.fit(

@@ -74,7 +74,9 @@ class ViewBatches:
         """Yields the micro-batches of one process from number ``start`` on."""
         together = self.batch_size * processes
         if len(self.rows) < processes:
-            raise ZooError(f"{self.zoo.path}: {len(self.rows)} training models for {processes} processes; use fewer")
+            raise ZooError(
+                f"{self.zoo.location}: {len(self.rows)} training models for {processes} processes; use fewer"
+            )
         number = 0
         held: dict[int, tuple[Architecture, Tensor]] = {}
         for epoch in range(2**62):

@@ -1,17 +1,18 @@
 """The weight autoencoder: weight tokens to latents, latents back to weight tokens, and one embedding a model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+from weightspace.cards import EncoderFacts
 from weightspace.losses import masked_mse, nt_xent
 from weightspace.models.autoencoder.configuration_autoencoder import WeightAutoencoderConfig
+from weightspace.models.card import PushedWithCard
 from weightspace.models.layers import PositionEmbedding, TokenTransformer, initialize_linear
 from weightspace.models.pooling import STATISTICS, depth_weights, entry_statistics, relative_depths, state_moments
 
@@ -37,7 +38,7 @@ class WeightAutoencoderOutput(ModelOutput):
     latents: Tensor | None = None
 
 
-class WeightAutoencoderModel(PreTrainedModel):
+class WeightAutoencoderModel(PushedWithCard):
     """Transformer autoencoder on weight tokens in the manner of SANE (Schürholt et al., 2024).
 
     Every token is compressed to `latent_size` numbers while it sees the other tokens of its window. The embedding of a
@@ -76,6 +77,10 @@ class WeightAutoencoderModel(PreTrainedModel):
     def embedding_size(self) -> int:
         """Length of the embedding of one model."""
         return int(self.config.depth_bins * (2 * self.config.latent_size + STATISTICS))
+
+    def card_facts(self) -> EncoderFacts:
+        """Returns what the model itself knows."""
+        return replace(super().card_facts(), embedding_size=self.embedding_size)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
