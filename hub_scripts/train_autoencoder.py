@@ -2,38 +2,39 @@
 # requires-python = ">=3.11"
 # dependencies = ["weightspace"]
 # ///
-"""Trains a weight autoencoder on a zoo, on one processor or on many.
+"""Trains a weight autoencoder on a zoo, on one processor or on many, and publishes it if asked to.
 
-    python hub_scripts/train_autoencoder.py --zoo ZOO --output ENCODER [--config FILE]
+    python hub_scripts/train_autoencoder.py --zoo ZOO --output ENCODER [--config FILE] [--push-to ORG/NAME [--private]]
     accelerate launch hub_scripts/train_autoencoder.py --zoo ZOO --output ENCODER [--config FILE]
 
-FILE holds settings as YAML or JSON: the fields of `weightspace.training.autoencoder.AutoencoderSettings`.
+ZOO is a folder or org/name on the Hub. FILE holds settings as YAML or JSON: the fields of
+`weightspace.training.autoencoder.AutoencoderSettings`.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from pathlib import Path
 
-from weightspace import WeightspaceError, train_autoencoder
-from weightspace.settings import read_settings
-from weightspace.training.autoencoder import AutoencoderSettings
+from weightspace.cli.main import main as weightspace
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--zoo", type=Path, required=True, help="folder of the zoo")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the encoder")
-    parser.add_argument("--config", type=Path, help="settings as YAML or JSON")
-    arguments = parser.parse_args()
-    try:
-        settings = read_settings(AutoencoderSettings, arguments.config) if arguments.config else AutoencoderSettings()
-        print(train_autoencoder(arguments.zoo, arguments.output, settings))
-    except WeightspaceError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0],
+        allow_abbrev=False,
+        epilog="Other options: weightspace train autoencoder -h",
+    )
+    parser.add_argument("--output", required=True, help="folder of the encoder")
+    parser.add_argument("--push-to", metavar="ORG/NAME", help="model repository to publish the encoder in")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    options, others = parser.parse_known_args()
+    code = weightspace(["train", "autoencoder", "--output", options.output, *others])
+    # Every process of a launch comes here; one of them publishes.
+    if code == 0 and options.push_to and int(os.environ.get("RANK", "0")) == 0:
+        code = weightspace(["push", options.output, options.push_to, "--private" if options.private else "--yes"])
+    return code
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -54,37 +53,6 @@ def test_tokens_and_symmetry() -> None:
     assert "6 channels move together on 0.weight axis 0, 0.bias axis 0, 4.weight axis 1" in printed
     assert "restored bit for bit" in printed
     assert float(printed.split()[-1]) > 0.99
-
-
-def test_training_script_equals_the_command(tmp_path: Path, tiny_zoo: Any) -> None:
-    settings = tmp_path / "train.yaml"
-    settings.write_text(
-        "encoder: {hidden_size: 16, layers: 1, heads: 2}\n"
-        "loop: {steps: 2, batch_size: 4, mixed_precision: 'no', checkpoint_every: 0, tracker: none}\n"
-    )
-    words = ("--zoo", tiny_zoo.path, "--config", settings)
-    assert run("hub_scripts/train_autoencoder.py", *words, "--output", tmp_path / "script").split() == [
-        str(tmp_path / "script")
-    ]
-    code = "import sys; from weightspace.cli.main import main; sys.exit(main(sys.argv[1:]))"
-    command = ["train", "autoencoder", *map(str, words), "--output", str(tmp_path / "command")]
-    subprocess.run([sys.executable, "-c", code, *command], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
-    script, same = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("script", "command"))
-    assert script == same
-
-
-def test_training_script_names_what_is_wrong(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, ROOT / "hub_scripts/train_autoencoder.py", "--zoo", tmp_path / "no", "--output", tmp_path],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert str(tmp_path / "no") in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from loopback_hub import LoopbackHub
 
 from weightspace.cli.main import main
 
@@ -43,9 +44,13 @@ def test_snippets(
         assert size > 7
 
 
-def test_commands_run_one_after_another(tmp_path: Path, tiny_zoo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_run_one_after_another(
+    tmp_path: Path, tiny_zoo: Any, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from weightspace.zoo.exporting import export_folder
 
+    card = "---\nlicense: apache-2.0\npipeline_tag: image-classification\n---\n"
+    hub.create("microsoft/resnet-18", {"model.safetensors": tiny_zoo.blob(0), "README.md": card})
     export_folder(tiny_zoo, tmp_path / "models")
     monkeypatch.chdir(tmp_path)
     # One split is enough to see that a probe runs. Accelerate rebuilds a model's output under mixed precision in a way
@@ -57,8 +62,9 @@ def test_commands_run_one_after_another(tmp_path: Path, tiny_zoo: Any, monkeypat
         words += quicker.get(words[0], [])
         assert main(words) == 0, line
         done.append(words[0])
-    assert done == ["inspect", "zoo", "train", "embed", "probe"]
+    assert done == ["inspect", "zoo", "train", "embed", "probe", "inspect", "embed", "crawl", "push"]
     assert (tmp_path / "embeddings.parquet").exists()
+    assert hub.repository("your-name/encoder").private
 
 
 def test_every_command_is_listed() -> None:
