@@ -216,6 +216,21 @@ def test_bad_moments_of_the_hub_are_survived(hub: LoopbackHub, encoder: Path, mo
     assert done is not None and files_of(hub, "org/encoder")
 
 
+@pytest.mark.parametrize("moment", ["/preupload/", "/info/lfs/objects/batch", "^/lfs|/lfs/", "/commit/"])
+def test_a_hub_that_goes_away_midway(
+    hub: LoopbackHub, encoder: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    monkeypatch.setattr("weightspace.io.hub.ATTEMPTS", 2)
+    monkeypatch.setattr("weightspace.io.hub.FIRST_WAIT", 0.01)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    hub.call(moment, hub.stop)
+    with pytest.raises(HubError, match=r"org/encoder: .*out of reach"):
+        push_folder(encoder, "org/encoder")
+    hub.start()
+    push_folder(encoder, "org/encoder")
+    assert "model.safetensors" in files_of(hub, "org/encoder")
+
+
 def test_a_branch_is_made_and_main_stays(hub: LoopbackHub, encoder: Path) -> None:
     _, first = push_folder(encoder, "org/encoder", OURS)
     _, other = push_folder(encoder, "org/encoder", PushSettings(licence="mit", revision="next"))
