@@ -48,7 +48,7 @@ _INK, _MUTED, _LINE, _ACCENT, _SECOND = _VARIABLES
 _FIXED = "#3f83b8"
 _UNKNOWN = "#8a8f98"
 # Viridis without its ends, which would vanish on a dark or on a white page.
-_SCALE = LinearSegmentedColormap.from_list("scale", mpl.colormaps["viridis"](np.linspace(0.18, 0.9, 64)))
+SCALE = LinearSegmentedColormap.from_list("scale", mpl.colormaps["viridis"](np.linspace(0.18, 0.9, 64)))
 _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "weightspace",
@@ -93,27 +93,28 @@ class MapPoints:
     left_out: int
 
 
-def place_models(embeddings: Float[np.ndarray, "models d"], limit: int = MAX_MAP_MODELS) -> MapPoints:
+def place_models(embeddings: Float[np.ndarray, "models d"], limit: int = MAX_MAP_MODELS, seed: int = 0) -> MapPoints:
     """Places models so that near neighbours in the embedding stay near: PCA, then t-SNE (van der Maaten, 2008).
 
     Args:
         embeddings: one row a model.
-        limit: models drawn at most; beyond it, a fixed random choice.
+        limit: models drawn at most; beyond it, a random choice.
+        seed: of that choice and of t-SNE.
     """
     embeddings = np.asarray(embeddings, dtype=np.float64)
     rows = np.flatnonzero(np.isfinite(embeddings).all(axis=1))
     left_out = len(embeddings) - len(rows)
     if len(rows) > limit:
-        rows = np.sort(np.random.default_rng(0).choice(rows, limit, replace=False))
+        rows = np.sort(np.random.default_rng(seed).choice(rows, limit, replace=False))
     chosen = embeddings[rows]
     size = min(_PCA_SIZE, *chosen.shape)
     if size < 2 or not np.ptp(chosen, axis=0).any():
         return MapPoints(rows, np.zeros((len(rows), 2)), "nothing to place: all embeddings are equal", left_out)
-    codes = PCA(size, random_state=0).fit_transform(chosen)
+    codes = PCA(size, random_state=seed).fit_transform(chosen)
     if len(rows) < _LEAST_TSNE_MODELS:
         return MapPoints(rows, codes[:, :2], "PCA", left_out)
     perplexity = min(30.0, (len(rows) - 1) / 3)
-    places = TSNE(perplexity=perplexity, init="pca", random_state=0, n_jobs=1).fit_transform(codes)
+    places = TSNE(perplexity=perplexity, init="pca", random_state=seed, n_jobs=1).fit_transform(codes)
     return MapPoints(rows, np.asarray(places, dtype=np.float64), "PCA, then t-SNE", left_out)
 
 
@@ -147,7 +148,7 @@ def map_by_accuracy(
             places[known, 1],
             s=size,
             c=accuracies[known],
-            cmap=_SCALE,
+            cmap=SCALE,
             linewidths=0,
             rasterized=_many(places),
         )
