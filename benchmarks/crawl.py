@@ -4,8 +4,8 @@
 
 A loopback Hub in a process of its own serves small models. The same requests (HEAD and GET of weights and config, in as
 many threads, by the same client) are sent by a plain loop that looks at nothing, and by a crawl into a zoo. The
-difference of the two times, divided by the models, is the overhead; the bar is 10 ms. It is measured twice, in turns,
-and the medians count.
+difference of the two times, divided by the models, is the overhead; the bar is 10 ms. The two take turns, and the
+medians count.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def plain_requests(models: int) -> float:
     from huggingface_hub.utils import build_hf_headers, get_session
 
     from weightspace.io.hub import HubOptions
-    from weightspace.zoo.crawl_plan import CrawlSettings, make_plan
+    from weightspace.zoo.crawling.plan import CrawlSettings, make_plan
 
     start = time.perf_counter()
     plan = make_plan(CrawlSettings(limit=models), HubOptions(token=False))
@@ -74,8 +74,8 @@ def plain_requests(models: int) -> float:
 def whole_crawl(models: int) -> float:
     """Crawls into a zoo, the listing included."""
     from weightspace.io.hub import HubOptions
-    from weightspace.zoo.crawl import crawl, prepare_crawl
-    from weightspace.zoo.crawl_plan import CrawlSettings
+    from weightspace.zoo.crawling.plan import CrawlSettings
+    from weightspace.zoo.crawling.run import crawl, prepare_crawl
 
     with tempfile.TemporaryDirectory() as folder:
         options = HubOptions(token=False)
@@ -92,8 +92,8 @@ def measure(models: int, rounds: int) -> dict[str, Any]:
     """Times both in turns."""
     work: dict[str, Callable[[int], float]] = {"requests": plain_requests, "crawl": whole_crawl}
     times: dict[str, list[float]] = {name: [] for name in work}
-    for name in work:
-        work[name](models)  # imports, connections, and what the Hub derives from its files once
+    for run in work.values():
+        run(models)  # imports, connections, and what the Hub derives from its files once
     for _ in range(rounds):
         for name, run in work.items():
             times[name].append(run(models))

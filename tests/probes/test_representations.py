@@ -14,6 +14,7 @@ from weightspace.architectures.flat import unflatten
 from weightspace.architectures.permutation import permute, random_permutations
 from weightspace.errors import SettingsError, ZooError
 from weightspace.probes import representations
+from weightspace.probes import representations as module
 from weightspace.probes.representations import (
     CodeFeatures,
     FeatureBlock,
@@ -233,6 +234,17 @@ def test_baselines_describe_permuted_models_too() -> None:
         plain, moved = fitted.features(rows), fitted.permuted_features(rows)
         assert plain.shape == moved.shape == (10, fitted.dimensions)
         assert np.allclose(plain, moved, rtol=1e-3, atol=1e-5) == name.startswith("s(W)")
+
+
+def test_raw_weights_of_too_many_architectures_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    blocks = [block(MLP, [0, 1, 2]), block(CNN, [3, 4])]
+    monkeypatch.setattr(module, "LARGEST_MATRIX", 5 * (MLP.numel + CNN.numel))
+    assert "W" in baselines(blocks) and not caplog.messages
+    monkeypatch.setattr(module, "LARGEST_MATRIX", 5 * (MLP.numel + CNN.numel) - 1)
+    assert list(baselines(blocks)) == ["s(W)", "s(W)+invariants", "PCA", "IncrementalPCA"]
+    assert "raw weights are left out of the probes: each of 2 architectures" in caplog.text
 
 
 def test_weights_are_collected_by_architecture() -> None:

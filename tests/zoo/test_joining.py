@@ -12,8 +12,8 @@ from safetensors.torch import save
 from weightspace.errors import ZooError
 from weightspace.schema import ModelRef, ZooEntry
 from weightspace.zoo import joining
-from weightspace.zoo.crawl import crawl, prepare_crawl
-from weightspace.zoo.crawl_plan import CrawlSettings
+from weightspace.zoo.crawling.plan import CrawlSettings
+from weightspace.zoo.crawling.run import crawl, prepare_crawl
 from weightspace.zoo.dataset import load_zoo
 from weightspace.zoo.joining import join_zoos
 from weightspace.zoo.writer import ZooWriter

@@ -38,7 +38,7 @@ def test_damaged_metrics_are_named(zoo: Path, metrics: str) -> None:
     table = pq.read_table(index)
     place = table.schema.get_field_index("metrics")
     pq.write_table(table.set_column(place, table.schema.field(place), [[metrics]]), index)
-    with pytest.raises(ZooError, match="a: the index holds .* belongs; write the zoo again"):
+    with pytest.raises(ZooError, match=r"a: the index holds .* belongs; write the zoo again"):
         load_zoo(zoo).entry(0)
 
 

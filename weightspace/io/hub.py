@@ -178,6 +178,13 @@ def hub_error(error: Exception, where: str) -> HubError:
     return HubError(f"{where}: {text}")
 
 
+def _not_here(where: str) -> HubError:
+    cause = OfflineModeIsEnabled()
+    error = hub_error(cause, where)
+    error.__cause__ = cause
+    return error
+
+
 def is_passing(error: HubError) -> bool:
     """Whether the Hub could not be asked, which says nothing about the repository: the same may work later."""
     cause = error.__cause__
@@ -276,9 +283,10 @@ def open_repo(
     where = f"{repo_id}@{revision}" if revision else repo_id
     listings = _Listings(repo_id, repo_type)
     cached = listings.find(revision or "main")
-    if options.offline:
-        if cached is None:
-            raise hub_error(OfflineModeIsEnabled(), where)
+    if options.offline and cached is None:
+        raise _not_here(where)
+    # What stands at a commit never changes, so that a listing of one need not be asked for again.
+    if cached is not None and (options.offline or _SHA.fullmatch(revision or "")):
         return HubRepo(repo_id, *cached, options, repo_type=repo_type)
     api = HfApi(token=options.token, library_name=LIBRARY)
     ask = partial(api.repo_info, repo_id, revision=revision, repo_type=repo_type, files_metadata=True, timeout=_TIMEOUT)
@@ -420,7 +428,7 @@ class HubFile(ByteSource):
             self._store.forget()
             missing = ranges
         if missing and self._repo.options.offline:
-            raise hub_error(OfflineModeIsEnabled(), self.where)
+            raise _not_here(self.where)
         targets = sorted(zip(wanted, buffers, strict=True), key=lambda target: target[0].start)
         return [_Job(self, span, tuple(_overlapping(targets, span))) for span in spans(missing)]
 
@@ -453,7 +461,7 @@ class HubFile(ByteSource):
     def _ask(self) -> HfFileMetadata:
         repo = self._repo
         if repo.options.offline:
-            raise hub_error(OfflineModeIsEnabled(), self.where)
+            raise _not_here(self.where)
         url = hf_hub_url(repo.repo_id, self._listed.path, repo_type=repo.repo_type, revision=repo.sha)
         found = call_hub(
             self.where, get_hf_file_metadata, url, token=repo.options.token, timeout=_TIMEOUT, library_name=LIBRARY

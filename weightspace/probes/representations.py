@@ -11,6 +11,7 @@ map and an offset per architecture under one penalty.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +28,11 @@ from weightspace.architectures.permutation import permute, random_permutations
 from weightspace.errors import SettingsError, ZooError
 from weightspace.schema import Architecture
 
+LARGEST_MATRIX = 2**28
+"""Most entries of a feature matrix: 1 GiB in float32."""
+
 PERCENTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
+_LOGGER = logging.getLogger(__name__)
 _NORM_QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _SPECTRUM = 16
 # Matrices whose smaller side is longer would take minutes a model.
@@ -450,11 +455,21 @@ def baselines(blocks: Sequence[WeightBlock], *, code_size: int = 64) -> dict[str
     """Builds the representations that an encoder is compared with, by the names that tables print.
 
     ``W`` (raw weights), ``s(W)`` (weight statistics), ``s(W)+invariants`` (the strongest), ``PCA``, ``IncrementalPCA``.
+    ``W`` is left out, with a warning, where its matrix would have more than ``LARGEST_MATRIX`` entries.
     """
     statistics = [block.described(partial(weight_statistics, architecture=block.architecture)) for block in blocks]
     invariants = [block.described(partial(weight_invariants, architecture=block.architecture)) for block in blocks]
+    entries = sum(len(block.rows) for block in blocks) * sum(block.architecture.numel for block in blocks)
+    raw = {"W": FixedFeatures([block.described(lambda w: w) for block in blocks])} if entries <= LARGEST_MATRIX else {}
+    if not raw:
+        _LOGGER.warning(
+            "raw weights are left out of the probes: each of %d architectures has columns of its own, %.3g entries in "
+            "all; probe models of fewer architectures to have them",
+            len(blocks),
+            entries,
+        )
     return {
-        "W": FixedFeatures([block.described(lambda w: w) for block in blocks]),
+        **raw,
         "s(W)": FixedFeatures(statistics),
         "s(W)+invariants": FixedFeatures([_joined(*pair) for pair in zip(statistics, invariants, strict=True)]),
         "PCA": CodeFeatures(blocks, code_size),

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weightspace.schema import ReportedMetric
-from weightspace.zoo.card_facts import (
+from weightspace.zoo.crawling.card_facts import (
     MAX_METRIC_COLUMNS,
     MAX_METRICS,
     CardFacts,
@@ -86,8 +86,20 @@ def test_metrics_of_a_card_are_bounded() -> None:
     assert len(metric_columns([metrics])) == MAX_METRIC_COLUMNS
 
 
-KEYS = """cardData model-index results dataset args metrics type value license tags config peft base_model datasets
-base_model_name_or_path pipeline_tag log_history global_step step epoch eval_loss""".split()
+KEYS = [
+    *("cardData", "model-index", "results", "dataset", "args", "metrics", "type", "value", "license", "tags", "config"),
+    *(
+        "peft",
+        "base_model",
+        "datasets",
+        "base_model_name_or_path",
+        "pipeline_tag",
+        "log_history",
+        "global_step",
+        "step",
+    ),
+    *("epoch", "eval_loss"),
+]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),

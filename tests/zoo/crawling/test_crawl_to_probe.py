@@ -31,20 +31,21 @@ def invoke(*words: str | Path) -> Any:
     return json.loads(result.stdout)
 
 
-def main_job(zoo: Path, folder: Path, target: str) -> list[dict[str, Any]]:
-    """Trains, embeds and probes by the commands that people use."""
+def train_and_embed(zoo: Path, folder: Path) -> str:
+    """Runs the commands that people use; returns the encoder's folder."""
     (folder / "train.yaml").write_text(TRAINING)
-    encoder = invoke(
-        "train", "autoencoder", "--zoo", zoo, "--output", folder / "run", "--config", folder / "train.yaml"
-    )
-    embedded = invoke("embed", zoo, "--encoder", encoder["encoder"], "--output", folder / "e.parquet")
+    words = ("--zoo", zoo, "--output", folder / "run", "--config", folder / "train.yaml")
+    encoder: str = invoke("train", "autoencoder", *words)["encoder"]
+    embedded = invoke("embed", zoo, "--encoder", encoder, "--output", folder / "e.parquet")
     frame = pd.read_parquet(folder / "e.parquet")
     assert len(frame) == embedded["models"] == len(load_zoo(zoo))
     assert np.isfinite(np.stack(frame["embedding"].to_list())).all()
-    rows: list[dict[str, Any]] = invoke(
-        "probe", zoo, "--encoder", encoder["encoder"], "--target", target, "--seed", "0"
-    )
-    return rows
+    return encoder
+
+
+def check_probe(zoo: Path, encoder: str, target: str) -> None:
+    rows = invoke("probe", zoo, "--encoder", encoder, "--target", target, "--seed", "0")
+    assert {row["representation"] for row in rows} >= {"autoencoder", "s(W)"}
 
 
 @pytest.mark.slow
@@ -64,8 +65,7 @@ def test_crawled_small_models(hub: LoopbackHub, tmp_path: Path, tiny_zoo: Zoo, r
     summary = invoke("crawl", "--output", zoo, *(["--reference"] if reference else []))
     assert (summary["models"], summary["skipped"]) == (len(tiny_zoo), [])
     assert load_zoo(zoo).families.count(None) == 0
-    rows = main_job(zoo, tmp_path, "test_accuracy")
-    assert {row["representation"] for row in rows} >= {"autoencoder", "s(W)"}
+    check_probe(zoo, train_and_embed(zoo, tmp_path), "test_accuracy")
 
 
 def real_repositories(folder: Path, hub: LoopbackHub) -> None:
@@ -109,6 +109,5 @@ def test_crawled_real_models(hub: LoopbackHub, tmp_path: Path) -> None:
     entries = list(load_zoo(tmp_path / "adapters").entries())
     assert adapters["models"] == len(entries) == index["model_id"].str.startswith("lora/").sum()
     assert all(entry.hyperparameters["adapter_rank"] >= 1 for entry in entries)
-    invoke("crawl", "--output", tmp_path / "small", "--max-params", "300K")
-    rows = main_job(tmp_path / "small", tmp_path, "reward")
-    assert {row["representation"] for row in rows} >= {"autoencoder", "s(W)"}
+    encoder = train_and_embed(zoo, tmp_path)
+    check_probe(zoo, encoder, "reward")

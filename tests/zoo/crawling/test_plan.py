@@ -9,7 +9,7 @@ from loopback_hub import LoopbackHub
 
 from weightspace.errors import HubError, SettingsError, ZooError
 from weightspace.io.hub import HubOptions
-from weightspace.zoo.crawl_plan import CrawlSettings, Plan, make_plan, read_plan, write_plan
+from weightspace.zoo.crawling.plan import CrawlSettings, Plan, make_plan, read_plan, write_plan
 
 WEIGHTS = b"\x08\0\0\0\0\0\0\0{}      "
 CARD = "---\nlicense: {licence}\npipeline_tag: image-classification\nlibrary_name: timm\n---\n"
@@ -247,7 +247,7 @@ def test_hostile_rows_are_named_and_the_listing_goes_on(hub: LoopbackHub, monkey
     "row", [None, 3, "text", {}, {"id": 5}, {"id": "org/a"}, {"id": "org/a", "sha": "main"}, {"id": "a", "sha": None}]
 )
 def test_rows_of_other_forms_become_problems(row: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("weightspace.zoo.crawl_plan.list_models", lambda *_: iter([row]))
+    monkeypatch.setattr("weightspace.zoo.crawling.plan.list_models", lambda *_: iter([row]))
     plan = make_plan(CrawlSettings(), HubOptions(token=False))
     assert plan.models == 0
     assert len(plan.problems) == 1

@@ -19,10 +19,10 @@ from torch import Tensor
 from weightspace.errors import HubError, SettingsError, ZooError
 from weightspace.io.hub import HubOptions
 from weightspace.schema import ReportedMetric
-from weightspace.zoo import crawl as crawling
-from weightspace.zoo.crawl import CrawlSummary, crawl, prepare_crawl
-from weightspace.zoo.crawl_fetch import Room
-from weightspace.zoo.crawl_plan import CrawlSettings
+from weightspace.zoo.crawling import run as crawling
+from weightspace.zoo.crawling.fetch import Room
+from weightspace.zoo.crawling.plan import CrawlSettings
+from weightspace.zoo.crawling.run import CrawlSummary, crawl, prepare_crawl
 from weightspace.zoo.dataset import load_zoo
 
 Tensors = dict[str, Tensor]
@@ -408,7 +408,7 @@ def test_a_full_disk_is_said(hub: LoopbackHub, tmp_path: Path, monkeypatch: pyte
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("weightspace.zoo.crawl_spool.Spool.put", full)
+        patch.setattr("weightspace.zoo.crawling.spool.Spool.put", full)
         with pytest.raises(ZooError, match=r"fetched: cannot be written \(No space left on device\); make room"):
             run(tmp_path / "zoo")
     assert run(tmp_path / "zoo").models == 1
@@ -640,7 +640,7 @@ def test_a_local_ray_cluster_makes_the_same_zoo(hub: LoopbackHub, tmp_path: Path
 def test_without_ray_the_package_is_named(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     add(hub, 0)
     monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.delitem(sys.modules, "weightspace.zoo.crawl_ray", raising=False)
+    monkeypatch.delitem(sys.modules, "weightspace.zoo.crawling.on_ray", raising=False)
     with pytest.raises(SettingsError, match=r"pip install 'weightspace\[ray\]'"):
         run(tmp_path / "zoo", ray=True)
 

@@ -25,15 +25,15 @@ from weightspace.io.header import byte_count, header_of, parse_header, shown
 from weightspace.io.hub import HubEntry, HubFile, HubOptions, HubRepo, is_passing
 from weightspace.io.reader import ByteSource, MemorySource
 from weightspace.schema import ZooEntry
-from weightspace.zoo.card_facts import (
+from weightspace.zoo.content import check_finite, content_digest
+from weightspace.zoo.crawling.card_facts import (
     MAX_CARD_BYTES,
     TrainerFacts,
     card_results,
     trainer_facts,
     training_hyperparameters,
 )
-from weightspace.zoo.content import check_finite, content_digest
-from weightspace.zoo.crawl_plan import CARD, TRAINER_STATE, CrawlSettings, PlannedRepo
+from weightspace.zoo.crawling.plan import CARD, TRAINER_STATE, CrawlSettings, PlannedRepo
 from weightspace.zoo.storage import MAX_BLOB_BYTES, header_digest
 from weightspace.zoo.writer import RemoteWeights
 

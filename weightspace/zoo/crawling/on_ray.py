@@ -9,10 +9,10 @@ from itertools import islice
 import ray
 
 from weightspace.io.hub import HubOptions
-from weightspace.zoo.crawl import Fetch, Item, Outcomes, keep
-from weightspace.zoo.crawl_fetch import Fetched, Room, fetch_model
-from weightspace.zoo.crawl_plan import CrawlSettings, PlannedRepo
-from weightspace.zoo.crawl_spool import Spool
+from weightspace.zoo.crawling.fetch import Fetched, Room, fetch_model
+from weightspace.zoo.crawling.plan import CrawlSettings, PlannedRepo
+from weightspace.zoo.crawling.run import Fetch, Item, Outcomes, keep
+from weightspace.zoo.crawling.spool import Spool
 from weightspace.zoo.storage import MAX_BLOB_BYTES
 
 _PASSED_ON = ("HF_ENDPOINT", "HF_TOKEN")

@@ -24,7 +24,7 @@ from weightspace.io.hub import LIBRARY, HubOptions, call_hub
 from weightspace.io.refs import is_repo_id
 from weightspace.schema import ReportedMetric
 from weightspace.settings import settings_from_mapping
-from weightspace.zoo.card_facts import CardFacts, card_facts
+from weightspace.zoo.crawling.card_facts import CardFacts, card_facts
 from weightspace.zoo.storage import write_text
 
 Sort = Literal["downloads", "likes", "createdAt", "lastModified", "trendingScore"]

@@ -20,9 +20,9 @@ from tqdm.auto import tqdm
 from weightspace.errors import HubError, SettingsError, ZooError
 from weightspace.io.hub import HubOptions
 from weightspace.schema import ZooEntry
-from weightspace.zoo.card_facts import metric_columns
-from weightspace.zoo.crawl_fetch import Fetched, Room, fetch_model
-from weightspace.zoo.crawl_plan import (
+from weightspace.zoo.crawling.card_facts import metric_columns
+from weightspace.zoo.crawling.fetch import Fetched, Room, fetch_model
+from weightspace.zoo.crawling.plan import (
     PLAN,
     CrawlSettings,
     Plan,
@@ -32,7 +32,7 @@ from weightspace.zoo.crawl_plan import (
     read_plan,
     write_plan,
 )
-from weightspace.zoo.crawl_spool import SPOOL, Spool
+from weightspace.zoo.crawling.spool import SPOOL, Spool
 from weightspace.zoo.storage import RESULTS, is_partial, unwritable
 from weightspace.zoo.writer import RemoteWeights, ZooWriter
 
@@ -194,7 +194,7 @@ def _thread_fetch(settings: CrawlSettings, options: HubOptions, jobs: int) -> Fe
 
 def _ray_fetch(settings: CrawlSettings, options: HubOptions, jobs: int) -> Fetch:
     try:
-        from weightspace.zoo.crawl_ray import ray_fetch
+        from weightspace.zoo.crawling.on_ray import ray_fetch
     except ModuleNotFoundError as error:
         raise SettingsError(f"ray: not installed ({error}); pip install 'weightspace[ray]'") from error
     return ray_fetch(settings, options, jobs)

@@ -13,7 +13,7 @@ from weightspace.errors import CheckpointError
 from weightspace.io.header import parse_header
 from weightspace.schema import ModelRef, ReportedMetric, ZooEntry
 from weightspace.zoo.content import content_digest
-from weightspace.zoo.crawl_fetch import Fetched
+from weightspace.zoo.crawling.fetch import Fetched
 from weightspace.zoo.writer import RemoteWeights
 
 SPOOL = "fetched"
