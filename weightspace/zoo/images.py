@@ -69,7 +69,7 @@ def load_images(dataset_id: str) -> ImageDataset:
     Raises:
         ZooError: the dataset cannot be opened, has no image or label column, or does not fit the options.
     """
-    variant = _parse(dataset_id)
+    variant = parse_dataset_id(dataset_id)
     base = _load_base(variant.source)
     listed = variant.classes or tuple(range(base.classes))
     if max(listed) >= base.classes:
@@ -94,7 +94,7 @@ def variants(
     Raises:
         ZooError: an option that ``load_images`` would refuse whatever the base.
     """
-    source = _parse(base)
+    source = parse_dataset_id(base)
     return [
         str(replace(source, classes=tuple(classes or ()), rotation=rotation, polarity=polarity))
         for classes, rotation, polarity in product(class_subsets, rotations, polarities)
@@ -102,7 +102,7 @@ def variants(
 
 
 @dataclass(frozen=True)
-class _Source:
+class DatasetSource:
     """Where the images come from: what is loaded and decoded once for all variants."""
 
     base: str
@@ -113,10 +113,17 @@ class _Source:
 
 
 @dataclass(frozen=True)
-class _Variant:
-    """A parsed dataset id; ``str`` writes it back without defaults, in one order."""
+class DatasetVariant:
+    """A parsed dataset id; ``str`` writes it back without defaults, in one order.
 
-    source: _Source
+    Attributes:
+        source: what the variant is made of.
+        classes: the classes kept, in the order of their labels; none stands for all of them.
+        rotation: degrees counter-clockwise.
+        polarity: ``"normal"`` or ``"inverted"``.
+    """
+
+    source: DatasetSource
     classes: tuple[int, ...] = field(default=())
     rotation: int = 0
     polarity: str = "normal"
@@ -148,7 +155,12 @@ class _Variant:
         return f"{source.base}?{query}" if query else source.base
 
 
-def _parse(dataset_id: str) -> _Variant:
+def parse_dataset_id(dataset_id: str) -> DatasetVariant:
+    """Takes a dataset id apart; opens nothing.
+
+    Raises:
+        ZooError: it is no dataset id, or an option that ``load_images`` would refuse whatever the base.
+    """
     base, _, query = dataset_id.partition("?")
     values: dict[str, Any] = {}
     for key, text in parse_qsl(query, keep_blank_values=True):
@@ -163,12 +175,14 @@ def _parse(dataset_id: str) -> _Variant:
             raise ZooError(f"{dataset_id}: {key}={text!r} is not made of whole numbers, e.g. classes=0-1-2") from None
     if not base or (query and not values):
         raise ZooError(f"{dataset_id!r}: not a dataset id; write e.g. digits?classes=0-1-2&rotation=90")
-    source = _Source(base, **{key: values.pop(key) for key in ("config", "revision", "label", "size") if key in values})
-    return _Variant(source, **values)
+    source = DatasetSource(
+        base, **{key: values.pop(key) for key in ("config", "revision", "label", "size") if key in values}
+    )
+    return DatasetVariant(source, **values)
 
 
 def _vary(
-    images: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"], classes: int, variant: _Variant
+    images: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"], classes: int, variant: DatasetVariant
 ) -> tuple[Float[Tensor, "m c h2 w2"], Int[Tensor, " m"]]:
     if variant.classes:
         position = torch.full((classes,), -1)
@@ -181,15 +195,15 @@ def _vary(
 
 
 @lru_cache(maxsize=1)
-def _load_base(source: _Source) -> ImageDataset:
+def _load_base(source: DatasetSource) -> ImageDataset:
     if source.base == "digits":
         return _digits(source)
     return _opened(source)
 
 
-def _digits(source: _Source) -> ImageDataset:
-    if source != _Source("digits"):
-        raise ZooError(f"{_Variant(source)}: digits has no config, revision, label or size option; leave it out")
+def _digits(source: DatasetSource) -> ImageDataset:
+    if source != DatasetSource("digits"):
+        raise ZooError(f"{DatasetVariant(source)}: digits has no config, revision, label or size option; leave it out")
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -206,10 +220,10 @@ def _split_apart(name: str, images: Float[Tensor, "n c h w"], labels: Int[Tensor
     return ImageDataset(name, images[~held], labels[~held], images[held], labels[held], classes)
 
 
-def _opened(source: _Source) -> ImageDataset:
+def _opened(source: DatasetSource) -> ImageDataset:
     import datasets
 
-    name, path = str(_Variant(source)), Path(source.base).expanduser()
+    name, path = str(DatasetVariant(source)), Path(source.base).expanduser()
     if source.base.startswith(("/", ".", "~")) and not path.is_dir():
         raise ZooError(f"{name}: no such folder; check the path")
     try:
@@ -233,7 +247,7 @@ def _opened(source: _Source) -> ImageDataset:
     return ImageDataset(name, *labelled[0], *labelled[1], classes)
 
 
-def _columns(features: Any, source: _Source, name: str) -> tuple[str, str]:
+def _columns(features: Any, source: DatasetSource, name: str) -> tuple[str, str]:
     import datasets
 
     images = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
@@ -275,7 +289,7 @@ def _class_numbers(values: list[np.ndarray], feature: Any, name: str) -> tuple[i
     return classes, [torch.from_numpy(part.astype(np.int64)) for part in numbers]
 
 
-def _decode(columns: Sequence[Any], source: _Source, name: str) -> list[Float[Tensor, "n c h w"]]:
+def _decode(columns: Sequence[Any], source: DatasetSource, name: str) -> list[Float[Tensor, "n c h w"]]:
     """Decodes the images of every split alike: one grey channel, or three when any image has colour."""
     arrays = [[_pixels(image, source) for image in column] for column in columns]
     sizes = {array.shape[:2] for part in arrays for array in part}
@@ -293,7 +307,7 @@ def _stacked(arrays: list[np.ndarray], channels: int) -> np.ndarray:
     return stacked
 
 
-def _pixels(image: Image, source: _Source) -> np.ndarray:
+def _pixels(image: Image, source: DatasetSource) -> np.ndarray:
     """Pixels of one image as ``height width channels`` integers of 8 bits, or 16 where the file has 16."""
     if image.mode.startswith("I"):
         image = image if source.size is None else image.convert("I").resize((source.size, source.size))
