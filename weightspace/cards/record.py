@@ -10,9 +10,7 @@ import hashlib
 import json
 import logging
 import math
-import os
 import re
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
@@ -22,6 +20,7 @@ from weightspace.cards.encoder import EncoderFacts, render_encoder
 from weightspace.cards.models import ModelsFacts, render_models
 from weightspace.cards.zoo import ZooFacts, render_zoo
 from weightspace.errors import WeightspaceError
+from weightspace.files import write_whole
 from weightspace.settings import settings_from_mapping
 
 CARD, RECORD = "README.md", "card.json"
@@ -199,17 +198,8 @@ def _plain(value: Any) -> Any:
 
 
 def _write(path: Path, content: str) -> None:
-    partial = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("x", encoding="utf-8", newline="\n") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(path, content)
     except OSError as error:
         raise WeightspaceError(
             f"{path}: cannot be written ({error.strerror or error}); make room or choose another folder"

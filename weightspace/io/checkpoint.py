@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
-import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor
 
 from weightspace.errors import CheckpointError, HubError
+from weightspace.files import whole_file
 from weightspace.io.folders import Folder, LocalFolder
 from weightspace.io.header import (
     DTYPES,
@@ -325,18 +324,11 @@ def save_checkpoint(
     """
     path = Path(path)
     header, stored = _layout(tensors, metadata or {}, where=str(path))
-    partial = path.parent / f".{uuid.uuid4().hex}.tmp"
     try:
-        try:
-            with partial.open("xb") as file:
-                file.write(header)
-                for tensor in stored:
-                    file.write(_bytes_of(tensor))
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with whole_file(path) as partial, partial.open("xb") as file:
+            file.write(header)
+            for tensor in stored:
+                file.write(_bytes_of(tensor))
     except OSError as error:
         raise CheckpointError(
             f"{path}: cannot be written ({error.strerror}); check that its folder exists, is writable and has room"

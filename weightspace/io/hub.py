@@ -52,6 +52,7 @@ from huggingface_hub.utils import (
 )
 
 from weightspace.errors import CheckpointError, HubError
+from weightspace.files import write_whole
 from weightspace.io.folders import Folder, is_visible
 from weightspace.io.header import load_json_object, shown
 from weightspace.io.ranges import Range, SpanStore, spans, subtract, union
@@ -620,8 +621,10 @@ class _Listings:
 
     def keep(self, revision: str, sha: str, entries: Iterable[HubEntry]) -> None:
         with suppress(OSError):  # only means that it is asked for again
-            _write(self._folder / "commits" / f"{sha}.json", json.dumps({"files": [asdict(one) for one in entries]}))
-            _write(self._folder / "refs" / quote(revision, safe=""), sha)
+            write_whole(
+                self._folder / "commits" / f"{sha}.json", json.dumps({"files": [asdict(one) for one in entries]})
+            )
+            write_whole(self._folder / "refs" / quote(revision, safe=""), sha)
 
     def find(self, revision: str) -> tuple[str, list[HubEntry]] | None:
         sha = revision if _SHA.fullmatch(revision) else self._sha_of(revision)
@@ -643,10 +646,3 @@ class _Listings:
                 if _SHA.fullmatch(sha):
                     return sha
         return None
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{threading.get_ident()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

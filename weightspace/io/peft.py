@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import uuid
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from weightspace.errors import CheckpointError
+from weightspace.files import write_whole
 from weightspace.io.adapters import FLAT_COMPONENT, PEFT_ROOT, Adapter, LoraPair, describe_adapter
 from weightspace.io.checkpoint import ADAPTER_CONFIG, save_checkpoint
 from weightspace.io.header import dtype_name, shown
@@ -184,16 +183,8 @@ def _peft_names(pair: LoraPair, path: str) -> dict[str, str]:
 
 
 def _write_text(path: Path, text: str) -> None:
-    partial = path.parent / f".{uuid.uuid4().hex}.tmp"
     try:
-        try:
-            with partial.open("x", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(path, text)
     except OSError as error:
         raise CheckpointError(
             f"{path}: cannot be written ({error.strerror}); check that its folder is writable and has room"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import re
-import uuid
 from bisect import bisect_right, insort
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+
+from weightspace.files import whole_file
 
 Range = tuple[int, int]
 """First byte and byte after the last."""
@@ -93,14 +94,10 @@ class SpanStore:
 
     def add(self, start: int, content: bytes | bytearray | memoryview) -> None:
         """Keeps a span. A full disk or a folder that cannot be written only means that it is fetched again."""
-        partial = self._folder / f".{uuid.uuid4().hex}.partial"
         with suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
-            try:
+            with whole_file(self._folder / f"{start}-{start + len(content)}") as partial:
                 partial.write_bytes(content)
-                partial.replace(self._folder / f"{start}-{start + len(content)}")
-            finally:
-                partial.unlink(missing_ok=True)
             insort(self._spans, (start, start + len(content)))
 
     def read_into(self, target: memoryview, start: int) -> None:

@@ -22,7 +22,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from weightspace.errors import CheckpointError, ZooError
+from weightspace.files import whole_file, write_whole
 from weightspace.io.header import Header, load_json_object
 
 FORMAT_VERSION = 1
@@ -168,18 +169,13 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         ZooError: the disk is full or the folder cannot be written; nothing is left at the partial path.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        _sync(partial)
-        partial.replace(path)
+        with whole_file(path) as partial:
+            yield partial
         _sync(path.parent)
     except OSError as error:
         raise unwritable(path, error) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
 
 
 def is_partial(path: Path) -> bool:
@@ -193,8 +189,11 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         ZooError: the disk is full or the folder cannot be written.
     """
-    with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+    try:
+        write_whole(path, text)
+        _sync(path.parent)
+    except OSError as error:
+        raise unwritable(path, error) from error
 
 
 def unwritable(path: Path, error: OSError) -> ZooError:

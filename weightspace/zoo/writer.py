@@ -230,11 +230,15 @@ class ZooWriter:
         strangers = [name for name in strangers if name not in beside]
         if strangers:
             raise ZooError(f"{self.path}: holds {min(strangers)!r} and no zoo; choose an empty or a new folder")
+        self._clear_partials()
         self._save_state()
 
-    def _go_on(self, *, complete: bool) -> None:
+    def _clear_partials(self) -> None:
         for partial in [*self.path.glob(".*.partial"), *self.path.glob("*/.*.partial")]:
             partial.unlink(missing_ok=True)
+
+    def _go_on(self, *, complete: bool) -> None:
+        self._clear_partials()
         self._ledger = {line["shard"]: line for line in self._read_ledger() if self._is_whole(line)}
         for name, line in self._ledger.items():
             if line["models"]:
