@@ -234,6 +234,8 @@ class TestSeventyBillion:
         large = peak_memory("org/llama-70b", tiny_encoder, tmp_path)
         headers = 80 * HubFile.first_read
         assert hub.bytes_served(FILES) - before <= 8_000_000 + headers
+        read = pd.read_parquet(tmp_path / "e.parquet")["share"][0] * total
+        assert hub.bytes_served(FILES) - before <= 1.1 * read + headers
         assert 0.9 * 8e6 / total < pd.read_parquet(tmp_path / "e.parquet")["share"][0] <= 8e6 / total
         # 8 MB of weights are 16 MB of float32 tokens, whatever they come from.
         assert large - small < 300e6
