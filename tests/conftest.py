@@ -175,3 +175,48 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory, tiny_zoo: Any, tiny_e
     from weightspace.training.autoencoder import train_autoencoder
 
     return train_autoencoder(tiny_zoo.path, tmp_path_factory.mktemp("tiny") / "encoder", tiny_encoder_settings)
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a CLIP of random weights, with an image processor and a tokenizer of single bytes."""
+    import torch
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("tiny") / "clip"
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"vocab_size": 514, "max_position_embeddings": 16, "bos_token_id": 512, "eos_token_id": 513}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vision = {"image_size": 16, "patch_size": 8}
+        model = CLIPModel(CLIPConfig(text_config=tower | text, vision_config=tower | vision, projection_dim=12))
+    model.save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
+    letters = sorted(ByteLevel.alphabet())
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    CLIPTokenizer(vocab={token: number for number, token in enumerate(tokens)}, merges=[]).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_clip_joint(tmp_path_factory: pytest.TempPathFactory, tiny_zoo: Any, tiny_clip: Path) -> Path:
+    """Folder of a joint model that saw ``tiny_zoo`` for a few steps, and its datasets through ``tiny_clip``."""
+    from weightspace.training.autoencoder import EncoderSettings
+    from weightspace.training.joint import JointSettings, TowerSettings, train_joint
+    from weightspace.training.settings import LoopSettings
+
+    settings = JointSettings(
+        towers=TowerSettings(
+            encoder=EncoderSettings(hidden_size=16, layers=1, heads=2, window=16),
+            hidden_size=16,
+            pooling_heads=2,
+            projection_dim=16,
+            bins=4,
+        ),
+        image_encoder=str(tiny_clip),
+        sample=20,
+        images=20,
+        loop=LoopSettings(steps=4, batch_size=8, mixed_precision="no", tracker="none", validate_every=4),
+    )
+    return train_joint(tiny_zoo.path, tmp_path_factory.mktemp("tiny") / "clip_joint", settings)

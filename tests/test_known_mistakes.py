@@ -222,6 +222,7 @@ ENCODER_CHANGES: dict[str, Any] = {
     "loop.log_every": 2,
     "loop.validate_every": 1,
     "loop.tracker": "tensorboard",
+    "loop.best": "validation_reconstruction",
 }
 
 

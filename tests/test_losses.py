@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weightspace.losses import behaviour_loss, masked_mse, nt_xent
+from weightspace.losses import behaviour_loss, gather_rows, masked_mse, nt_xent, pairwise_nt_xent, pairwise_sigmoid
 
 
 def draw(seed: int, *shape: int) -> torch.Tensor:
@@ -84,3 +84,69 @@ class TestBehaviourLoss:
     @given(seed=st.integers(0, 2**32), scale=st.floats(0.1, 50))
     def test_is_never_negative(self, seed: int, scale: float) -> None:
         assert behaviour_loss(draw(seed, 2, 3, 4) * scale, draw(seed + 1, 2, 3, 4) * scale) >= -1e-6
+
+
+class TestPairwiseNtXent:
+    def literal(self, logits: torch.Tensor, positives: torch.Tensor) -> float:
+        """The formula of the docstring for rows, term by term."""
+        rows = []
+        for row, weights in zip(logits.double().tolist(), positives.double().tolist(), strict=True):
+            if sum(weights):
+                below = sum(math.exp(value) for value in row)
+                terms = [w * math.log(math.exp(z) / below) for z, w in zip(row, weights, strict=True)]
+                rows.append(-sum(terms) / sum(weights))
+        return sum(rows) / len(rows)
+
+    def test_is_the_formula_in_both_directions(self) -> None:
+        logits, positives = draw(0, 5, 7), draw(1, 5, 7).clamp(min=0)
+        positives[2], positives[:, 3] = 0, 0  # an anchor of each direction without a positive
+        expected = (self.literal(logits, positives) + self.literal(logits.T, positives.T)) / 2
+        assert float(pairwise_nt_xent(logits, positives)) == pytest.approx(expected, abs=1e-5)
+
+    def test_with_one_positive_a_row_is_the_loss_of_clip(self) -> None:
+        logits, own = draw(0, 6, 6), torch.arange(6)
+        cross_entropy = torch.nn.functional.cross_entropy
+        expected = (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2
+        torch.testing.assert_close(pairwise_nt_xent(logits, torch.eye(6)), expected)
+
+    def test_members_of_a_group_are_not_pushed_apart(self) -> None:
+        groups = torch.tensor([0, 0, 1, 1])
+        same = (groups.unsqueeze(1) == groups).float()
+        embeds = torch.nn.functional.one_hot(groups).float() * 5
+        logits = (embeds @ embeds.T).requires_grad_()
+        pairwise_nt_xent(logits, same).backward()
+        assert logits.grad is not None
+        assert logits.grad.abs().max() < 1e-6
+        assert float(pairwise_nt_xent(logits.detach(), same)) == pytest.approx(math.log(2), abs=1e-6)
+        pairwise_nt_xent(logits, torch.eye(4)).backward()
+        assert logits.grad.abs().max() > 0.1
+
+    @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (0, 0), (0, 3), (3, 0), (4, 4)])
+    def test_nothing_to_tell_apart_costs_nothing_and_has_a_gradient(self, rows: int, columns: int) -> None:
+        logits = draw(0, rows, columns).requires_grad_()
+        positives = torch.ones(rows, columns) if rows == 1 else torch.zeros(rows, columns)
+        loss = pairwise_nt_xent(logits, positives)
+        loss.backward()
+        assert float(loss.detach()) == 0
+        assert logits.grad is not None
+        assert not logits.grad.any()
+
+    def test_one_dataset_alone_is_finite(self) -> None:
+        assert float(pairwise_nt_xent(torch.zeros(4, 4), torch.ones(4, 4))) == pytest.approx(math.log(4))
+
+
+class TestPairwiseSigmoid:
+    def test_is_a_question_for_each_pair(self) -> None:
+        logits, positives = draw(0, 3, 4), (draw(1, 3, 4) > 0).float()
+        signs = 2 * positives - 1
+        expected = -torch.nn.functional.logsigmoid(signs * logits).sum() / 3
+        torch.testing.assert_close(pairwise_sigmoid(logits, positives), expected)
+        torch.testing.assert_close(pairwise_sigmoid(logits, positives * 3), expected)
+
+    def test_no_rows_cost_nothing(self) -> None:
+        assert float(pairwise_sigmoid(torch.zeros(0, 0), torch.zeros(0, 0))) == 0
+
+
+def test_a_single_process_gathers_nothing() -> None:
+    rows = draw(0, 3, 2)
+    assert gather_rows(rows) is rows

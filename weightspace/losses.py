@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from jaxtyping import Bool, Float
+import torch.distributed as dist
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -53,6 +56,85 @@ def nt_xent(
     itself = torch.eye(len(views), dtype=torch.bool, device=views.device)
     positives = torch.arange(len(views), device=views.device).roll(len(first))
     return F.cross_entropy(similarity.masked_fill(itself, float("-inf")), positives)
+
+
+def pairwise_nt_xent(
+    logits: Float[Tensor, "rows columns"], positives: Float[Tensor, "rows columns"]
+) -> Float[Tensor, ""]:
+    r"""NT-Xent between two towers where a row has any number of positives, averaged over both directions.
+
+    .. math:: l_i = -\frac{1}{\sum_j p_{ij}} \sum_j p_{ij} \log \frac{\exp(z_{ij})}{\sum_k \exp(z_{ik})}
+
+    With the identity as positives this is CLIP's loss (Radford et al., 2021); with sets of equal weights it is the
+    supervised contrastive loss whose sum stands outside of the logarithm (Khosla et al., 2020, eq. 2), here across two
+    towers. In a zoo many models share a dataset or a result, and the diagonal alone would push true pairs apart. Its
+    lowest value is the entropy of the positives, not 0: log n for a row with n equal ones.
+
+    Args:
+        logits: similarities over the temperature.
+        positives: weights, 0 or more, of what each row and each column belongs to. Rows and columns without positives
+            are left out as anchors and stay as negatives of the others.
+
+    Returns:
+        The loss. 0 without any positive; 0, too, where a direction has but one candidate, which says nothing.
+    """
+    return (_towards_positives(logits, positives) + _towards_positives(logits.T, positives.T)) / 2
+
+
+def _towards_positives(logits: Tensor, positives: Tensor) -> Tensor:
+    total = positives.sum(1)
+    shares = positives / torch.where(total > 0, total, 1.0).unsqueeze(1)
+    anchors = (total > 0).sum().clamp(min=1)
+    return -(shares * logits.log_softmax(1)).sum() / anchors
+
+
+def pairwise_sigmoid(
+    logits: Float[Tensor, "rows columns"], positives: Float[Tensor, "rows columns"]
+) -> Float[Tensor, ""]:
+    """SigLIP's loss (Zhai et al., 2023): each pair of a row and a column is a yes-or-no question of its own.
+
+    Args:
+        logits: scaled similarities plus a bias, which has to start near minus the logarithm of the number of negatives.
+        positives: how much a pair belongs together; 1 and more is yes.
+
+    Returns:
+        Binary cross-entropy summed over pairs, over the number of rows; 0 without rows.
+    """
+    answers = positives.clamp(max=1)
+    return F.binary_cross_entropy_with_logits(logits, answers, reduction="sum") / max(1, len(logits))
+
+
+def gather_rows(values: Shaped[Tensor, "rows *d"]) -> Shaped[Tensor, "all_rows *d"]:
+    """Stacks the rows of all processes in the order of their ranks, so that each sees the negatives of all.
+
+    Gradients flow back to the process that a row comes from. Every process has to compute the whole loss from what it
+    gathered; the mean that DistributedDataParallel takes of their gradients is then the gradient of one process with
+    the whole batch. In a single process this returns ``values``.
+
+    Args:
+        values: equally many rows on each process.
+    """
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return values
+    gathered: Tensor = _GatherRows.apply(values)
+    return gathered
+
+
+class _GatherRows(torch.autograd.Function):
+    """``all_gather`` has no gradient of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, values.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        # Each process has differentiated its own copy of the loss with respect to everybody's rows.
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def behaviour_loss(

@@ -38,6 +38,18 @@ TINY = {
         "projection_size": 8,
     }
 }
+TINY["weightspace_joint"] = {
+    "dataset_config": {"feature_size": 5, "hidden_size": 16, "pooling_heads": 2, "position_size": 4},
+    "weight_config": {
+        "encoder_config": TINY["weight_autoencoder"],
+        "hidden_size": 16,
+        "pooling_heads": 2,
+        "position_size": 4,
+    },
+    "result_config": {"results": ["test_accuracy", "test_loss"], "bins": 4, "hidden_size": 8},
+    "projection_dim": 8,
+    "reconstruction_weight": 0.1,
+}
 
 
 def registered() -> list[str]:
@@ -82,6 +94,25 @@ def together(*batches: dict[str, Tensor]) -> dict[str, Tensor]:
     longest = max(batch["attention_mask"].shape[1] for batch in batches)
     even = [padded(batch, longest - batch["attention_mask"].shape[1]) for batch in batches]
     return {name: torch.cat([batch[name] for batch in even]) for name in even[0]}
+
+
+def for_loss(model_type: str, batch: dict[str, Tensor]) -> dict[str, Any]:
+    """All that a model's loss needs: each of its parameters has a part in it."""
+    if model_type == "weight_autoencoder":
+        return {**batch, "views": 2}
+    models, generator = len(batch["weight_values"]), torch.Generator().manual_seed(7)
+    return {
+        **batch,
+        "dataset_features": torch.randn(models, 6, 5, generator=generator),
+        "dataset_labels": torch.arange(6).remainder(3).expand(models, -1),
+        "results": torch.rand(models, 2, generator=generator),
+        "return_loss": True,
+    }
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """Every tensor of an output, those of outputs inside of it, too."""
+    return [each for value in output.to_tuple() for each in ([value] if torch.is_tensor(value) else tensors(value))]
 
 
 @torch.no_grad()
@@ -160,7 +191,8 @@ with torch.no_grad():
         eager, fused = build(model_type), build(model_type, attention="sdpa")
         assert fused.config._attn_implementation == "sdpa"
         with torch.no_grad():
-            for one, other in zip(eager(**batch).to_tuple(), fused(**batch).to_tuple(), strict=True):
+            outputs = (model(**for_loss(model_type, batch)) for model in (eager, fused))
+            for one, other in zip(*map(tensors, outputs), strict=True):
                 torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
     def test_gradient_checkpointing_runs_layers_again_and_changes_nothing(self, model_type: str) -> None:
@@ -173,7 +205,8 @@ with torch.no_grad():
             layers = [module for module in model.modules() if isinstance(module, TokenLayer)]
             for module in layers:
                 module.attention.register_forward_hook(lambda *_, c=count: c.__setitem__(0, c[0] + 1))
-            model(**batch, views=2).loss.backward()
+            torch.manual_seed(3)  # of dropout
+            model(**for_loss(model_type, batch)).loss.backward()
             calls.append(count[0] / len(layers))
             gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
         assert calls == [1, 2]
@@ -186,15 +219,15 @@ with torch.no_grad():
         model.save_pretrained(tmp_path)
         half = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
         assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
-        batch = inputs(LARGE, 3)
+        batch = inputs(LARGE, 4)
         with torch.no_grad():
-            loss = half(**batch, views=1).loss
+            loss = half(**{**for_loss(model_type, batch), **({"views": 1} if "auto" in model_type else {})}).loss
         assert loss.isfinite()
         assert torch.nn.functional.cosine_similarity(embedded(half, batch), embedded(model, batch)).min() > 0.98
 
     def test_every_parameter_matters(self, model_type: str) -> None:
         model = build(model_type)
-        model(**together(inputs(SMALL, 2), inputs(LARGE, 2)), views=2).loss.backward()
+        model(**for_loss(model_type, together(inputs(SMALL, 2), inputs(LARGE, 2)))).loss.backward()
         silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
         assert silent == []
 

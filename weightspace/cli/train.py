@@ -16,7 +16,7 @@ def train() -> None:
 
 
 @train.command()
-@click.option("--zoo", type=click.Path(path_type=Path), required=True, help="Zoo to train on.")
+@click.option("--zoo", type=click.Path(path_type=Path), required=True, help="Zoo: a folder, or org/name of the Hub.")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder of the encoder.")
 @config_option
 @click.option("--steps", type=int, show_default="from the settings", help="Optimizer steps.")

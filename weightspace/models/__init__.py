@@ -10,35 +10,41 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-_CONFIG = ("weightspace.models.autoencoder.configuration_autoencoder", "WeightAutoencoderConfig")
-_EXTRACTOR = ("weightspace.models.autoencoder.feature_extraction_autoencoder", "WeightFeatureExtractor")
+_AUTO_CONFIG = ("transformers.models.auto.configuration_auto", "AutoConfig")
+_AUTO_MODEL = ("transformers.models.auto.modeling_auto", "AutoModel")
+_AUTO_EXTRACTOR = ("transformers.models.auto.feature_extraction_auto", "AutoFeatureExtractor")
+_AUTO_PROCESSOR = ("transformers.models.auto.processing_auto", "AutoProcessor")
 
 
 @dataclass(frozen=True)
 class _Link:
-    """An auto class and the class of this library that it must know, each as its module and name."""
+    """An auto class and the class of this library that it must know for a config, each as its module and name."""
 
     auto: tuple[str, str]
     ours: tuple[str, str]
+    config: tuple[str, str]
 
     def make(self) -> None:
         auto, ours, config = (
-            getattr(importlib.import_module(module), name) for module, name in (self.auto, self.ours, _CONFIG)
+            getattr(importlib.import_module(module), name) for module, name in (self.auto, self.ours, self.config)
         )
         auto.register(config.model_type if ours is config else config, ours, exist_ok=True)
 
 
+def _links(folder: str, config: str, model: str, extractor: str) -> list[_Link]:
+    known_by = (f"{__name__}.{folder}.configuration_{folder}", config)
+    input_side = (f"{__name__}.{folder}.feature_extraction_{folder}", extractor)
+    return [
+        _Link(_AUTO_CONFIG, known_by, known_by),
+        _Link(_AUTO_MODEL, (f"{__name__}.{folder}.modeling_{folder}", model), known_by),
+        _Link(_AUTO_EXTRACTOR, input_side, known_by),
+        _Link(_AUTO_PROCESSOR, input_side, known_by),
+    ]
+
+
 _LINKS = (
-    _Link(("transformers.models.auto.configuration_auto", "AutoConfig"), _CONFIG),
-    _Link(
-        ("transformers.models.auto.modeling_auto", "AutoModel"),
-        ("weightspace.models.autoencoder.modeling_autoencoder", "WeightAutoencoderModel"),
-    ),
-    _Link(
-        ("transformers.models.auto.feature_extraction_auto", "AutoFeatureExtractor"),
-        _EXTRACTOR,
-    ),
-    _Link(("transformers.models.auto.processing_auto", "AutoProcessor"), _EXTRACTOR),
+    *_links("autoencoder", "WeightAutoencoderConfig", "WeightAutoencoderModel", "WeightFeatureExtractor"),
+    *_links("joint", "JointConfig", "JointModel", "JointFeatureExtractor"),
 )
 
 

@@ -129,7 +129,7 @@ def train_autoencoder(zoo: Path | str, output: Path | str, settings: Autoencoder
     """
     output, opened = Path(output), load_zoo(zoo)
     facts = {"zoo": opened.location, "zoo_digest": opened.digest, "settings": asdict(settings)}
-    identity = _identity(opened, settings)
+    identity = training_identity(opened, settings)
     state = read_training(output)
     if state is not None and state["identity"] != identity:
         raise ZooError(
@@ -148,8 +148,8 @@ def train_autoencoder(zoo: Path | str, output: Path | str, settings: Autoencoder
     writes = is_main_process()
     if writes:
         output.mkdir(parents=True, exist_ok=True)
-        _write_training(output, {**facts, "complete": False})
-    extractor, config = _fitted_input(opened, split, settings.encoder)
+        write_training(output, {**facts, "complete": False})
+    extractor, config = fitted_input(opened, split, settings.encoder)
     torch.manual_seed(settings.loop.seed)
     model = WeightAutoencoderModel(config)
     loop = settings.loop
@@ -163,17 +163,23 @@ def train_autoencoder(zoo: Path | str, output: Path | str, settings: Autoencoder
         trained.save_pretrained(output)
         extractor.save_pretrained(output)
         write_card(output, replace(trained.card_facts(), zoo=training_zoo(opened), training=asdict(settings)))
-        _write_training(output, {**facts, "complete": True, "parameters": trained.num_parameters()})
+        write_training(output, {**facts, "complete": True, "parameters": trained.num_parameters()})
         clear_checkpoints(output)
     return output
 
 
-def _identity(zoo: Zoo, settings: AutoencoderSettings) -> str:
-    """Digest of all that the trained weights follow from; how a run is watched and kept is none of it."""
+def training_identity(zoo: Zoo, settings: Any, *others: str) -> str:
+    """Digest of all that the trained weights follow from; how a run is watched and kept is none of it.
+
+    Args:
+        zoo: what is trained on.
+        settings: a settings dataclass with a ``loop``.
+        others: digests of whatever else goes in.
+    """
     values = asdict(settings)
     for name in ("checkpoint_every", "keep_checkpoints", "log_every", "validate_every", "tracker"):
         del values["loop"][name]
-    return hashlib.sha256(json.dumps([zoo.digest, values]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([zoo.digest, values, *others]).encode()).hexdigest()[:16]
 
 
 def read_training(folder: Path | str) -> dict[str, Any] | None:
@@ -307,9 +313,15 @@ class QueryImages:
         return self._images[chosen]
 
 
-def _fitted_input(
+def fitted_input(
     zoo: Zoo, split: Split, settings: EncoderSettings
 ) -> tuple[WeightFeatureExtractor, WeightAutoencoderConfig]:
+    """Fits the input side on the training models and sizes the encoder by the zoo.
+
+    Raises:
+        ZooError: there is nothing to encode.
+        SettingsError: the settings do not fit each other.
+    """
     architectures = zoo.architectures.values()
     widest = max((layer.width for architecture in architectures for layer in architecture.layers), default=0)
     if not widest:
@@ -342,5 +354,6 @@ def _fitted_input(
     return extractor, config
 
 
-def _write_training(output: Path, facts: Mapping[str, Any]) -> None:
+def write_training(output: Path, facts: Mapping[str, Any]) -> None:
+    """Writes ``training.json``, whole or not at all."""
     write_text(output / TRAINING_FILE, json.dumps(facts, indent=2, sort_keys=True) + "\n")

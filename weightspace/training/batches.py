@@ -1,8 +1,8 @@
-"""Training batches of weight tokens: models drawn from a zoo, each seen in two augmented views."""
+"""Training batches of weight tokens: models drawn from a zoo, each seen in one or more augmented views."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,17 +41,19 @@ class BatchPart:
 
 @dataclass(frozen=True, eq=False)
 class ViewBatch:
-    """Two views of each model: the first half of the batch and, in the same order, the second.
+    """Views of models: first one of each model and then, in the same order, the next one.
 
     Attributes:
         inputs: arguments of `WeightAutoencoderModel.forward`.
         parts: what the behaviour loss needs, one entry an architecture.
         number: running number of the micro-batch.
+        rows: rows of the models in the zoo.
     """
 
     inputs: dict[str, Any]
     parts: list[BatchPart]
     number: int
+    rows: Int[np.ndarray, "models"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,18 @@ class ViewBatches:
 
     Rows are shuffled within blocks that fit a fixed number of bytes, and blocks are shuffled too, so that memory is
     bounded however large the zoo is.
+
+    Attributes:
+        zoo: where the models are.
+        rows: those to train on.
+        extractor: turns weights into inputs.
+        augmentation: how views differ from the models.
+        batch_size: models a process and micro-batch.
+        window: tokens a view has at most.
+        seed: of order, permutations and augmentations.
+        views: views a model.
+        change: what else is done to flat weights, given with their architecture, their rows and the number of the
+            micro-batch.
     """
 
     zoo: Zoo
@@ -69,6 +83,8 @@ class ViewBatches:
     batch_size: int
     window: int
     seed: int
+    views: int = VIEWS
+    change: Callable[[Tensor, Architecture, np.ndarray, int], Tensor] | None = None
 
     def __call__(self, start: int, process: int, processes: int) -> Iterator[ViewBatch]:
         """Yields the micro-batches of one process from number ``start`` on."""
@@ -117,29 +133,35 @@ class ViewBatches:
         for places in members.values():
             architecture = held[int(rows[places[0]])][0]
             flat = torch.stack([held[int(rows[place])][1] for place in places])
+            if self.change is not None:
+                flat = self.change(flat, architecture, rows[places], number)
             if self.augmentation.permute:
-                flat = permuted_views(flat, architecture, VIEWS, generator)
+                flat = permuted_views(flat, architecture, self.views, generator)
             else:
-                flat = flat.repeat(VIEWS, 1)
-            target = torch.cat([torch.tensor(places) + view * len(rows) for view in range(VIEWS)])
+                flat = flat.repeat(self.views, 1)
+            target = torch.cat([torch.tensor(places) + view * len(rows) for view in range(self.views)])
             piece = self._piece(flat, architecture, target, generator)
             pieces.append(piece)
             if piece.whole:
-                parts.append(BatchPart(architecture, np.tile(rows[places], VIEWS), target, flat))
-        return ViewBatch(_assembled(pieces, VIEWS * len(rows)), parts, number)
+                parts.append(BatchPart(architecture, np.tile(rows[places], self.views), target, flat))
+        return ViewBatch({**_assembled(pieces, self.views * len(rows)), "views": self.views}, parts, number, rows)
 
     def _piece(self, flat: Tensor, architecture: Architecture, places: Tensor, generator: torch.Generator) -> _Piece:
         features = self.extractor.batch(flat, architecture)
         labels, mask, positions = features["weight_values"], features["weight_mask"], features["position_ids"]
         depths = relative_depths(positions, features["attention_mask"])
+        links = features.get("weight_links")
         whole = labels.shape[1] <= self.window
         if not whole:
             starts = torch.tensor(window_starts([labels.shape[1]] * len(labels), self.window, generator))
             index = starts.unsqueeze(1) + torch.arange(self.window)
             rows = torch.arange(len(labels)).unsqueeze(1)
             labels, mask, positions, depths = (value[rows, index] for value in (labels, mask, positions, depths))
+            if links is not None:
+                links = links[rows, index] - starts.view(-1, 1, 1)
+                links = links.masked_fill((links < 1) | (links > self.window), 0)
         values = corrupt(labels, mask, self.augmentation, generator)
-        return _Piece(places, values, labels, mask, positions, depths, whole)
+        return _Piece(places, values, labels, mask, positions, depths, links, whole)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,6 +172,7 @@ class _Piece:
     mask: Bool[Tensor, "batch n d"]
     positions: Int[Tensor, "batch n 3"]
     depths: Float[Tensor, "batch n"]
+    links: Int[Tensor, "batch n d"] | None
     whole: bool
 
 
@@ -163,6 +186,7 @@ def _assembled(pieces: list[_Piece], count: int) -> dict[str, Any]:
             out[piece.places, : piece.values.shape[1]] = getattr(piece, field)
         return out
 
+    wired = {} if pieces[0].links is None else {"weight_links": gathered("links")}
     attention = torch.zeros(count, longest, dtype=torch.bool)
     for piece in pieces:
         attention[piece.places, : piece.values.shape[1]] = True
@@ -173,5 +197,5 @@ def _assembled(pieces: list[_Piece], count: int) -> dict[str, Any]:
         "attention_mask": attention,
         "depths": gathered("depths"),
         "labels": gathered("labels"),
-        "views": VIEWS,
+        **wired,
     }

@@ -24,9 +24,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
 from weightspace.errors import SettingsError
+from weightspace.io.checkpoint import open_checkpoint, save_checkpoint
 from weightspace.training.settings import LoopSettings
 
 _CHECKPOINTS, _HISTORY = "checkpoints", "history.jsonl"
+_BEST = "best.safetensors"
 
 
 @runtime_checkable
@@ -69,7 +71,8 @@ def fit(model: nn.Module, batches: Batches, objective: Objective, settings: Loop
     """Trains ``model`` and returns it, unwrapped and on the CPU.
 
     Progress, history (``history.jsonl``) and checkpoints go to ``output``. A run that finds its own checkpoint there
-    goes on from it and ends as the uninterrupted run would have.
+    goes on from it and ends as the uninterrupted run would have. With ``settings.best`` the weights are those of the
+    best validation, otherwise the last.
 
     Args:
         model: the model to train.
@@ -93,6 +96,7 @@ def fit(model: nn.Module, batches: Batches, objective: Objective, settings: Loop
     accelerator.register_for_checkpointing(scheduler)
     done = _resume(accelerator, output)
     history = _History(output / _HISTORY, done) if accelerator.is_main_process else None
+    best = _Best(accelerator, output / _CHECKPOINTS / _BEST, settings.best, done) if settings.best else None
     if accelerator.log_with:
         accelerator.init_trackers("weightspace", config=_flat(asdict(settings)))
     micro_batches = settings.gradient_accumulation_steps
@@ -115,6 +119,8 @@ def fit(model: nn.Module, batches: Batches, objective: Objective, settings: Loop
                     row = {**means, "learning_rate": learning_rate}
             if last or (settings.validate_every and step % settings.validate_every == 0):
                 row |= _validate(objective, accelerator.unwrap_model(model))
+                if best:
+                    best.offer(step, row, accelerator.unwrap_model(model))
             if row:
                 accelerator.log(row, step=step)
                 if history:
@@ -124,6 +130,8 @@ def fit(model: nn.Module, batches: Batches, objective: Objective, settings: Loop
                 _save(accelerator, output, step, settings.keep_checkpoints)
     accelerator.end_training()
     trained: nn.Module = accelerator.unwrap_model(model).cpu().eval()
+    if best:
+        best.restore(trained)
     return trained
 
 
@@ -223,6 +231,38 @@ class _History:
     def append(self, step: int, row: Mapping[str, float]) -> None:
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **row}) + "\n")
+
+
+class _Best:
+    """The weights of the best validation so far, in a file of their own."""
+
+    def __init__(self, accelerator: Accelerator, path: Path, figure: str, done: int) -> None:
+        self._accelerator, self._path, self._figure = accelerator, path, figure
+        self._lowest = math.inf
+        if path.exists():
+            kept = open_checkpoint(path).metadata
+            # Weights from after the checkpoint that is resumed from are found again, and beat what they replaced.
+            if int(kept["step"]) <= done:
+                self._lowest = float(kept["value"])
+
+    def offer(self, step: int, row: Mapping[str, float], model: nn.Module) -> None:
+        """Keeps the weights of ``model`` if they are better than those that are kept."""
+        if self._figure not in row:
+            figures = ", ".join(name for name in row if name.startswith("validation_"))
+            raise SettingsError(f"best: there is no figure {self._figure!r}; choose one of {figures}")
+        if row[self._figure] >= self._lowest:
+            return
+        self._lowest = row[self._figure]
+        if self._accelerator.is_main_process:
+            self._path.parent.mkdir(exist_ok=True)
+            metadata = {"step": str(step), "value": repr(self._lowest)}
+            save_checkpoint(model.state_dict(), self._path, metadata=metadata)
+
+    def restore(self, model: nn.Module) -> None:
+        """Gives ``model`` the weights that were kept."""
+        self._accelerator.wait_for_everyone()
+        if self._path.exists():
+            model.load_state_dict(open_checkpoint(self._path).tensors())
 
 
 @torch.no_grad()

@@ -27,6 +27,8 @@ class LoopSettings:
         keep_checkpoints: how many of them stay on disk.
         log_every: steps between rows of the history.
         validate_every: steps between validations; 0 for none but the last.
+        best: validation figure whose lowest value says which weights are kept, e.g. ``"validation_loss"``; None keeps
+            the last.
         tracker: where the history goes besides ``history.jsonl``; any name that Accelerate knows, or ``"none"``.
     """
 
@@ -44,6 +46,7 @@ class LoopSettings:
     keep_checkpoints: int = 1
     log_every: int = 10
     validate_every: int = 100
+    best: str | None = None
     tracker: str = "tensorboard"
 
     def __post_init__(self) -> None:

@@ -93,17 +93,18 @@ class WeightFeatureExtractor(FeatureExtractionMixin):
             architecture, tensors = _opened(item)
             tokens = self._tokenizer.tokenize(tensors, architecture)
             values = self._normalizer.normalize(tokens.tokens.float(), tokens.mask)
-            batches.append((values, tokens.mask, tokens.positions))
-        longest = max(len(values) for values, _, _ in batches)
+            batches.append(
+                {
+                    "weight_values": values,
+                    "weight_mask": tokens.mask,
+                    "position_ids": tokens.positions,
+                    "attention_mask": torch.ones(len(values), dtype=torch.bool),
+                    **self.wiring(architecture),
+                }
+            )
+        longest = max(len(inputs["weight_values"]) for inputs in batches)
         return BatchFeature(
-            {
-                "weight_values": torch.stack([_padded(values, longest) for values, _, _ in batches]),
-                "weight_mask": torch.stack([_padded(mask, longest) for _, mask, _ in batches]),
-                "position_ids": torch.stack([_padded(positions, longest) for _, _, positions in batches]),
-                "attention_mask": torch.stack(
-                    [_padded(torch.ones(len(values), dtype=torch.bool), longest) for values, _, _ in batches]
-                ),
-            }
+            {name: torch.stack([_padded(inputs[name], longest) for inputs in batches]) for name in batches[0]}
         )
 
     def sample(
@@ -155,8 +156,13 @@ class WeightFeatureExtractor(FeatureExtractionMixin):
                 "weight_mask": layout.mask.expand(values.shape),
                 "position_ids": layout.positions.expand(len(flat), -1, -1),
                 "attention_mask": torch.ones(values.shape[:2], dtype=torch.bool),
+                **{name: value.expand(len(flat), -1, -1) for name, value in self.wiring(architecture).items()},
             }
         )
+
+    def wiring(self, architecture: Architecture) -> dict[str, Tensor]:
+        """Further inputs ``(n, ...)`` that follow from the architecture alone; zero stands for padding. None here."""
+        return {}
 
     def mask(self, architecture: Architecture) -> Bool[Tensor, "n d"]:
         """True where a token entry of this architecture is a weight."""

@@ -78,6 +78,11 @@ class WeightAutoencoderModel(PushedWithCard):
         """Length of the embedding of one model."""
         return int(self.config.depth_bins * (2 * self.config.latent_size + STATISTICS))
 
+    @property
+    def decoding_modules(self) -> list[nn.Module]:
+        """The parts that `decode` needs and `encode` does not."""
+        return [self.from_latent, self.mask_in, self.decoder_positions, self.decoder, self.token_out]
+
     def card_facts(self) -> EncoderFacts:
         """Returns what the model itself knows."""
         return replace(super().card_facts(), embedding_size=self.embedding_size)

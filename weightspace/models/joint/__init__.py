@@ -1,0 +1,1 @@
+"""One embedding space for datasets, weights and results, with its input side."""

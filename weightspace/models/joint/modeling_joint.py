@@ -1,0 +1,359 @@
+"""The joint model: datasets, weights and results in one embedding space."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils.generic import ModelOutput
+
+from weightspace.cards import EncoderFacts
+from weightspace.errors import SettingsError
+from weightspace.losses import gather_rows, masked_mse, pairwise_nt_xent, pairwise_sigmoid
+from weightspace.models.card import PushedWithCard
+from weightspace.models.joint.configuration_joint import (
+    PAIRS,
+    DatasetTowerConfig,
+    JointConfig,
+    ResultTowerConfig,
+    WeightTowerConfig,
+)
+from weightspace.models.joint.towers import DatasetTower, ResultTower, WeightTower
+from weightspace.models.layers import initialize_linear
+
+_LARGEST_LOGIT_SCALE = 4.6052
+"""Logarithm of 100, as in CLIP."""
+
+
+@dataclass
+class JointOutput(ModelOutput):
+    """What [`JointModel`] returns; what was not given is None.
+
+    Attributes:
+        loss: sum of the losses of the pairs, and of the weighted reconstruction loss.
+        dataset_weight_loss: of the pair of these towers.
+        weight_result_loss: of the pair of these towers.
+        dataset_result_loss: of the pair of these towers.
+        reconstruction_loss: of the autoencoder, in units of the weights' variance.
+        logits_dataset_weight: `(datasets, batch)` scaled cosine similarities.
+        logits_weight_result: `(batch, batch)` scaled cosine similarities.
+        logits_dataset_result: `(datasets, batch)` scaled cosine similarities.
+        dataset_embeds: `(datasets, projection_dim)` of length 1.
+        weight_embeds: `(batch, projection_dim)` of length 1.
+        result_embeds: `(batch, projection_dim)` of length 1.
+        dataset_model_output: as `get_dataset_features` returns it.
+        weight_model_output: as `get_weight_features` returns it.
+        result_model_output: as `get_result_features` returns it.
+    """
+
+    loss: Tensor | None = None
+    dataset_weight_loss: Tensor | None = None
+    weight_result_loss: Tensor | None = None
+    dataset_result_loss: Tensor | None = None
+    reconstruction_loss: Tensor | None = None
+    logits_dataset_weight: Tensor | None = None
+    logits_weight_result: Tensor | None = None
+    logits_dataset_result: Tensor | None = None
+    dataset_embeds: Tensor | None = None
+    weight_embeds: Tensor | None = None
+    result_embeds: Tensor | None = None
+    dataset_model_output: BaseModelOutputWithPooling | None = None
+    weight_model_output: BaseModelOutputWithPooling | None = None
+    result_model_output: BaseModelOutputWithPooling | None = None
+
+
+class JointModel(PushedWithCard):
+    """Three towers in the manner of CLIP (Radford et al., 2021), contrasted pair by pair.
+
+    Row i of a batch is a triplet of a model's weights W, the dataset D it was trained on, and results R it is said to
+    reach. Many rows share a dataset or a result, so positives are weights and not the diagonal:
+
+    - D, W: all models that were trained on the same dataset with the same order of classes.
+    - W, R: R is a statement, of any subset of the results, and all models of which it is true are its positives; with
+      `smoothing`, those of which it nearly is, by so much less.
+    - D, R: as often as models that were trained on D have R: the product of the two matrices above. Nothing else
+      relates a dataset to a result, and similarities then learn log p(R | D) / p(R).
+    """
+
+    config: JointConfig
+    base_model_prefix = "joint"
+    main_input_name = "weight_values"
+    input_modalities = "weight"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TokenLayer"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["standardizer", "edges"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: JointConfig) -> None:
+        super().__init__(config)
+        dataset, weight, result = config.dataset_config, config.weight_config, config.result_config
+        assert isinstance(dataset, DatasetTowerConfig)
+        assert isinstance(weight, WeightTowerConfig)
+        assert isinstance(result, ResultTowerConfig)
+        self.dataset_model = DatasetTower(dataset)
+        self.weight_model = WeightTower(weight)
+        self.result_model = ResultTower(result)
+        size = config.projection_dim
+        self.dataset_projection = nn.Linear(2 * dataset.hidden_size, size, bias=False)
+        self.weight_projection = nn.Linear(2 * weight.hidden_size, size, bias=False)
+        self.result_projection = nn.Linear(result.hidden_size, size, bias=False)
+        self.logit_scale = nn.Parameter(torch.full((len(PAIRS),), float(config.logit_scale_init_value)))
+        if config.loss == "sigmoid":
+            self.logit_bias = nn.Parameter(torch.full((len(PAIRS),), -10.0))
+        self.post_init()
+
+    @property
+    def embedding_size(self) -> int:
+        """Length of every embedding."""
+        return int(self.config.projection_dim)
+
+    def card_facts(self) -> EncoderFacts:
+        """Returns what the model itself knows."""
+        return replace(super().card_facts(), embedding_size=self.embedding_size)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            initialize_linear(module, scale=getattr(module, "initial_scale", 1.0))
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight)
+
+    def ensure_image_encoder(self, name: str, digest: str) -> None:
+        """Refuses dataset features of another image encoder than the one that the model was trained with.
+
+        Raises:
+            SettingsError: the digests differ.
+        """
+        own = self.config.dataset_config
+        assert isinstance(own, DatasetTowerConfig)
+        if own.image_encoder_digest is not None and own.image_encoder_digest != digest:
+            raise SettingsError(
+                f"image encoder {name} ({digest[:12]}): the joint model was trained with {own.image_encoder} "
+                f"({own.image_encoder_digest[:12]}); open that one"
+            )
+
+    def get_dataset_features(
+        self,
+        dataset_features: Float[Tensor, "datasets images features"],
+        dataset_labels: Int[Tensor, "datasets images"],
+        dataset_mask: Bool[Tensor, "datasets images"] | None = None,
+    ) -> BaseModelOutputWithPooling:
+        """Embeds datasets.
+
+        Args:
+            dataset_features: of a sample of the images, from the image encoder that the config names.
+            dataset_labels: class numbers of the images, as the outputs of the models are numbered.
+            dataset_mask: true where there is an image; all true if left out.
+
+        Returns:
+            Moments of the classes as ``last_hidden_state`` and the projected embedding, of any length, as
+            ``pooler_output``.
+        """
+        output = self.dataset_model(dataset_features, dataset_labels, dataset_mask)
+        output.pooler_output = self.dataset_projection(output.pooler_output)
+        return output
+
+    def get_weight_features(
+        self,
+        weight_values: Float[Tensor, "batch n d"],
+        weight_mask: Bool[Tensor, "batch n d"],
+        position_ids: Int[Tensor, "batch n 3"],
+        attention_mask: Bool[Tensor, "batch n"] | None = None,
+        depths: Float[Tensor, "batch n"] | None = None,
+        weight_links: Int[Tensor, "batch n d"] | None = None,
+    ) -> BaseModelOutputWithPooling:
+        """Embeds whole models, of any mix of architectures.
+
+        Args:
+            weight_values: normalised token entries, zero in the padding.
+            weight_mask: true where an entry is a weight.
+            position_ids: columns token, layer, channel.
+            attention_mask: true where there is a token; all true if left out.
+            depths: relative depth of each token's layer, 0 to 1; derived from ``position_ids`` if left out, which is
+                right for sequences that hold a whole model.
+            weight_links: which token each entry reads, see `token_links`; nothing is known of it if left out.
+
+        Returns:
+            Latents as ``last_hidden_state`` and the projected embedding, of any length, as ``pooler_output``.
+        """
+        output = self.weight_model(weight_values, weight_mask, position_ids, attention_mask, depths, weight_links)
+        output.pooler_output = self.weight_projection(output.pooler_output)
+        return output
+
+    def get_result_features(
+        self, results: Float[Tensor, "batch results"], stated: Bool[Tensor, "batch results"] | None = None
+    ) -> BaseModelOutputWithPooling:
+        """Embeds results.
+
+        Args:
+            results: one column for each name in the config; NaN where a value is missing.
+            stated: true for the results that a row states; all known ones if left out.
+
+        Returns:
+            Embeddings of the single results as ``last_hidden_state`` and the projected embedding, of any length, as
+            ``pooler_output``.
+        """
+        output = self.result_model(results, results.isfinite() if stated is None else stated)
+        output.pooler_output = self.result_projection(output.pooler_output)
+        return output
+
+    def forward(
+        self,
+        weight_values: Float[Tensor, "batch n d"] | None = None,
+        weight_mask: Bool[Tensor, "batch n d"] | None = None,
+        position_ids: Int[Tensor, "batch n 3"] | None = None,
+        attention_mask: Bool[Tensor, "batch n"] | None = None,
+        depths: Float[Tensor, "batch n"] | None = None,
+        weight_links: Int[Tensor, "batch n d"] | None = None,
+        dataset_features: Float[Tensor, "datasets images features"] | None = None,
+        dataset_labels: Int[Tensor, "datasets images"] | None = None,
+        dataset_mask: Bool[Tensor, "datasets images"] | None = None,
+        results: Float[Tensor, "batch results"] | None = None,
+        stated: Bool[Tensor, "batch results"] | None = None,
+        dataset_index: Int[Tensor, " batch"] | None = None,
+        dataset_ids: Int[Tensor, " datasets"] | None = None,
+        labels: Float[Tensor, "batch n d"] | None = None,
+        return_loss: bool = False,
+    ) -> JointOutput:
+        """Embeds what is given, compares it, and scores it if asked to.
+
+        With several processes the losses of the pairs are those of all their rows together; see `gather_rows`.
+
+        Args:
+            weight_values: as in `get_weight_features`; leave out for no weights.
+            weight_mask: as in `get_weight_features`.
+            position_ids: as in `get_weight_features`.
+            attention_mask: as in `get_weight_features`.
+            depths: as in `get_weight_features`.
+            weight_links: as in `get_weight_features`.
+            dataset_features: as in `get_dataset_features`; leave out for no datasets.
+            dataset_labels: as in `get_dataset_features`.
+            dataset_mask: as in `get_dataset_features`.
+            results: as in `get_result_features`; leave out for no results. For the loss, the results of the models.
+            stated: as in `get_result_features`.
+            dataset_index: which of the datasets a model was trained on, -1 if that is not known; for the loss. Model i
+                and dataset i belong together if left out.
+            dataset_ids: the same number for the same dataset, on all processes; all datasets differ if left out.
+            labels: tokens to reconstruct; ``weight_values`` if left out.
+            return_loss: whether to compute losses, for which all three are needed.
+        """
+        output = JointOutput()
+        if dataset_features is not None:
+            assert dataset_labels is not None
+            output["dataset_model_output"] = self.get_dataset_features(dataset_features, dataset_labels, dataset_mask)
+            output["dataset_embeds"] = unit(output["dataset_model_output"])
+        if weight_values is not None:
+            assert weight_mask is not None and position_ids is not None
+            output["weight_model_output"] = self.get_weight_features(
+                weight_values, weight_mask, position_ids, attention_mask, depths, weight_links
+            )
+            output["weight_embeds"] = unit(output["weight_model_output"])
+        if results is not None:
+            stated = results.isfinite() if stated is None else stated & results.isfinite()
+            output["result_model_output"] = self.get_result_features(results, stated)
+            output["result_embeds"] = unit(output["result_model_output"])
+        for number, pair in enumerate(PAIRS):
+            one, other = (output.get(f"{tower}_embeds") for tower in pair.split("_"))
+            if one is not None and other is not None:
+                output[f"logits_{pair}"] = self._logits(number, one, other)
+        if return_loss:
+            self._add_losses(output, results, stated, dataset_index, dataset_ids)
+        if return_loss and self.config.reconstruction_weight:
+            assert weight_values is not None and weight_mask is not None and position_ids is not None
+            target = weight_values if labels is None else labels
+            latents = output["weight_model_output"].last_hidden_state
+            decoded = self.weight_model.encoder.decode(latents, weight_mask, position_ids, attention_mask)
+            output["reconstruction_loss"] = masked_mse(decoded.float(), target.float(), weight_mask)
+            output["loss"] = output["loss"] + self.config.reconstruction_weight * output["reconstruction_loss"]
+        return output
+
+    def _logits(self, number: int, one: Tensor, other: Tensor) -> Tensor:
+        logits = self.logit_scale[number].clamp(max=_LARGEST_LOGIT_SCALE).exp() * (one @ other.T)
+        return logits + self.logit_bias[number] if self.config.loss == "sigmoid" else logits
+
+    def _add_losses(
+        self,
+        output: JointOutput,
+        results: Tensor | None,
+        stated: Tensor | None,
+        dataset_index: Tensor | None,
+        dataset_ids: Tensor | None,
+    ) -> None:
+        """Compares the rows of all processes; row i stands for its dataset, its weights and its statement."""
+        weights = output["weight_embeds"]
+        rows = {"weight": weights, "dataset": torch.zeros_like(weights), "result": torch.zeros_like(weights)}
+        ids = torch.full((len(weights),), -1, device=weights.device)
+        if "dataset_embeds" in output:
+            index = _count(weights) if dataset_index is None else dataset_index
+            own = _count(output["dataset_embeds"]) if dataset_ids is None else dataset_ids
+            ids = torch.where(index < 0, -1, own[index.clamp(min=0)])
+            rows["dataset"] = output["dataset_embeds"][index.clamp(min=0)]
+        if results is None or stated is None:
+            results = weights.new_zeros(len(weights), len(self.result_model.edges))
+            stated = torch.zeros_like(results, dtype=torch.bool)
+        else:
+            rows["result"] = output["result_embeds"]
+        losses = self.pair_losses(
+            {tower: gather_rows(embeds) for tower, embeds in rows.items()},
+            gather_rows(ids),
+            gather_rows(results),
+            gather_rows(stated),
+        )
+        for pair, loss in losses.items():
+            output[f"{pair}_loss"] = loss
+        output["loss"] = torch.stack(list(losses.values())).sum()
+
+    def pair_losses(
+        self,
+        embeds: Mapping[str, Float[Tensor, "batch size"]],
+        dataset_ids: Int[Tensor, " batch"],
+        results: Float[Tensor, "batch results"],
+        stated: Bool[Tensor, "batch results"],
+    ) -> dict[str, Float[Tensor, ""]]:
+        """Scores every pair of the config on triplets.
+
+        Args:
+            embeds: embeddings of length 1 for ``"dataset"``, ``"weight"`` and ``"result"``, row by row.
+            dataset_ids: the same number for the same dataset, -1 for a row without one.
+            results: of the models, NaN where a value is missing.
+            stated: true for what a row states of them; a row that states nothing is left out.
+
+        Returns:
+            One loss a pair. 0 where nothing relates its towers.
+        """
+        there = {
+            "weight": torch.ones_like(dataset_ids, dtype=torch.bool),
+            "dataset": dataset_ids >= 0,
+            "result": stated.any(1),
+        }
+        same = ((dataset_ids.unsqueeze(1) == dataset_ids) & there["dataset"]).float()
+        true_of = self.result_model.agreement(results, stated).float()
+        positives = {"dataset_weight": same, "weight_result": true_of.T, "dataset_result": same @ true_of.T}
+        score = pairwise_sigmoid if self.config.loss == "sigmoid" else pairwise_nt_xent
+        losses = {}
+        for pair in self.config.pairs:
+            one, other = pair.split("_")
+            logits = self._logits(PAIRS.index(pair), embeds[one][there[one]], embeds[other][there[other]])
+            losses[pair] = score(logits, positives[pair][there[one]][:, there[other]])
+        return losses
+
+
+def _count(rows: Tensor) -> Int[Tensor, " rows"]:
+    return torch.arange(len(rows), device=rows.device)
+
+
+def unit(output: BaseModelOutputWithPooling) -> Float[Tensor, "rows size"]:
+    """Scales the embeddings of an output to length 1."""
+    assert output.pooler_output is not None
+    return F.normalize(output.pooler_output.float(), dim=-1)
+
+
+__all__ = ["JointModel", "JointOutput"]
