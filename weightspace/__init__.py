@@ -14,15 +14,19 @@ from weightspace.models import register
 if TYPE_CHECKING:
     from weightspace.architectures.infer import infer_architecture
     from weightspace.errors import WeightspaceError
-    from weightspace.index import embed
+    from weightspace.index import EmbeddingIndex, embed
     from weightspace.inspection import inspect_location
     from weightspace.io.checkpoint import open_checkpoint, save_checkpoint
     from weightspace.models.autoencoder.configuration_autoencoder import WeightAutoencoderConfig
     from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
     from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel
+    from weightspace.models.joint.configuration_joint import JointConfig
+    from weightspace.models.joint.feature_extraction_joint import JointFeatureExtractor
+    from weightspace.models.joint.modeling_joint import JointModel
     from weightspace.publishing import push_folder
     from weightspace.tokenizers import get_tokenizer
     from weightspace.training.autoencoder import train_autoencoder
+    from weightspace.training.joint import train_joint
     from weightspace.zoo.dataset import load_zoo
     from weightspace.zoo.exporting import export_folder
     from weightspace.zoo.importing import import_folder
@@ -31,6 +35,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "EmbeddingIndex": "weightspace.index",
+    "JointConfig": "weightspace.models.joint.configuration_joint",
+    "JointFeatureExtractor": "weightspace.models.joint.feature_extraction_joint",
+    "JointModel": "weightspace.models.joint.modeling_joint",
     "WeightAutoencoderConfig": "weightspace.models.autoencoder.configuration_autoencoder",
     "WeightAutoencoderModel": "weightspace.models.autoencoder.modeling_autoencoder",
     "WeightFeatureExtractor": "weightspace.models.autoencoder.feature_extraction_autoencoder",
@@ -46,10 +54,15 @@ _HOMES = {
     "push_folder": "weightspace.publishing",
     "save_checkpoint": "weightspace.io.checkpoint",
     "train_autoencoder": "weightspace.training.autoencoder",
+    "train_joint": "weightspace.training.joint",
     "train_zoo": "weightspace.zoo.training",
 }
 
 __all__ = [
+    "EmbeddingIndex",
+    "JointConfig",
+    "JointFeatureExtractor",
+    "JointModel",
     "WeightAutoencoderConfig",
     "WeightAutoencoderModel",
     "WeightFeatureExtractor",
@@ -66,6 +79,7 @@ __all__ = [
     "push_folder",
     "save_checkpoint",
     "train_autoencoder",
+    "train_joint",
     "train_zoo",
 ]
 

@@ -16,7 +16,19 @@ from weightspace.cli.main import main, program
 from weightspace.errors import ZooError
 from weightspace.io.checkpoint import save_checkpoint
 
-COMMANDS = [["demo"], ["embed"], ["inspect"], ["probe"], ["train", "autoencoder"], ["train"], ["zoo"]]
+COMMANDS = [
+    ["atlas"],
+    ["demo"],
+    ["embed"],
+    ["explain"],
+    ["inspect"],
+    ["probe"],
+    ["push"],
+    ["search"],
+    ["train", "autoencoder"],
+    ["train"],
+    ["zoo"],
+]
 COMMANDS += [["zoo", name] for name in ("train", "import", "info", "export")]
 
 

@@ -147,7 +147,7 @@ def result_correlation(
     value = correlation(np.ones(len(known), dtype=np.int64))
     if not np.isfinite(value):
         return None
-    replicates = np.array([correlation(_drawn(runs.max() + 1, generator)[runs]) for _ in range(draws)])
+    replicates = np.array([correlation(_drawn(int(runs.max()) + 1, generator)[runs]) for _ in range(draws)])
     return _with_interval(value, replicates[np.isfinite(replicates)], (-1.0, 1.0))
 
 
@@ -162,7 +162,7 @@ def _replicate(
 ) -> list[float] | None:
     """Measures with drawn runs; None where they leave no query with a right answer."""
     sides = [runs for runs in (query_runs, candidate_runs) if runs is not None]
-    drawn = _drawn(max((runs.max() + 1 for runs in sides), default=0), generator)
+    drawn = _drawn(max((int(runs.max()) + 1 for runs in sides), default=0), generator)
     queries = np.ones(len(ranks), dtype=np.int64) if query_runs is None else drawn[query_runs]
     if candidate_runs is not None:
         counts = drawn[candidate_runs]

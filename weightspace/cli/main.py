@@ -13,11 +13,16 @@ from collections.abc import Sequence
 import click
 
 from weightspace import __version__
+from weightspace.cli.atlas import atlas
+from weightspace.cli.crawl import crawl
 from weightspace.cli.demo import demo
 from weightspace.cli.embed import embed
+from weightspace.cli.explain import explain
 from weightspace.cli.inspect import inspect
 from weightspace.cli.output import printable
 from weightspace.cli.probe import probe
+from weightspace.cli.push import push
+from weightspace.cli.search import search
 from weightspace.cli.train import train
 from weightspace.cli.zoo import zoo
 from weightspace.errors import WeightspaceError
@@ -41,7 +46,7 @@ def program(debug: bool) -> None:
     """
 
 
-for command in (demo, inspect, zoo, train, embed, probe):
+for command in (demo, inspect, crawl, zoo, train, embed, probe, search, explain, atlas, push):
     program.add_command(command)
 
 

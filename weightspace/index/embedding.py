@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,27 +23,40 @@ from weightspace.io.hub import HubOptions, open_repo
 from weightspace.io.refs import is_repo_id, parse_ref
 from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
 from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel
+from weightspace.models.joint.modeling_joint import JointModel
 from weightspace.schema import Architecture, ModelRef
 from weightspace.zoo.dataset import Zoo, load_zoo
 from weightspace.zoo.storage import replacing
 
 _CHUNK = 256
-_ENCODER_FILES = ("config.json", "preprocessor_config.json", "model.safetensors", "training.json")
+_DECISIVE_FILES = ("config.json", "preprocessor_config.json", "model.safetensors")
+_ENCODER_FILES = (*_DECISIVE_FILES, "training.json")
 
 
 @dataclass(frozen=True, eq=False)
 class Encoder:
-    """A trained encoder with its input side.
+    """A trained encoder of weights with its input side: a weight autoencoder, or a joint model.
 
     Attributes:
         path: folder it was loaded from.
         model: the encoder, in evaluation mode.
         extractor: turns weights into its inputs.
+        name: what opens it again, pinned to a commit if it lies on the Hub.
     """
 
     path: Path
-    model: WeightAutoencoderModel
+    model: WeightAutoencoderModel | JointModel
     extractor: WeightFeatureExtractor
+    name: str = ""
+
+    @cached_property
+    def digest(self) -> str:
+        """Sha256 of the files that its embeddings depend on; equal digests embed alike."""
+        digest = hashlib.sha256()
+        for file in _DECISIVE_FILES:
+            with (self.path / file).open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return digest.hexdigest()
 
     @torch.no_grad()
     def embed(
@@ -76,7 +91,7 @@ class Encoder:
         Raises:
             WeightspaceError: the model cannot be read, or ``max_bytes`` is less than a window.
         """
-        sample = self.extractor.sample(model, window=self.model.config.window, max_bytes=max_bytes, seed=seed)
+        sample = self.extractor.sample(model, window=self.autoencoder.config.window, max_bytes=max_bytes, seed=seed)
         return self._features(sample.inputs)[0], sample.share
 
     def _features(self, inputs: BatchFeature) -> Tensor:
@@ -84,15 +99,21 @@ class Encoder:
         assert features is not None
         return features
 
+    @property
+    def autoencoder(self) -> WeightAutoencoderModel:
+        """The model, or the part of a joint model that encodes to latents and decodes them."""
+        return self.model.weight_model.encoder if isinstance(self.model, JointModel) else self.model
+
     @torch.no_grad()
     def reconstruct(
         self, flat: Float[Tensor, "models params"], architecture: Architecture
     ) -> Float[Tensor, "models params"]:
-        """Encodes models to latents and decodes them again."""
+        """Encodes models to latents and decodes them again, which a joint model learns only if it is asked to."""
         parts = []
         for part in flat.split(_CHUNK):
             inputs = self.extractor.batch(part, architecture)
-            tokens = self.model(**inputs, return_loss=False).reconstruction
+            needed = {name: inputs[name] for name in WeightFeatureExtractor.model_input_names}
+            tokens = self.autoencoder(**needed, return_loss=False).reconstruction
             parts.append(self.extractor.restore(tokens, architecture))
         return torch.cat(parts)
 
@@ -103,7 +124,7 @@ class Encoder:
 
     def latent_size(self, architecture: Architecture) -> int:
         """Numbers that a whole model of this architecture is compressed to."""
-        return self.extractor.token_count(architecture) * self.model.config.latent_size
+        return self.extractor.token_count(architecture) * self.autoencoder.config.latent_size
 
 
 def load_encoder(location: str | Path, options: HubOptions | None = None) -> Encoder:
@@ -117,8 +138,9 @@ def load_encoder(location: str | Path, options: HubOptions | None = None) -> Enc
         WeightspaceError: there is no encoder, or it cannot be loaded.
     """
     path = Path(location)
+    name = str(path.absolute())
     if not path.exists() and is_repo_id(parse_ref(str(location)).location):
-        path = _fetched(parse_ref(str(location)), options)
+        path, name = _fetched(parse_ref(str(location)), options)
     if not (path / "config.json").is_file():
         raise WeightspaceError(f"{location}: no encoder (there is no config.json); train one or check the path")
     try:
@@ -126,18 +148,18 @@ def load_encoder(location: str | Path, options: HubOptions | None = None) -> Enc
         extractor = AutoFeatureExtractor.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise WeightspaceError(f"{location}: the encoder cannot be loaded: {str(error).splitlines()[0]}") from error
-    if not isinstance(model, WeightAutoencoderModel):
+    if not isinstance(model, WeightAutoencoderModel | JointModel):
         raise WeightspaceError(f"{location}: a {type(model).__name__} is no weight encoder; give one of this library")
-    return Encoder(path, model, extractor)
+    return Encoder(path, model, extractor, name)
 
 
-def _fetched(ref: ModelRef, options: HubOptions | None) -> Path:
-    """Fetches the files of an encoder, the record of its training among them, into huggingface_hub's cache."""
+def _fetched(ref: ModelRef, options: HubOptions | None) -> tuple[Path, str]:
+    """Fetches an encoder and the record of its training into huggingface_hub's cache; names folder and commit."""
     repo = open_repo(ref.location, ref.revision, options)
     fetched = {name: repo.download(name) for name in _ENCODER_FILES if name in repo.entries}
     if "config.json" not in fetched:
         raise WeightspaceError(f"{repo}: no encoder (there is no config.json); check the name")
-    return fetched["config.json"].parent
+    return fetched["config.json"].parent, str(ModelRef(repo.repo_id, repo.sha))
 
 
 def embed_zoo(
@@ -160,7 +182,7 @@ def embed_zoo(
 
 def embed(
     locations: Sequence[str],
-    encoder: str | Path,
+    encoder: str | Path | Encoder,
     *,
     max_bytes: int | None = None,
     seed: int = 0,
@@ -173,7 +195,7 @@ def embed(
         locations: a folder with a ``zoo.json`` is a zoo, and so is a dataset on the Hub where there is no model of that
             name; any other file or folder, or ``org/name[@revision][:path]`` on the Hub, is a checkpoint, and a folder
             that is no checkpoint itself stands for all those below it.
-        encoder: folder of the encoder, or ``org/name`` on the Hub.
+        encoder: folder of the encoder, or ``org/name`` on the Hub, or the loaded one.
         max_bytes: most bytes of weights to read of a model; a larger one is estimated from a stratified sample of its
             token windows. None reads everything.
         seed: draws the samples.
@@ -187,7 +209,7 @@ def embed(
     Raises:
         WeightspaceError: the encoder or a model cannot be read.
     """
-    loaded = load_encoder(encoder, options)
+    loaded = encoder if isinstance(encoder, Encoder) else load_encoder(encoder, options)
     frames = []
     for location in locations:
         if (Path(location) / "zoo.json").exists():

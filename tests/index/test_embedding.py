@@ -28,7 +28,7 @@ class TestEncoder:
     def test_chunks_change_nothing(self, tiny_encoder: Path, tiny_zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
         encoder, batch = load_encoder(tiny_encoder), next(tiny_zoo.batches())
         whole = [run(batch.flat, batch.architecture) for run in (encoder.embed, encoder.reconstruct)]
-        monkeypatch.setattr("weightspace.index._CHUNK", 5)
+        monkeypatch.setattr("weightspace.index.embedding._CHUNK", 5)
         for run, expected in zip((encoder.embed, encoder.reconstruct), whole, strict=True):
             torch.testing.assert_close(run(batch.flat, batch.architecture), expected)
 
