@@ -1,4 +1,4 @@
-"""The main job from end to end: train a zoo, open it as files, train an encoder, measure it, write a report."""
+"""The main job from end to end: train a zoo, open it as files, train encoders, measure them, write a report."""
 
 from __future__ import annotations
 
@@ -19,33 +19,52 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from weightspace.analysis.joint import retrieval_table
 from weightspace.analysis.report import (
     ALL_ARCHITECTURES,
     Curve,
     PredictedTrue,
     ReconstructionRow,
     Report,
+    RetrievalRow,
     ZooMap,
     write_report,
 )
 from weightspace.cards import EncoderFacts, Measurement, Score, write_card
+from weightspace.errors import SettingsError
 from weightspace.evaluation import FunctionComparison, compare_functions
 from weightspace.index import Encoder, embed_zoo, load_encoder
 from weightspace.probes.probe import ProbeRow, rows_to_records
 from weightspace.probes.representations import LinearCodes
-from weightspace.probes.zoo import ENCODER, probe_zoo
+from weightspace.probes.zoo import ENCODER, JOINT, probe_zoo
 from weightspace.schema import Architecture
-from weightspace.training.autoencoder import AutoencoderSettings, read_training, train_autoencoder
+from weightspace.training.autoencoder import AutoencoderSettings, EncoderSettings, read_training, train_autoencoder
+from weightspace.training.joint import JointSettings, TowerSettings, train_joint
 from weightspace.training.loop import read_history
+from weightspace.training.settings import LoopSettings
 from weightspace.zoo.dataset import Zoo, load_zoo
 from weightspace.zoo.describing import training_zoo
 from weightspace.zoo.exporting import export_folder
+from weightspace.zoo.image_encoders import OFFLINE_ENCODER, open_image_encoder
 from weightspace.zoo.importing import import_folder
 from weightspace.zoo.storage import write_text
 from weightspace.zoo.training import ZooSettings, train_zoo
+from weightspace.zoo.views import Augmentation
 
 _TARGETS = ("test_accuracy", "generalization_gap", "step")
 _IDENTITY_FILE, _SECONDS_FILE = "report-of.json", "seconds.json"
+
+
+def _joint_settings() -> JointSettings:
+    """What two cores train in a minute or two; the image encoder is the one that needs no Hub."""
+    return JointSettings(
+        towers=TowerSettings(
+            encoder=EncoderSettings(hidden_size=32, layers=1, heads=2), dropout=0.3, reconstruction_weight=0.0
+        ),
+        image_encoder=OFFLINE_ENCODER,
+        augmentation=Augmentation(erase=0.0, noise=0.2),
+        loop=LoopSettings(steps=900, batch_size=128, weight_decay=0.3, validate_every=300),
+    )
 
 
 @dataclass(frozen=True)
@@ -55,22 +74,33 @@ class DemoSettings:
     Attributes:
         zoo: the zoo.
         autoencoder: the encoder.
+        joint: the joint model, which holds out the same runs. A file that says anything of it has to name its image
+            encoder, too.
         targets: what probes predict.
         seeds: split seeds of the probes.
     """
 
     zoo: ZooSettings = field(default_factory=ZooSettings)
     autoencoder: AutoencoderSettings = field(default_factory=AutoencoderSettings)
+    joint: JointSettings = field(default_factory=_joint_settings)
     targets: tuple[str, ...] = _TARGETS
     seeds: tuple[int, ...] = (0, 1, 2)
+
+    def __post_init__(self) -> None:
+        """Refuses encoders that were trained on each other's test runs."""
+        if self.joint.split_seed != self.autoencoder.split_seed:
+            raise SettingsError(
+                f"joint: split_seed {self.joint.split_seed} holds out other runs than the "
+                f"{self.autoencoder.split_seed} of the autoencoder; give both the same"
+            )
 
 
 def run_demo(output: Path | str, settings: DemoSettings) -> Path:
     """Runs the main job; what is there already and unchanged is reused.
 
     ``output`` gets ``trained`` (the zoo as it was trained), ``models`` (the same models as plain safetensors files with
-    ``metadata.jsonl``), ``zoo`` (imported from these files, as a user's own models would be), ``encoder`` (a
-    `save_pretrained` folder with its card), ``report.html`` and ``report.json``.
+    ``metadata.jsonl``), ``zoo`` (imported from these files, as a user's own models would be), ``encoder`` and ``joint``
+    (`save_pretrained` folders with their cards), ``report.html`` and ``report.json``.
 
     Args:
         output: folder of everything.
@@ -81,33 +111,54 @@ def run_demo(output: Path | str, settings: DemoSettings) -> Path:
 
     Raises:
         ZooError: ``output`` holds something made with other settings.
-        SettingsError: settings that cannot be trained with.
+        SettingsError: settings that cannot be trained with, or the image encoder is not there.
     """
     output = Path(output)
-    with _timed(output, "1/5 train the zoo"):
+    open_image_encoder(settings.joint.image_encoder)  # what is not there is missed before minutes of training
+    with _timed(output, "1/6 train the zoo"):
         trained = train_zoo(settings.zoo, output / "trained")
-    with _timed(output, "2/5 open it as files"):
+    with _timed(output, "2/6 open it as files"):
         if not (output / "models" / "metadata.jsonl").exists():
             export_folder(trained, output / "models")
         import_folder(output / "models", output / "zoo", on_problem="error")
         zoo = load_zoo(output / "zoo")
-    with _timed(output, "3/5 train the autoencoder"):
+    with _timed(output, "3/6 train the autoencoder"):
         encoder_path = train_autoencoder(zoo.path, output / "encoder", settings.autoencoder)
+    with _timed(output, "4/6 train the joint model"):
+        joint_path = train_joint(zoo.path, output / "joint", settings.joint)
     report = output / "report.html"
-    state = read_training(encoder_path)
-    assert state is not None
-    identity = {"encoder": state["identity"], "targets": list(settings.targets), "seeds": list(settings.seeds)}
+    state, joint_state = read_training(encoder_path), read_training(joint_path)
+    assert state is not None and joint_state is not None
+    identity = {
+        "encoder": state["identity"],
+        "joint": joint_state["identity"],
+        "targets": list(settings.targets),
+        "seeds": list(settings.seeds),
+    }
     if report.exists() and _read_identity(output) == identity:
         return report
-    encoder = load_encoder(encoder_path)
-    with _timed(output, "4/5 reconstruct and probe"):
-        reconstruction = reconstruction_table(zoo, encoder, state)
-        probes = probe_zoo(zoo, encoder, settings.targets, seeds=settings.seeds)
-    with _timed(output, "5/5 write the report"):
-        write_card(encoder_path, _card(zoo, encoder, state, probes, reconstruction))
-        write_report(_report(zoo, encoder, settings, probes, reconstruction, _seconds(output)), output)
+    encoder, joint = load_encoder(encoder_path), load_encoder(joint_path)
+    with _timed(output, "5/6 reconstruct, probe and retrieve"):
+        tables = _Tables(
+            reconstruction_table(zoo, encoder, state),
+            probe_zoo(zoo, [encoder, joint], settings.targets, seeds=settings.seeds),
+            retrieval_table(zoo, joint, joint_state),
+        )
+    with _timed(output, "6/6 write the report"):
+        measured = _probe_measurements(tables.probes, ENCODER) + _kept_measurements(tables.reconstruction)
+        write_card(encoder_path, _card(zoo, encoder, state, measured))
+        measured = _probe_measurements(tables.probes, JOINT) + _retrieval_measurements(tables.retrieval)
+        write_card(joint_path, _card(zoo, joint, joint_state, measured))
+        write_report(_report(zoo, encoder, joint, settings, tables, _seconds(output)), output)
         write_text(output / _IDENTITY_FILE, json.dumps(identity) + "\n")
     return report
+
+
+@dataclass(frozen=True)
+class _Tables:
+    reconstruction: list[ReconstructionRow]
+    probes: list[ProbeRow]
+    retrieval: list[RetrievalRow]
 
 
 def reconstruction_table(zoo: Zoo, encoder: Encoder, training: Mapping[str, Any]) -> list[ReconstructionRow]:
@@ -138,7 +189,7 @@ def reconstruction_table(zoo: Zoo, encoder: Encoder, training: Mapping[str, Any]
                     decoded = _decoded_by_pca(zoo, rest, flat, size, incremental=method == "IncrementalPCA")
                 compared = compare_functions(zoo, test, flat, decoded, architecture)
                 error = float((decoded - flat).square().mean() / (flat - flat.mean(0)).square().mean())
-                name = _architecture_name(zoo, test[0], architecture)
+                name = _architecture_name(zoo, int(test[0]), architecture)
                 found.setdefault(method, []).append(_Decoded(name, compared, architecture.numel, size, error))
                 bar.update()
     run_ids = zoo.index["run_id"].to_numpy()
@@ -201,16 +252,16 @@ def _summary(
 
 
 def _architecture_name(zoo: Zoo, row: int, architecture: Architecture) -> str:
-    config = zoo.entry(int(row)).config or {}
+    config = zoo.entry(row).config or {}
     return str(config.get("family", architecture.digest))
 
 
 def _report(
     zoo: Zoo,
     encoder: Encoder,
+    joint: Encoder,
     settings: DemoSettings,
-    probes: Sequence[ProbeRow],
-    reconstruction: Sequence[ReconstructionRow],
+    tables: _Tables,
     seconds: Mapping[str, float],
 ) -> Report:
     history = read_history(encoder.path)
@@ -221,10 +272,10 @@ def _report(
     ]
     shown = [
         PredictedTrue(f"{row.representation}, {row.estimator}", row.predictions.targets, row.predictions.predicted)
-        for row in probes
+        for row in tables.probes
         if row.target == settings.targets[0]
         and row.predictions is not None
-        and (row.representation, row.estimator) in ((ENCODER, "ridge"), ("s(W)", "ridge"))
+        and (row.representation, row.estimator) in ((ENCODER, "ridge"), (JOINT, "ridge"), ("s(W)", "ridge"))
     ]
     architectures = [
         f"{_architecture_name(zoo, int(np.flatnonzero((zoo.index['header'] == header).to_numpy())[0]), architecture)} "
@@ -238,14 +289,17 @@ def _report(
         "architectures": "; ".join(architectures),
         "encoder parameters": encoder.model.num_parameters(),
         "numbers in an embedding": encoder.embedding_size,
+        "joint model parameters": joint.model.num_parameters(),
+        "image encoder": settings.joint.image_encoder,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
         **{f"seconds to {name.partition(' ')[2]}": round(value, 1) for name, value in seconds.items()},
     }
     return Report(
         title="weightspace demo",
         facts=facts,
-        probes=rows_to_records(probes),
-        reconstruction=reconstruction,
+        probes=rows_to_records(tables.probes),
+        reconstruction=tables.reconstruction,
+        retrieval=tables.retrieval,
         curves=curves,
         predictions=shown,
         zoo_map=ZooMap(
@@ -256,41 +310,58 @@ def _report(
         settings=asdict(settings),
         commands=["weightspace demo"],
         notes=[
-            "Every number is measured on runs that neither the encoder nor a probe was trained on.",
+            "Every number is measured on runs that neither an encoder nor a probe was trained on.",
+            "The joint model was trained on the results of its training models as well, which the other descriptions "
+            "of weights in the probe tables were not.",
+            "The map and the training curves are the autoencoder's.",
             "PCA and IncrementalPCA are fitted on all other runs; the autoencoder was trained on 70 % of all runs.",
         ],
     )
 
 
-def _card(
-    zoo: Zoo,
-    encoder: Encoder,
-    training: Mapping[str, Any],
-    probes: Sequence[ProbeRow],
-    reconstruction: Sequence[ReconstructionRow],
-) -> EncoderFacts:
+def _probe_measurements(probes: Sequence[ProbeRow], name: str) -> list[Measurement]:
     measurements = []
     for target in dict.fromkeys(row.target for row in probes):
-        own = [
-            row for row in probes if row.target == target and (row.representation, row.estimator) == (ENCODER, "ridge")
-        ]
-        others = [row for row in probes if row.target == target and row.representation != ENCODER]
+        own = [row for row in probes if row.target == target and (row.representation, row.estimator) == (name, "ridge")]
+        others = [row for row in probes if row.target == target and row.representation != name]
         if own:
             measurements.append(
                 Measurement(
                     f"{target} from the embedding (ridge)",
                     "r2",
                     "R²",
-                    _r2_score(own[0], ENCODER),
+                    _r2_score(own[0], name),
                     tuple(_r2_score(row, f"{row.representation}, {row.estimator}") for row in others),
                 )
             )
-    overall = [row for row in reconstruction if row.architecture == ALL_ARCHITECTURES]
-    if overall:
-        kept = [Score(row.method, row.kept, row.kept_low, row.kept_high) for row in overall]
-        measurements.append(
-            Measurement("reconstruction", "accuracy_kept", "share of accuracy kept", kept[0], tuple(kept[1:]))
+    return measurements
+
+
+def _kept_measurements(reconstruction: Sequence[ReconstructionRow]) -> list[Measurement]:
+    kept = [
+        Score(row.method, row.kept, row.kept_low, row.kept_high)
+        for row in reconstruction
+        if row.architecture == ALL_ARCHITECTURES
+    ]
+    if not kept:
+        return []
+    return [Measurement("reconstruction", "accuracy_kept", "share of accuracy kept", kept[0], tuple(kept[1:]))]
+
+
+def _retrieval_measurements(retrieval: Sequence[RetrievalRow]) -> list[Measurement]:
+    return [
+        Measurement(
+            f"retrieval {row.pair} ({row.question})",
+            "recall_at_1" if row.measure == "R@1" else "spearmanr",
+            row.measure,
+            Score(JOINT, row.value, row.low, row.high),
+            (Score("chance", row.chance),),
         )
+        for row in retrieval
+    ]
+
+
+def _card(zoo: Zoo, encoder: Encoder, training: Mapping[str, Any], measurements: Sequence[Measurement]) -> EncoderFacts:
     described = training_zoo(zoo)
     if _is_digits(zoo):
         described = replace(described, name="small networks on variants of scikit-learn's digits")

@@ -20,6 +20,7 @@ from weightspace.analysis import (
     PredictedTrue,
     ReconstructionRow,
     Report,
+    RetrievalRow,
     ZooMap,
     write_report,
 )
@@ -119,6 +120,10 @@ def report() -> Report:
             dataclasses.replace(reconstruction("PCA", ALL_ARCHITECTURES, 0.6213), relative_mse=math.nan),
             reconstruction("autoencoder", HOSTILE, 0.9101),
         ],
+        retrieval=[
+            RetrievalRow("D → W", f"question {HOSTILE}", "R@1", 0.9612345, 0.9123456, 0.9812345, 0.0312345, 32, 540),
+            RetrievalRow("R → W", "question", "Spearman", 0.8912345, 0.8123456, 0.9412345, 0.0, 41, 541),
+        ],
         curves=[
             Curve("loss", [0, 10, 20], [1.0, 0.1, 0.01]),
             Curve("validation_loss", [0, 20], [1.0, 0.02]),
@@ -188,7 +193,7 @@ def test_ids_are_unique_and_every_reference_has_its_target(page: Page, written: 
 
 def test_every_number_of_the_records_is_on_the_page_with_all_its_digits(page: Page, records: dict[str, Any]) -> None:
     shown = {attrs["value"] for tag, attrs in page.tags if tag == "data"}
-    for part in ("facts", "probes", "reconstruction", "settings"):
+    for part in ("facts", "probes", "reconstruction", "retrieval", "settings"):
         assert numbers(records[part])
         assert {repr(number) for number in numbers(records[part])} <= shown, part
     assert {repr(len(records["map"]["x"])), repr(records["map"]["models"])} <= shown
@@ -202,6 +207,7 @@ def test_the_json_has_the_numbers_that_were_given(report: Report, records: dict[
         **dataclasses.asdict(report.reconstruction[0]),
         "compression": 2464.5 / 616,
     }
+    assert records["retrieval"][0] == dataclasses.asdict(report.retrieval[0])
     assert records["predictions"][0]["true"] == report.predictions[0].true.tolist()
     assert records["settings"]["zoo"] == {"rates": [0.25, 0.00125], "base": HOSTILE, "out": "zoo"}
     assert records["map"]["left_out"] == 1 and len(records["map"]["x"]) == 59

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weightspace.analysis.verdicts import probe_verdicts, reconstruction_verdicts
+from weightspace.analysis.verdicts import probe_verdicts, reconstruction_verdicts, retrieval_verdicts
 
 
 def probe(representation: str, r2: float | None, half: float | None = 0.05, **changes: Any) -> dict[str, Any]:
@@ -32,6 +32,18 @@ def kept(method: str, share: float | None, architecture: str = "all", latent_siz
         "kept": share,
         "kept_low": interval[0],
         "kept_high": interval[1],
+    }
+
+
+def found(pair: str, value: float, half: float | None = 0.02, chance: float = 0.03125) -> dict[str, Any]:
+    interval = (None, None) if half is None else (value - half, value + half)
+    return {
+        "pair": pair,
+        "measure": "R@1",
+        "value": value,
+        "low": interval[0],
+        "high": interval[1],
+        "chance": chance,
     }
 
 
@@ -116,3 +128,36 @@ def test_a_comparison_of_other_sizes_names_both() -> None:
 def test_decoded_models_of_unknown_accuracy_are_not_judged() -> None:
     (verdict,) = reconstruction_verdicts([kept("autoencoder", None), kept("PCA", 0.62)], "all")
     assert verdict.outcome == "unclear"
+
+
+def test_the_joint_model_is_compared_with_the_baselines_and_is_none_of_them() -> None:
+    rows = [probe("s(W)", 0.5), probe("autoencoder", 0.6, 0.01), probe("joint", 0.9)]
+    ours, joint = probe_verdicts(rows)
+    assert (ours.subject, ours.outcome) == ("Test accuracy", "ahead")
+    assert (joint.subject, joint.outcome) == ("Test accuracy, joint model", "ahead")
+    assert "for the joint model's embedding and 0.500" in joint.text and "The joint model is ahead." in joint.text
+    assert "0.900" not in ours.text and "0.600" not in joint.text
+
+
+def test_what_is_found_is_compared_with_chance() -> None:
+    (verdict,) = retrieval_verdicts([found("D → W", 0.9), found("W → D", 0.8)])
+    assert (verdict.subject, verdict.outcome) == ("Retrieval by the joint model", "ahead")
+    assert verdict.text == (
+        "D → W: R@1 is 0.900 [0.880, 0.920], by chance 0.031; W → D: R@1 is 0.800 [0.780, 0.820], by chance 0.031. "
+        "The joint model finds more than chance in all of it; no other method was asked."
+    )
+    assert retrieval_verdicts([]) == []
+
+
+@pytest.mark.parametrize(
+    ("row", "outcome"),
+    [
+        (found("W → D", 0.04), "level"),
+        (found("W → D", 0.01, 0.005), "behind"),
+        (found("W → D", 0.9, None), "level"),
+    ],
+)
+def test_more_than_chance_is_claimed_only_outside_of_the_interval(row: dict[str, Any], outcome: str) -> None:
+    (verdict,) = retrieval_verdicts([found("D → W", 0.9), row])
+    assert verdict.outcome == outcome
+    assert "For W → D that is not shown to be more than chance." in verdict.text and "finds more" not in verdict.text

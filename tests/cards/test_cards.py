@@ -308,3 +308,11 @@ def test_an_unwritable_folder_is_named_and_nothing_is_left(tmp_path: Path) -> No
     with pytest.raises(WeightspaceError, match=r"README\.md: cannot be written"):
         write_card(tmp_path / "folder", FACTS)
     assert [file.name for file in (tmp_path / "folder").iterdir()] == ["README.md"]
+
+
+def test_a_model_that_does_not_decode_promises_nothing_of_the_kind() -> None:
+    assert "decoded back" in render_card(EncoderFacts(name="one")) and "reconstruct weights" in render_card(
+        EncoderFacts(name="one")
+    )
+    card = render_card(EncoderFacts(name="one", decodes=False))
+    assert "decoded back" not in card and "reconstruct weights" not in card

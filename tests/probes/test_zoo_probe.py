@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from weightspace.errors import SettingsError, ZooError
 from weightspace.index import embed_zoo, load_encoder
 from weightspace.probes import zoo as probes
 from weightspace.probes.representations import collect_weights
-from weightspace.probes.zoo import ENCODER, encoder_features, probe_zoo, target_values
+from weightspace.probes.zoo import ENCODER, JOINT, encoder_features, probe_zoo, target_values
 from weightspace.training.autoencoder import read_training
 from weightspace.zoo.dataset import Zoo
 
@@ -50,6 +52,23 @@ class TestTable:
         for row in rows:
             assert row.predictions is not None
             assert set(tiny_zoo.index["run_id"][row.predictions.rows]) == set(state["test_runs"])
+
+    def test_has_an_autoencoder_and_a_joint_model_side_by_side(
+        self, asked: Any, tiny_zoo: Zoo, tiny_encoder: Path, tiny_clip_joint: Path
+    ) -> None:
+        rows = probe_zoo(tiny_zoo, [tiny_encoder, tiny_clip_joint], ["test_accuracy"], seeds=(0,))
+        sizes = {row.representation: row.dimensions for row in rows}
+        assert sizes[ENCODER] == load_encoder(tiny_encoder).embedding_size
+        assert sizes[JOINT] == load_encoder(tiny_clip_joint).embedding_size
+
+    def test_refuses_encoders_that_held_out_other_runs(
+        self, tiny_zoo: Zoo, tiny_encoder: Path, tiny_clip_joint: Path, tmp_path: Path
+    ) -> None:
+        other = shutil.copytree(tiny_clip_joint, tmp_path / "other")
+        state = json.loads((other / "training.json").read_text())
+        (other / "training.json").write_text(json.dumps({**state, "test_runs": state["test_runs"][:-1]}))
+        with pytest.raises(SettingsError, match=r"other: held out other runs than .*one split_seed"):
+            probe_zoo(tiny_zoo, [tiny_encoder, other], ["test_accuracy"], seeds=(0,))
 
     def test_draws_its_test_runs_without_an_encoder(self, asked: Any, tiny_zoo: Zoo) -> None:
         rows = probe_zoo(tiny_zoo.path, None, ["test_accuracy"], seeds=(0,))

@@ -8,10 +8,11 @@ from weightspace.analysis.report import (
     PredictedTrue,
     ReconstructionRow,
     Report,
+    RetrievalRow,
     ZooMap,
     write_report,
 )
-from weightspace.analysis.verdicts import Verdict, probe_verdicts, reconstruction_verdicts
+from weightspace.analysis.verdicts import Verdict, probe_verdicts, reconstruction_verdicts, retrieval_verdicts
 
 __all__ = [
     "ALL_ARCHITECTURES",
@@ -19,9 +20,11 @@ __all__ = [
     "PredictedTrue",
     "ReconstructionRow",
     "Report",
+    "RetrievalRow",
     "Verdict",
     "ZooMap",
     "probe_verdicts",
     "reconstruction_verdicts",
+    "retrieval_verdicts",
     "write_report",
 ]

@@ -18,7 +18,14 @@ from markupsafe import Markup
 
 from weightspace.analysis import plots
 from weightspace.analysis.legend import Legend, dataset_legend
-from weightspace.analysis.verdicts import decimals, probe_verdicts, readable, reconstruction_verdicts, signed
+from weightspace.analysis.verdicts import (
+    decimals,
+    probe_verdicts,
+    readable,
+    reconstruction_verdicts,
+    retrieval_verdicts,
+    signed,
+)
 from weightspace.zoo.storage import write_text
 
 ALL_ARCHITECTURES = "all"
@@ -60,6 +67,33 @@ class ReconstructionRow:
     relative_mse: float
 
 
+@dataclass(frozen=True)
+class RetrievalRow:
+    """What a joint model finds on test models.
+
+    Attributes:
+        pair: what is asked and what is found, e.g. ``"D → W"``.
+        question: the same in words.
+        measure: name of the number.
+        value: the number.
+        low: lower end of its 95 % interval.
+        high: upper end.
+        chance: what answers at random give.
+        queries: number of questions.
+        candidates: number of possible answers.
+    """
+
+    pair: str
+    question: str
+    measure: str
+    value: float
+    low: float
+    high: float
+    chance: float
+    queries: int
+    candidates: int
+
+
 @dataclass(frozen=True, eq=False)
 class Curve:
     """One number of the training history over optimizer steps; a ``validation`` name is drawn with its counterpart."""
@@ -96,6 +130,7 @@ class Report:
         facts: headline facts in the order to show, under the names to show.
         probes: records of probe rows: their fields by name, None for NaN.
         reconstruction: rows in the order to show; those of ``ALL_ARCHITECTURES`` decide the verdict.
+        retrieval: what a joint model finds.
         curves: training history.
         predictions: scatter plots to show.
         zoo_map: embeddings to draw as a map.
@@ -108,6 +143,7 @@ class Report:
     facts: Mapping[str, str | int | float] = field(default_factory=dict)
     probes: Sequence[Mapping[str, Any]] = ()
     reconstruction: Sequence[ReconstructionRow] = ()
+    retrieval: Sequence[RetrievalRow] = ()
     curves: Sequence[Curve] = ()
     predictions: Sequence[PredictedTrue] = ()
     zoo_map: ZooMap | None = None
@@ -151,7 +187,12 @@ def _records(report: Report, points: plots.MapPoints | None) -> dict[str, Any]:
         _plain({**dataclasses.asdict(row), "compression": row.weights / row.latent_size if row.latent_size else None})
         for row in report.reconstruction
     ]
-    verdicts = probe_verdicts(probes) + reconstruction_verdicts(reconstruction, ALL_ARCHITECTURES)
+    retrieval = [_plain(dataclasses.asdict(row)) for row in report.retrieval]
+    verdicts = [
+        *probe_verdicts(probes),
+        *reconstruction_verdicts(reconstruction, ALL_ARCHITECTURES),
+        *retrieval_verdicts(retrieval),
+    ]
     zoo_map = None
     if report.zoo_map is not None and points is not None and len(points.rows):
         zoo_map = {
@@ -170,6 +211,7 @@ def _records(report: Report, points: plots.MapPoints | None) -> dict[str, Any]:
             "verdicts": [dataclasses.asdict(verdict) for verdict in verdicts],
             "probes": probes,
             "reconstruction": reconstruction,
+            "retrieval": retrieval,
             "map": zoo_map,
             "predictions": [
                 {"title": one.title, "true": one.true, "predicted": one.predicted} for one in report.predictions

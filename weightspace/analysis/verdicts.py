@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 OURS = "autoencoder"
+JOINT = "joint"
 BAR = "s(W)"
+_LEARNED = {OURS: OURS, JOINT: "joint model"}
 # Below this R2, the share that is left after a permutation is a ratio of two noises.
 _LEAST_R2 = 0.05
 # From here on three decimals say nothing; a probe of raw weights can be off by powers of ten.
@@ -20,11 +22,11 @@ Outcome = Literal["ahead", "level", "behind", "unclear"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """One comparison of the autoencoder with a baseline.
+    """One comparison of the autoencoder or the joint model with a baseline, or with chance.
 
     Attributes:
-        subject: what was predicted or reconstructed.
-        outcome: of the autoencoder; ``"level"`` where the intervals overlap, ``"unclear"`` where something is missing.
+        subject: what was predicted, reconstructed or found.
+        outcome: of ours; ``"level"`` where the intervals overlap, ``"unclear"`` where something is missing.
         text: one or two sentences with the numbers.
     """
 
@@ -71,7 +73,7 @@ def readable(name: str) -> str:
 
 
 def probe_verdicts(probes: Sequence[Mapping[str, Any]]) -> list[Verdict]:
-    """Compares the autoencoder with the baselines, target by target.
+    """Compares the autoencoder, and the joint model where it was probed, with the baselines, target by target.
 
     First like with like: ridge on the embedding against ridge on the weight statistics s(W), and what the embedding's
     R2 becomes on neuron-permuted test models. Then the best estimator on the embedding against the best baseline,
@@ -81,11 +83,15 @@ def probe_verdicts(probes: Sequence[Mapping[str, Any]]) -> list[Verdict]:
         probes: records with the fields of a probe row; None stands for NaN.
     """
     targets = dict.fromkeys(str(row["target"]) for row in probes)
-    return [
-        verdict
-        for target in targets
-        for verdict in _target_verdicts(target, [row for row in probes if row["target"] == target])
-    ]
+    verdicts = []
+    for target in targets:
+        rows = [row for row in probes if row["target"] == target]
+        baselines = [row for row in rows if row["representation"] not in _LEARNED]
+        for name in _LEARNED:
+            ours = [row for row in rows if row["representation"] == name]
+            if ours or name == OURS:
+                verdicts += _target_verdicts(target, name, ours, baselines)
+    return verdicts
 
 
 def reconstruction_verdicts(rows: Sequence[Mapping[str, Any]], overall: str) -> list[Verdict]:
@@ -105,42 +111,70 @@ def reconstruction_verdicts(rows: Sequence[Mapping[str, Any]], overall: str) -> 
     ]
 
 
-def _target_verdicts(target: str, rows: Sequence[Mapping[str, Any]]) -> list[Verdict]:
-    subject = readable(target).capitalize()
-    known = [row for row in rows if row["r2"] is not None]
-    ours = [row for row in known if row["representation"] == OURS]
-    others = [row for row in known if row["representation"] != OURS]
+def retrieval_verdicts(rows: Sequence[Mapping[str, Any]]) -> list[Verdict]:
+    """Compares what the joint model finds with chance; one verdict for all rows.
+
+    Args:
+        rows: records with the fields of a retrieval row; None stands for NaN.
+    """
+    if not rows:
+        return []
+    found = [_Estimate(_number(row["value"]), _number(row["low"]), _number(row["high"])) for row in rows]
+    pairs = list(zip(rows, found, strict=True))
+    numbers = "; ".join(
+        f"{row['pair']}: {row['measure']} is {one}, by chance {decimals(_number(row['chance']))}" for row, one in pairs
+    )
+    above = [row["pair"] for row, one in pairs if one.low > _number(row["chance"])]
+    below = [row["pair"] for row, one in pairs if one.high < _number(row["chance"])]
+    if len(above) == len(rows):
+        outcome: Outcome = "ahead"
+        finding = "The joint model finds more than chance in all of it; no other method was asked."
+    else:
+        outcome = "behind" if below else "level"
+        missed = ", ".join(row["pair"] for row in rows if row["pair"] not in above)
+        finding = f"For {missed} that is not shown to be more than chance."
+    return [Verdict("Retrieval by the joint model", outcome, f"{numbers}. {finding}")]
+
+
+def _target_verdicts(
+    target: str, name: str, rows: Sequence[Mapping[str, Any]], baselines: Sequence[Mapping[str, Any]]
+) -> list[Verdict]:
+    who, subject = _LEARNED[name], readable(target).capitalize()
+    subject = subject if name == OURS else f"{subject}, {who}"
+    ours, others = ([row for row in side if row["r2"] is not None] for side in (rows, baselines))
     if not ours or not others:
-        return [Verdict(subject, "unclear", _alone(rows, ours, others))]
+        return [Verdict(subject, "unclear", _alone(who, rows, ours, others))]
     verdicts = []
     ridge = next((row for row in ours if row["estimator"] == "ridge"), None)
     bar = next((row for row in others if (row["representation"], row["estimator"]) == (BAR, "ridge")), None)
     if ridge is not None and bar is not None:
-        numbers = f"With ridge on both, R² is {_r2(ridge)} for the autoencoder's embedding and {_r2(bar)} for {BAR}."
-        outcome, finding = _compared(_r2(ridge), _r2(bar))
+        numbers = f"With ridge on both, R² is {_r2(ridge)} for the {who}'s embedding and {_r2(bar)} for {BAR}."
+        outcome, finding = _compared(who, _r2(ridge), _r2(bar))
         verdicts.append(Verdict(subject, outcome, f"{numbers} {finding} {_after_permutation(ridge)}"))
     best, other = _best(ours), _best(others)
     if best is not ridge or other is not bar:
         numbers = (
-            f"With the best estimator of each, R² is {_r2(best)} for the autoencoder's embedding ({best['estimator']}) "
+            f"With the best estimator of each, R² is {_r2(best)} for the {who}'s embedding ({best['estimator']}) "
             f"and {_r2(other)} for {other['representation']} ({other['estimator']})."
         )
-        outcome, finding = _compared(_r2(best), _r2(other))
+        outcome, finding = _compared(who, _r2(best), _r2(other))
         rest = "" if verdicts and best is ridge else f" {_after_permutation(best)}"
         verdicts.append(Verdict(subject, outcome, f"{numbers} {finding}{rest}"))
     return verdicts
 
 
 def _alone(
-    rows: Sequence[Mapping[str, Any]], ours: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]
+    who: str,
+    rows: Sequence[Mapping[str, Any]],
+    ours: Sequence[Mapping[str, Any]],
+    others: Sequence[Mapping[str, Any]],
 ) -> str:
     """Says what is known where one side of the comparison is missing."""
     if ours:
         best = _best(ours)
-        numbers = f"R² is {_r2(best)} for the autoencoder's embedding ({best['estimator']})"
+        numbers = f"R² is {_r2(best)} for the {who}'s embedding ({best['estimator']})"
         return f"{numbers}, with no baseline to compare it with. {_after_permutation(best)}"
-    probed = any(row["representation"] == OURS for row in rows)
-    why = "R² is undefined for the autoencoder's embedding" if probed else "The autoencoder's embedding was not probed"
+    why = f"R² is undefined for the {who}'s embedding" if rows else f"The {who}'s embedding was not probed"
     if not others:
         return f"{why}, nor is R² known for a baseline."
     best = _best(others)
@@ -159,20 +193,20 @@ def _kept_verdict(subject: str, rows: Sequence[Mapping[str, Any]]) -> Verdict:
         return Verdict(subject, "unclear", f"{share}, with no other method to compare it with.")
     best = max(others, key=lambda row: float(row["kept"]))
     size = "as many" if best["latent_size"] == ours["latent_size"] else f"{best['latent_size']:,.0f}"
-    outcome, finding = _compared(_kept(ours), _kept(best))
+    outcome, finding = _compared(_LEARNED[OURS], _kept(ours), _kept(best))
     return Verdict(subject, outcome, f"{share}; {best['method']} with {size} keeps {_kept(best)}. {finding}")
 
 
-def _compared(ours: _Estimate, theirs: _Estimate) -> tuple[Outcome, str]:
+def _compared(who: str, ours: _Estimate, theirs: _Estimate) -> tuple[Outcome, str]:
     if math.isnan(ours.low + ours.high + theirs.low + theirs.high):
         return "unclear", "Without both intervals the difference cannot be judged."
     if ours.low > theirs.high:
-        return "ahead", "The autoencoder is ahead."
+        return "ahead", f"The {who} is ahead."
     if theirs.low > ours.high:
         return "behind", "The baseline wins."
     if ours.value == theirs.value:
         return "level", "The means are equal."
-    higher = "autoencoder" if ours.value > theirs.value else "baseline"
+    higher = who if ours.value > theirs.value else "baseline"
     return "level", f"The {higher}'s mean is higher, but the intervals overlap."
 
 

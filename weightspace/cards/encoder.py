@@ -89,6 +89,7 @@ class EncoderFacts:
         training: settings of the training.
         measurements: on test models that it was not trained on.
         limits: what it is not good for, one sentence each.
+        decodes: whether its latents can be decoded back to weights.
     """
 
     name: str
@@ -102,6 +103,7 @@ class EncoderFacts:
     training: Mapping[str, Any] = field(default_factory=dict)
     measurements: tuple[Measurement, ...] = ()
     limits: tuple[str, ...] = ()
+    decodes: bool = True
 
 
 def render_encoder(facts: EncoderFacts) -> str:

@@ -17,7 +17,7 @@ from weightspace.cli.output import print_json
 def demo(output: Path, config: Path | None, as_json: bool) -> None:
     """Run the whole job and write a report.
 
-    Trains a zoo and a weight encoder and probes it.
+    Trains a zoo, a weight encoder and a joint model of datasets, weights and results, and measures both.
 
     A second run reuses what is there already.
     """

@@ -195,6 +195,7 @@ STANDARD_ESTIMATORS: dict[str, tuple[str, ...]] = {
     "s(W)": ("ridge", "boosting"),
     "s(W)+invariants": ("ridge", "extra-trees"),
     "autoencoder": ("ridge", "boosting", "extra-trees"),
+    "joint": ("ridge", "boosting", "extra-trees"),
 }
 
 

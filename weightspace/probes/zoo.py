@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from weightspace.errors import SettingsError
 from weightspace.index import Encoder, load_encoder
+from weightspace.models.joint.modeling_joint import JointModel
 from weightspace.probes.probe import ProbeRow, probe_table
 from weightspace.probes.representations import (
     FixedFeatures,
@@ -26,11 +27,12 @@ from weightspace.zoo.dataset import Zoo, load_zoo
 from weightspace.zoo.storage import COPY_OF
 
 ENCODER = "autoencoder"
+JOINT = "joint"
 
 
 def probe_zoo(
     zoo: Zoo | Path | str,
-    encoder: Encoder | Path | str | None,
+    encoder: Encoder | Path | str | Sequence[Encoder | Path | str] | None,
     targets: Sequence[str],
     *,
     seeds: Sequence[int] = (0, 1, 2),
@@ -41,26 +43,25 @@ def probe_zoo(
 
     Args:
         zoo: a zoo or its folder.
-        encoder: an encoder or its folder; None for the baselines alone.
+        encoder: an encoder or its folder, or an autoencoder and a joint model that held out the same runs; None for the
+            baselines alone.
         targets: columns of the zoo's index: results, e.g. ``"test_accuracy"``, or numeric hyper-parameters.
         seeds: one split each.
 
     Raises:
-        SettingsError: a target is no numeric column of the zoo.
+        SettingsError: a target is no numeric column of the zoo, or encoders held out different runs.
         ZooError: there are too few runs with a target.
     """
     opened = zoo if isinstance(zoo, Zoo) else load_zoo(zoo)
     columns = {name: target_values(opened, name) for name in targets}
-    loaded = encoder if encoder is None or isinstance(encoder, Encoder) else load_encoder(encoder)
+    given = [] if encoder is None else [encoder] if isinstance(encoder, Encoder | Path | str) else encoder
+    encoders = [one if isinstance(one, Encoder) else load_encoder(one) for one in given]
     blocks = collect_weights(opened.batches(), torch.Generator().manual_seed(0))
     representations = baselines(blocks)
-    held_out: list[str] | None = None
-    if loaded is not None:
-        representations[ENCODER] = encoder_features(loaded, blocks, len(opened))
-        state = read_training(loaded.path)
-        # A published zoo may lack some models of the one that it is a copy of; the held-out runs are the same.
-        if state is not None and state["zoo_digest"] in (opened.digest, opened.settings.get(COPY_OF)):
-            held_out = state["test_runs"]
+    for one in encoders:
+        name = JOINT if isinstance(one.model, JointModel) else ENCODER
+        representations[name] = encoder_features(one, blocks, len(opened))
+    held_out = _held_out(opened, encoders)
     with tqdm(desc="probe", unit="probe", leave=False) as bar:
 
         def advance(done: int, total: int) -> None:
@@ -75,6 +76,22 @@ def probe_zoo(
             test_runs=held_out,
             progress=advance,
         )
+
+
+def _held_out(zoo: Zoo, encoders: Sequence[Encoder]) -> list[str] | None:
+    """Returns the test runs of encoders that were trained on the zoo; None if none was."""
+    held_out: list[str] | None = None
+    for encoder in encoders:
+        state = read_training(encoder.path)
+        # A published zoo may lack some models of the one that it is a copy of; the held-out runs are the same.
+        if state is None or state["zoo_digest"] not in (zoo.digest, zoo.settings.get(COPY_OF)):
+            continue
+        if held_out is not None and set(held_out) != set(state["test_runs"]):
+            raise SettingsError(
+                f"{encoder.name}: held out other runs than {encoders[0].name}; train both with one split_seed"
+            )
+        held_out = state["test_runs"]
+    return held_out
 
 
 def encoder_features(encoder: Encoder, blocks: Sequence[WeightBlock], models: int) -> FixedFeatures:

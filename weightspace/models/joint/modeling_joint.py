@@ -114,7 +114,8 @@ class JointModel(PushedWithCard):
 
     def card_facts(self) -> EncoderFacts:
         """Returns what the model itself knows."""
-        return replace(super().card_facts(), embedding_size=self.embedding_size)
+        decodes = bool(self.config.reconstruction_weight)
+        return replace(super().card_facts(), embedding_size=self.embedding_size, decodes=decodes)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
