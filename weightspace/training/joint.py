@@ -27,6 +27,7 @@ from weightspace.models.joint.configuration_joint import (
 )
 from weightspace.models.joint.feature_extraction_joint import JointFeatureExtractor
 from weightspace.models.joint.modeling_joint import JointModel, unit
+from weightspace.schema import Architecture
 from weightspace.training.autoencoder import (
     EncoderSettings,
     fitted_input,
@@ -42,7 +43,7 @@ from weightspace.zoo.describing import training_zoo
 from weightspace.zoo.features import DatasetFeatures, dataset_features
 from weightspace.zoo.image_encoders import DEFAULT_ENCODER, ImageEncoder, open_image_encoder
 from weightspace.zoo.splits import Split, split_by_run
-from weightspace.zoo.views import Augmentation
+from weightspace.zoo.views import Augmentation, output_group, reordered_outputs
 
 _VALIDATION_MODELS = 512
 _RETRIEVED = 10
@@ -99,6 +100,8 @@ class JointSettings:
         held_out_datasets: datasets whose models are not trained on, to measure what is said of unseen ones.
         tokens: tokens of a model that a step sees; of longer ones a window is drawn.
         augmentation: how the weights of a step differ from the model's.
+        shuffle_classes: share of the steps in which the classes of each dataset are numbered anew, and the outputs of
+            its models with them: what is not in the weights cannot be learned by heart.
         loop: the training loop.
         split_seed: number of the split over runs; the test runs are never seen in training.
     """
@@ -111,6 +114,7 @@ class JointSettings:
     held_out_datasets: tuple[str, ...] = ()
     tokens: int = 1024
     augmentation: Augmentation = field(default_factory=lambda: Augmentation(erase=0.0))
+    shuffle_classes: float = 0.0
     loop: LoopSettings = field(default_factory=lambda: LoopSettings(steps=900, batch_size=128))
     split_seed: int = 0
 
@@ -119,6 +123,8 @@ class JointSettings:
         for name in ("sample", "images", "tokens"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name}: {getattr(self, name)} is too small, give 1 or more")
+        if not 0 <= self.shuffle_classes <= 1:
+            raise SettingsError(f"shuffle_classes: {self.shuffle_classes} is no share of the steps, give 0 to 1")
 
 
 def train_joint(
@@ -172,10 +178,19 @@ def train_joint(
         write_training(output, {**facts, "complete": False})
     extractor, model = _built(opened, data, settings, image_encoder, started)
     loop = settings.loop
+    orders = ClassOrders(opened, data, settings.shuffle_classes, loop.seed)
     views = ViewBatches(
-        opened, data.train, extractor, settings.augmentation, loop.batch_size, settings.tokens, loop.seed, views=1
+        opened,
+        data.train,
+        extractor,
+        settings.augmentation,
+        loop.batch_size,
+        settings.tokens,
+        loop.seed,
+        views=1,
+        change=orders.renumbered,
     )
-    batches = JointBatches(views, data, settings.images)
+    batches = JointBatches(views, data, orders, settings.images)
     trained = fit(model, batches, JointObjective(opened, data, extractor), loop, output)
     assert isinstance(trained, JointModel)
     if writes:
@@ -395,6 +410,51 @@ class JointBatch:
     number: int
 
 
+class ClassOrders:
+    """In which order the classes of each dataset are numbered in a step; the same on all processes."""
+
+    def __init__(self, zoo: Zoo, data: JointData, share: float, seed: int) -> None:
+        self._data, self._share, self._seed = data, share, seed
+        groups = {header: output_group(one) for header, one in zoo.architectures.items()} if share else {}
+        headers = zoo.index["header"].to_numpy()
+        # A dataset can be renumbered if all of its models can.
+        self._renumbered = {
+            number
+            for number, dataset in enumerate(data.datasets)
+            if all(
+                (group := groups.get(header)) is not None and group.size == dataset.classes
+                for header in set(headers[data.numbers == number])
+            )
+        }
+
+    def order(self, step: int, number: int) -> Int[Tensor, " classes"] | None:
+        """Returns which class has which place in a step; None for the order of the dataset."""
+        if (
+            number not in self._renumbered
+            or float(torch.rand((), generator=_generator(self._seed, step))) >= self._share
+        ):
+            return None
+        return torch.randperm(self._data.datasets[number].classes, generator=_generator(self._seed, step, number))
+
+    def renumbered(
+        self,
+        flat: Float[Tensor, "models params"],
+        architecture: Architecture,
+        rows: Int[np.ndarray, "models"],
+        step: int,
+    ) -> Float[Tensor, "models params"]:
+        """Puts the outputs of models in the order of a step."""
+        orders = [self.order(step, int(number)) for number in self._data.numbers[rows]]
+        chosen = [place for place, order in enumerate(orders) if order is not None]
+        if not chosen:
+            return flat
+        flat = flat.clone()
+        flat[chosen] = reordered_outputs(
+            flat[chosen], architecture, torch.stack([order for order in orders if order is not None])
+        )
+        return flat
+
+
 @dataclass(frozen=True)
 class JointBatches:
     """Endless micro-batches of triplets; see `weightspace.training.loop.Batches`.
@@ -405,6 +465,7 @@ class JointBatches:
 
     views: ViewBatches
     data: JointData
+    orders: ClassOrders
     images: int
 
     def __call__(self, start: int, process: int, processes: int) -> Iterator[JointBatch]:
@@ -420,6 +481,9 @@ class JointBatches:
                 numbers = numbers[unknown:]
                 generators = [_generator(*seeds, number) for number in numbers.tolist()]
                 features, labels = self.data.sampled(numbers.tolist(), self.images, generators)
+                for place, number in enumerate(numbers.tolist()):
+                    order = self.orders.order(batch.number, number)
+                    labels[place] = labels[place] if order is None else order.argsort()[labels[place]]
                 inputs |= {"dataset_features": features, "dataset_labels": labels}
                 inputs |= {"dataset_index": torch.from_numpy(index) - unknown, "dataset_ids": torch.from_numpy(numbers)}
             yield JointBatch(inputs, batch.number)
