@@ -26,6 +26,7 @@ COMMANDS = [
     ["push"],
     ["search"],
     ["train", "autoencoder"],
+    ["train", "joint"],
     ["train"],
     ["zoo"],
 ]

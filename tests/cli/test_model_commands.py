@@ -38,6 +38,25 @@ def test_train_autoencoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert called[1][2:4] == (40, 5)
 
 
+def test_train_joint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[Any] = []
+
+    def train_joint(zoo: Path, output: Path, settings: Any, encoder: Path | None) -> Path:
+        loop = settings.loop
+        called.append((zoo, output, encoder, settings.image_encoder, loop.steps, loop.seed, loop.mixed_precision))
+        return output / "joint"
+
+    monkeypatch.setattr("weightspace.training.joint.train_joint", train_joint)
+    (tmp_path / "train.yaml").write_text("image_encoder: org/one\nloop: {steps: 40, seed: 5}\n")
+    words = ("train", "joint", "--zoo", "z", "--output", "j", "--config", str(tmp_path / "train.yaml"))
+    assert invoke(*words) == f"joint model: {Path('j/joint')}\n"
+    assert json.loads(invoke(*words, "--json")) == {"joint": str(Path("j/joint"))}
+    given = ("--encoder", "e", "--image-encoder", "org/two", "--steps", "30", "--seed", "6", "--mixed-precision", "bf16")
+    invoke(*words, *given)
+    assert called[0] == (Path("z"), Path("j"), None, "org/one", 40, 5, "auto")
+    assert called[2] == (Path("z"), Path("j"), Path("e"), "org/two", 30, 6, "bf16")
+
+
 def test_train_autoencoder_refuses_unknown_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "train.yaml").write_text("loop: {step: 40}\n")
     words = ["train", "autoencoder", "--zoo", "z", "--output", "e", "--config", str(tmp_path / "train.yaml")]
