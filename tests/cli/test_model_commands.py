@@ -51,7 +51,18 @@ def test_train_joint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("train", "joint", "--zoo", "z", "--output", "j", "--config", str(tmp_path / "train.yaml"))
     assert invoke(*words) == f"joint model: {Path('j/joint')}\n"
     assert json.loads(invoke(*words, "--json")) == {"joint": str(Path("j/joint"))}
-    given = ("--encoder", "e", "--image-encoder", "org/two", "--steps", "30", "--seed", "6", "--mixed-precision", "bf16")
+    given = (
+        "--encoder",
+        "e",
+        "--image-encoder",
+        "org/two",
+        "--steps",
+        "30",
+        "--seed",
+        "6",
+        "--mixed-precision",
+        "bf16",
+    )
     invoke(*words, *given)
     assert called[0] == (Path("z"), Path("j"), None, "org/one", 40, 5, "auto")
     assert called[2] == (Path("z"), Path("j"), Path("e"), "org/two", 30, 6, "bf16")
