@@ -20,7 +20,7 @@ from weightspace.losses import masked_mse, pairwise_nt_xent, pairwise_sigmoid
 from weightspace.models.joint.configuration_joint import JointConfig, ResultTowerConfig
 from weightspace.models.joint.feature_extraction_joint import JointFeatureExtractor
 from weightspace.models.joint.modeling_joint import JointModel
-from weightspace.models.joint.towers import ResultTower, linked_paths, path_ends
+from weightspace.models.joint.towers import PrincipalAxes, ResultTower, linked_paths, path_ends
 from weightspace.schema import Architecture, TensorSpec
 
 NAN = math.nan
@@ -131,6 +131,25 @@ class TestDatasetTower:
         alone = self.embedded(model, features[:1], labels[:1])
         labels[1] += 3
         torch.testing.assert_close(self.embedded(model, features, labels)[:1], alone)
+
+    def test_sees_the_directions_in_which_training_images_differ_most(self) -> None:
+        axes, scales = PrincipalAxes(5, 2), torch.tensor([0.1, 3.0, 0.2, 1.0, 0.1])
+        values = draw(400, 5) * scales + 7
+        axes.fit(values)
+        components = axes(values)
+        torch.testing.assert_close(components.mean(0), torch.zeros(2), atol=1e-4, rtol=0)
+        assert float(components.square().mean()) == pytest.approx(1, rel=1e-4)
+        assert components[:, 0].std() > 2 * components[:, 1].std()  # one scale for all: what varies more, counts more
+        for component, own in zip(components.T, (1, 3), strict=True):
+            assert torch.corrcoef(torch.stack([component, values[:, own]]))[0, 1].abs() > 0.98
+
+    def test_more_components_than_there_are_add_nothing(self) -> None:
+        axes = PrincipalAxes(3, 5)
+        axes.fit(draw(20, 3))
+        assert axes(draw(2, 3)).shape == (2, 5)
+        assert not axes(draw(2, 3))[:, 3:].any()
+        axes.fit(torch.ones(4, 3))
+        assert axes(torch.ones(1, 3)).isfinite().all()
 
     def test_another_image_encoder_is_refused(self) -> None:
         named = {**TINY["dataset_config"], "image_encoder": "org/one", "image_encoder_digest": "a" * 64}
@@ -352,6 +371,7 @@ class TestLoss:
         ({"weight": {"last_layer": False}, "reconstruction_weight": 0.1}, "last_layer False"),
         ({"weight": {"dropout": 1.0}}, "dropout 1.0"),
         ({"weight": {"position_size": 3}}, "position_size 3"),
+        ({"dataset_config": {**TINY["dataset_config"], "components": 0}}, "components 0"),
         ({"result": {"bins": 1}}, "bins 1"),
         ({"result": {"results": ["a", "a"]}}, "different names"),
         ({"result": {"smoothing": -0.5}}, "smoothing -0.5"),

@@ -59,6 +59,7 @@ class TowerSettings:
         freeze_encoder: leave the weights of a given encoder as they are.
         hidden_size: width of the towers of datasets and of weights.
         pooling_heads: weighted means that sets are pooled to.
+        components: principal components of the images' features that the tower of datasets looks at.
         hops: layers back that weights are followed to.
         last_layer: whether the last layer is looked at.
         dropout: share of numbers that are dropped in training.
@@ -75,6 +76,7 @@ class TowerSettings:
     freeze_encoder: bool = False
     hidden_size: int = 128
     pooling_heads: int = 8
+    components: int = 32
     hops: int = 2
     last_layer: bool = True
     dropout: float = 0.3
@@ -321,7 +323,7 @@ def _built(
         model.weight_model.encoder.load_state_dict({k: v for k, v in started.model.state_dict().items() if k in own})
     seen = [one.features for number, one in enumerate(data.datasets) if number not in data.held_out]
     if seen:
-        model.dataset_model.standardizer.fit(torch.cat(seen))
+        model.dataset_model.principal_axes.fit(torch.cat(seen))
     model.result_model.fit(torch.from_numpy(data.results[data.train]))
     statistics = []
     for batch in zoo.batches(data.train, chunk=_CHUNK):
@@ -347,6 +349,7 @@ def _config(
         return JointConfig(
             dataset_config=DatasetTowerConfig(
                 feature_size=data.datasets[0].features.shape[1] if data.datasets else 1,
+                components=towers.components,
                 image_encoder=image_encoder.name,
                 image_encoder_digest=image_encoder.digest,
                 **shape,

@@ -18,6 +18,7 @@ class DatasetTowerConfig(PreTrainedConfig):
 
     Args:
         feature_size: features an image.
+        components: principal components of the features that are looked at; see [`PrincipalAxes`].
         image_encoder: name of the image encoder that the features come from.
         image_encoder_digest: what identifies it; features of another one are refused.
         hidden_size: width.
@@ -30,6 +31,7 @@ class DatasetTowerConfig(PreTrainedConfig):
     base_config_key = "dataset_config"
 
     feature_size: int = 64
+    components: int = 32
     image_encoder: str | None = None
     image_encoder_digest: str | None = None
     hidden_size: int = 128
@@ -40,6 +42,8 @@ class DatasetTowerConfig(PreTrainedConfig):
     def validate_architecture(self) -> None:
         """Part of `@strict`-powered validation: refuses sizes that cannot be."""
         _check(self)
+        if self.feature_size < 1 or self.components < 1:
+            raise ValueError(f"feature_size {self.feature_size} and components {self.components} must be at least 1")
 
 
 @strict

@@ -85,7 +85,7 @@ class JointModel(PushedWithCard):
     input_modalities = "weight"
     supports_gradient_checkpointing = True
     _no_split_modules = ["TokenLayer"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = ["standardizer", "edges"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["standardizer", "principal_axes", "edges"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_attention_backend = True
 

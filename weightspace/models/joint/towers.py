@@ -120,13 +120,44 @@ class Standardizer(nn.Module):
         return ((values - self.centre) * self.rate).clamp(-_FARTHEST, _FARTHEST)
 
 
+class PrincipalAxes(nn.Module):
+    """The directions in which the images of the training datasets differ most, all on one scale.
+
+    A zoo has few datasets and an image encoder many features: a tower that sees them all tells the training datasets
+    apart by what means nothing for others.
+    """
+
+    centre: Tensor
+    axes: Tensor
+
+    def __init__(self, features: int, components: int) -> None:
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(features))
+        self.register_buffer("axes", torch.eye(features, components))
+
+    @torch.no_grad()
+    def fit(self, values: Float[Tensor, "rows features"]) -> None:
+        """Takes mean and principal axes of the rows; the components have a mean square of 1 together."""
+        centred = values.double() - values.double().mean(0)
+        variances, axes = torch.linalg.eigh(centred.T @ centred / len(values))
+        count = min(self.axes.shape)
+        variances, axes = variances.flip(0)[:count].clamp(min=0), axes.flip(1)[:, :count]
+        self.centre.copy_(values.double().mean(0))
+        self.axes.zero_()
+        self.axes[:, :count] = axes / variances.mean().sqrt().clamp(min=1e-12)
+
+    def forward(self, values: Float[Tensor, "*rows features"]) -> Float[Tensor, "*rows components"]:
+        """Returns the components."""
+        return (values - self.centre) @ self.axes
+
+
 class DatasetTower(nn.Module):
     """A set encoder: order and number of images do not matter, and which class they belong to does."""
 
     def __init__(self, config: DatasetTowerConfig) -> None:
         super().__init__()
-        self.standardizer = Standardizer(config.feature_size)
-        self.image_in = nn.Linear(config.feature_size, config.hidden_size)
+        self.principal_axes = PrincipalAxes(config.feature_size, config.components)
+        self.image_in = nn.Linear(config.components, config.hidden_size)
         self.pooling = PlacePooling(2 * config.hidden_size, config)
         self.out = nn.Sequential(
             nn.LayerNorm(self.pooling.size), nn.Linear(self.pooling.size, 2 * config.hidden_size), nn.GELU()
@@ -141,7 +172,7 @@ class DatasetTower(nn.Module):
         """Moments of the images of each class, then `PlacePooling` of the classes."""
         mask = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.bool()
         kind = self.image_in.weight.dtype
-        images = nn.functional.gelu(self.image_in(self.standardizer(features.float()).to(kind))).float()
+        images = nn.functional.gelu(self.image_in(self.principal_axes(features.float()).to(kind))).float()
         classes = torch.arange(int(labels.max()) + 1, device=labels.device)
         belongs = ((labels.unsqueeze(1) == classes.unsqueeze(-1)) & mask.unsqueeze(1)).float()
         # The pooling over parts of a network does for classes, too: both are weighted sets.
