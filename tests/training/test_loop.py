@@ -145,6 +145,45 @@ class TestCheckpoints:
         assert [path.name for path in tmp_path.iterdir()] == ["history.jsonl"]
 
 
+class Worsening(Regression):
+    """Finds the weights of the second validation best, whatever they are."""
+
+    def __init__(self, figures: tuple[float, ...] = (3.0, 1.0, 2.0), dies_at: int | None = None) -> None:
+        super().__init__(dies_at)
+        self.figures, self.seen = list(figures), []
+
+    def validate(self, model: nn.Module) -> Mapping[str, float]:
+        self.seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        return {"error": self.figures.pop(0)}
+
+
+class TestBest:
+    SETTINGS = replace(SETTINGS, best="validation_error")  # validations at steps 4, 8 and 12
+
+    def test_the_weights_of_the_lowest_figure_are_kept(self, tmp_path: Path) -> None:
+        objective = Worsening()
+        kept = train(tmp_path, self.SETTINGS, objective)
+        assert equal(kept, objective.seen[1])
+        assert not equal(kept, objective.seen[2])
+        clear_checkpoints(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["history.jsonl"]
+
+    def test_without_it_the_last_are(self, tmp_path: Path) -> None:
+        objective = Worsening()
+        assert equal(train(tmp_path, SETTINGS, objective), objective.seen[2])
+
+    @pytest.mark.parametrize(("dies_at", "left"), [(7, (1.0, 2.0)), (10, (1.0, 2.0)), (12, (2.0,))])
+    def test_a_killed_run_keeps_the_same(self, dies_at: int, left: tuple[float, ...], tmp_path: Path) -> None:
+        whole = train(tmp_path / "whole", self.SETTINGS, Worsening())
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "killed", self.SETTINGS, Worsening(dies_at=dies_at))
+        assert equal(train(tmp_path / "killed", self.SETTINGS, Worsening(left)), whole)
+
+    def test_an_unknown_figure_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(SettingsError, match=r"best: there is no figure 'x'; choose one of validation_error"):
+            train(tmp_path, replace(SETTINGS, best="x"), Worsening())
+
+
 class TestSteps:
     def test_accumulated_batches_are_one_large_batch(self, tmp_path: Path) -> None:
         large = train(tmp_path / "large", replace(SETTINGS, batch_size=8))
