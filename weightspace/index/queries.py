@@ -16,13 +16,12 @@ from weightspace.errors import SettingsError
 from weightspace.index.embedding import Encoder
 from weightspace.index.results import WantedResult, values_of
 from weightspace.io.hub import HubOptions
-from weightspace.models.joint.configuration_joint import PAIRS, DatasetTowerConfig
+from weightspace.models.joint.configuration_joint import DatasetTowerConfig
 from weightspace.models.joint.modeling_joint import JointModel, unit
 from weightspace.zoo.features import DatasetFeatures, dataset_features
 from weightspace.zoo.image_encoders import ImageEncoder, open_image_encoder
 
-_IMAGES = 256  # of a dataset: as many as training draws from, so that their features are in the cache already
-_LARGEST_LOGIT_SCALE = 100.0
+_IMAGES = 256  # of a dataset, equally many of each class
 _LONGEST_TEXT = 1000
 
 
@@ -134,7 +133,7 @@ def _scale(encoder: Encoder, pair: str) -> float:
         raise SettingsError(
             f"{encoder.name}: trained on {', '.join(model.config.pairs)} only; search with a model trained on {pair}"
         )
-    return min(float(model.logit_scale[PAIRS.index(pair)].exp()), _LARGEST_LOGIT_SCALE)
+    return model.scale(pair)
 
 
 def _embedded_dataset(model: JointModel, dataset: DatasetFeatures) -> Float[Tensor, " size"]:

@@ -276,8 +276,15 @@ class JointModel(PushedWithCard):
             output["loss"] = output["loss"] + self.config.reconstruction_weight * output["reconstruction_loss"]
         return output
 
+    def scale(self, pair: str) -> float:
+        """What cosines of a pair of towers, one of ``PAIRS``, are multiplied with."""
+        return float(self._scale(PAIRS.index(pair)))
+
+    def _scale(self, number: int) -> Tensor:
+        return self.logit_scale[number].clamp(max=_LARGEST_LOGIT_SCALE).exp()
+
     def _logits(self, number: int, one: Tensor, other: Tensor) -> Tensor:
-        logits = self.logit_scale[number].clamp(max=_LARGEST_LOGIT_SCALE).exp() * (one @ other.T)
+        logits = self._scale(number) * (one @ other.T)
         return logits + self.logit_bias[number] if self.config.loss == "sigmoid" else logits
 
     def _add_losses(
