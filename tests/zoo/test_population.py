@@ -193,6 +193,61 @@ def test_label_noise_replaces_its_share_of_labels() -> None:
     assert (targets != 0).float().mean(1).tolist() == pytest.approx([0.0, 0.2], abs=0.02)
 
 
+class TestGivenWeights:
+    def given(self, models: int = 1) -> dict[str, torch.Tensor]:
+        return population.initialize(MLP, ["xavier_normal"] * models, torch.Generator().manual_seed(7))
+
+    def trained(self, initial: dict[str, torch.Tensor], *recipes: Recipe, **options: Any) -> Snapshot:
+        (snapshot,) = train_population(
+            recipes, DATASETS, checkpoints=(1.0,), batch_size=8, seed=0, initial=initial, **options
+        )
+        return snapshot
+
+    def test_are_where_training_starts(self) -> None:
+        initial = self.given()
+        still = self.trained(initial, recipe(learning_rate=1e-12))
+        for name, value in still.parameters.items():
+            torch.testing.assert_close(value, initial[name])
+
+    def test_are_not_changed(self) -> None:
+        initial = self.given(2)
+        kept = {name: value.clone() for name, value in initial.items()}
+        found = self.trained(initial, recipe(0), recipe(1))
+        for name, value in kept.items():
+            assert torch.equal(initial[name], value)
+            assert not torch.equal(found.parameters[name], value)
+
+    def test_decide_what_the_scheme_would(self) -> None:
+        one, other = (
+            self.trained(self.given(), recipe(initialization=scheme)) for scheme in ("xavier_normal", "kaiming_uniform")
+        )
+        assert torch.equal(one.parameters["head.weight"], other.parameters["head.weight"])
+
+    def test_of_another_architecture_are_refused(self) -> None:
+        with pytest.raises(SettingsError, match=r"initial weights have the shapes .*; the recipes need"):
+            self.trained(self.given(2), recipe())
+
+
+def test_passes_see_every_image_once_before_any_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+    forward = population.stacked_forward
+
+    def recording(config: FamilyConfig, parameters: dict[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            seen.append(images[:, :, 0, 3, 3])
+        return forward(config, parameters, images)
+
+    monkeypatch.setattr(population, "stacked_forward", recording)
+    recipes = [recipe(0, train_size=30, steps=15), recipe(1, dataset="two", train_size=20, steps=15)]
+    list(train_population(recipes, DATASETS, checkpoints=(1.0,), batch_size=8, seed=0, in_passes=True))
+    for order, one in zip(torch.cat(seen, dim=1), recipes, strict=True):
+        images = DATASETS[one.dataset].train_images[:, 0, 3, 3].sort().values
+        passes = order[: len(order) // one.train_size * one.train_size].view(-1, one.train_size)
+        assert len(passes) >= 4
+        assert all(torch.equal(one_pass.sort().values, images) for one_pass in passes)
+        assert not torch.equal(passes[0], passes[1])
+
+
 def test_recipes_of_two_architectures_are_refused() -> None:
     with pytest.raises(SettingsError, match="one architecture"):
         train(recipe(0, MLP), recipe(1, CNN))

@@ -7,7 +7,7 @@ architecture is shared by the models of one population.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -99,6 +99,8 @@ def train_population(
     batch_size: int,
     seed: int,
     device: torch.device | str = "cpu",
+    initial: Mapping[str, Float[Tensor, "models ..."]] | None = None,
+    in_passes: bool = False,
 ) -> Iterator[Snapshot]:
     """Trains all ``recipes`` at once with AdamW on cross-entropy and yields their weights at every checkpoint.
 
@@ -109,12 +111,14 @@ def train_population(
         batch_size: images a model and step, drawn with replacement from its own training subset.
         seed: draws initial weights, subsets, noise and batches.
         device: where to train.
+        initial: weights to start from, one row a recipe, instead of weights drawn by the recipes' schemes.
+        in_passes: draw batches without replacement: a model sees its whole subset, then all of it in another order.
 
     Yields:
         Snapshots in the order of steps; each run appears once for each of its distinct checkpoint steps.
 
     Raises:
-        SettingsError: the recipes do not share one architecture.
+        SettingsError: the recipes do not share one architecture, or ``initial`` has another one.
     """
     config = recipes[0].config
     if any(recipe.config != config for recipe in recipes):
@@ -122,8 +126,12 @@ def train_population(
     generator = torch.Generator().manual_seed(seed)
     table = _image_table([datasets[name] for name in dict.fromkeys(recipe.dataset for recipe in recipes)], device)
     subsets, targets = _training_subsets(recipes, table, config.classes, generator)
+    if initial is None:
+        initial = initialize(config, [recipe.initialization for recipe in recipes], generator)
+    _check_initial(initial, config, len(recipes))
+    optimizer = _PopulationAdamW(recipes, initial, device)
     sizes = torch.tensor([recipe.train_size for recipe in recipes])
-    optimizer = _PopulationAdamW(recipes, initialize(config, [r.initialization for r in recipes], generator), device)
+    batches = _passes(sizes, batch_size, generator) if in_passes else _drawn(sizes, batch_size, generator)
     due = _checkpoint_steps(recipes, checkpoints)
     numbers = torch.arange(len(recipes)).unsqueeze(1)
     for step in range(max(due) + 1):
@@ -133,7 +141,7 @@ def train_population(
             yield Snapshot(members, [step] * len(members), chosen, results)
         if step == max(due):
             return
-        draws = (torch.rand(len(recipes), batch_size, generator=generator) * sizes.unsqueeze(1)).long()
+        draws = next(batches)
         rows, labels = subsets[numbers, draws].to(device), targets[numbers, draws].to(device)
         logits = stacked_forward(config, optimizer.parameters, table.chosen(rows))
         # The sum over models keeps their gradients apart: each model's loss is the mean over its own batch. Classes
@@ -148,8 +156,9 @@ class _PopulationAdamW:
 
     betas, epsilon = (0.9, 0.999), 1e-8
 
-    def __init__(self, recipes: Sequence[Recipe], parameters: dict[str, Tensor], device: torch.device | str) -> None:
-        self.parameters = {name: value.to(device).requires_grad_() for name, value in parameters.items()}
+    def __init__(self, recipes: Sequence[Recipe], parameters: Mapping[str, Tensor], device: torch.device | str) -> None:
+        # A copy: the steps change it in place, and given weights belong to the caller.
+        self.parameters = {n: v.detach().clone().to(device).requires_grad_() for n, v in parameters.items()}
         self._moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in self.parameters.items()}
         self._learning_rates = torch.tensor([recipe.learning_rate for recipe in recipes], device=device)
         self._decays = torch.tensor([recipe.weight_decay for recipe in recipes], device=device)
@@ -174,6 +183,34 @@ class _PopulationAdamW:
             root = square.sqrt().add_(self.epsilon * math.sqrt(second))
             parameter.addcdiv_(mean * (rates * (-math.sqrt(second) / first)).view(shape), root)
             parameter.grad = None
+
+
+def _check_initial(initial: Mapping[str, Tensor], config: FamilyConfig, models: int) -> None:
+    expected = {name: (models, *shape) for name, shape in config.shapes().items()}
+    found = {name: tuple(value.shape) for name, value in initial.items()}
+    if found != expected:
+        raise SettingsError(f"initial weights have the shapes {found}; the recipes need {expected}")
+
+
+def _drawn(
+    sizes: Int[Tensor, " models"], batch_size: int, generator: torch.Generator
+) -> Iterator[Int[Tensor, "models batch"]]:
+    """Yields places in each model's subset, drawn with replacement."""
+    while True:
+        yield (torch.rand(len(sizes), batch_size, generator=generator) * sizes.unsqueeze(1)).long()
+
+
+def _passes(
+    sizes: Int[Tensor, " models"], batch_size: int, generator: torch.Generator
+) -> Iterator[Int[Tensor, "models batch"]]:
+    """Yields places in each model's subset, pass by pass; a batch may end one pass and begin the next."""
+    coming = [torch.empty(0, dtype=torch.int64)] * len(sizes)
+    while True:
+        for model, size in enumerate(sizes.tolist()):
+            while len(coming[model]) < batch_size:
+                coming[model] = torch.cat([coming[model], torch.randperm(size, generator=generator)])
+        yield torch.stack([places[:batch_size] for places in coming])
+        coming = [places[batch_size:] for places in coming]
 
 
 def _image_table(datasets: Sequence[ImageDataset], device: torch.device | str) -> _Images:
