@@ -328,10 +328,9 @@ def _probe_measurements(probes: Sequence[ProbeRow], name: str) -> list[Measureme
             measurements.append(
                 Measurement(
                     f"{target} from the embedding (ridge)",
-                    "r2",
-                    "R²",
-                    _r2_score(own[0], name),
-                    tuple(_r2_score(row, f"{row.representation}, {row.estimator}") for row in others),
+                    *(("roc_auc", "AUC") if own[0].labels else ("r2", "R²")),
+                    _probe_score(own[0], name),
+                    tuple(_probe_score(row, f"{row.representation}, {row.estimator}") for row in others),
                 )
             )
     return measurements
@@ -379,7 +378,9 @@ def _is_digits(zoo: Zoo) -> bool:
     return bool(zoo.index["dataset"].dropna().str.startswith("digits").all())
 
 
-def _r2_score(row: ProbeRow, method: str) -> Score:
+def _probe_score(row: ProbeRow, method: str) -> Score:
+    if row.labels:
+        return Score(method, row.auc, row.auc_low, row.auc_high)
     return Score(method, row.r2, row.r2_low, row.r2_high)
 
 

@@ -9,10 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from sklearn.metrics import r2_score
+from sklearn.metrics import balanced_accuracy_score, r2_score, roc_auc_score
 
 from weightspace.errors import SettingsError
-from weightspace.probes.metrics import RunBootstrap, evaluate_metric, interval, kendall_tau, r2
+from weightspace.probes.metrics import (
+    RunBootstrap,
+    auc,
+    balanced_accuracy,
+    evaluate_metric,
+    interval,
+    kendall_tau,
+    r2,
+)
 
 RUNS = np.array(["a", "b", "a", "c", "c", "c", "b", "d", "e", "e"])
 
@@ -60,11 +68,47 @@ def test_replicates_equal_metrics_of_test_sets_written_out(data: tuple[np.ndarra
         np.testing.assert_allclose([one_r2, one_tau], expected, atol=1e-12)
 
 
-def test_pairs_are_compared_by_chunks(data: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=2, max_size=30))
+def test_measures_of_labels_agree_with_their_references(pairs: list[tuple[int, int]]) -> None:
+    truth, predicted = np.array(pairs).T
+    positive, categories = truth == 1, np.unique(truth)
+    if positive.all() or not positive.any():
+        assert math.isnan(auc(positive, predicted * 1.0))
+    else:
+        assert auc(positive, predicted * 1.0) == pytest.approx(roc_auc_score(positive, predicted))
+    members, hits = truth[:, None] == np.arange(4), predicted[:, None] == np.arange(4)
+    expected = np.mean([(predicted[truth == one] == one).mean() for one in categories])
+    assert balanced_accuracy(members, hits) == pytest.approx(expected)
+    if len(categories) > 1 and set(predicted) <= set(truth):
+        assert balanced_accuracy(members, hits) == pytest.approx(balanced_accuracy_score(truth, predicted))
+
+
+def test_replicates_of_label_measures_equal_test_sets_written_out(data: tuple[np.ndarray, np.ndarray]) -> None:
+    targets, predictions = data
+    members, hits = targets[:, None] == np.arange(4), predictions[:, None] == np.arange(4)
+    positive = targets >= 2
+    bootstrap = RunBootstrap(RUNS, np.random.default_rng(0), 40)
+    replicates = bootstrap.balanced_accuracy(members, hits), bootstrap.auc(positive, predictions)
+    for counts, accuracy, area in zip(bootstrap.counts, *replicates, strict=True):
+        drawn = np.concatenate(
+            [np.tile(np.flatnonzero(run == RUNS), n) for run, n in zip("abcde", counts, strict=True)]
+        )
+        expected = [balanced_accuracy(members[drawn], hits[drawn]), auc(positive[drawn], predictions[drawn])]
+        np.testing.assert_allclose([accuracy, area], expected, atol=1e-12)
+    assert np.isnan(bootstrap.auc(np.ones(10, dtype=bool), predictions)).all()
+
+
+@pytest.mark.parametrize("metric", ["kendall_tau", "auc"])
+def test_pairs_are_compared_by_chunks(
+    metric: str, data: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets, predictions = data
     bootstrap = RunBootstrap(RUNS, np.random.default_rng(0), 10)
-    whole = bootstrap.kendall_tau(*data)
+    truth = targets >= 2 if metric == "auc" else targets
+    whole = getattr(bootstrap, metric)(truth, predictions)
     monkeypatch.setattr("weightspace.probes.metrics._PAIRS", 25)
-    np.testing.assert_array_equal(bootstrap.kendall_tau(*data), whole)
+    np.testing.assert_array_equal(getattr(bootstrap, metric)(truth, predictions), whole)
 
 
 def test_checkpoints_of_one_run_are_not_independent_evidence() -> None:

@@ -11,6 +11,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from weightspace.errors import SettingsError, ZooError
 from weightspace.probes import probe
+from weightspace.probes.labels import Labels
 from weightspace.probes.probe import (
     ESTIMATORS,
     ProbeData,
@@ -195,6 +196,94 @@ def test_same_seeds_give_the_same_table_and_progress_reaches_the_total(zoo: tupl
     assert calls[:8] == [(i, 8) for i in range(1, 9)]
 
 
+@pytest.fixture
+def labels(zoo: tuple) -> dict[str, Labels]:
+    """A category of three, of which one is rare, that the first feature tells, and two memberships."""
+    score = zoo[0]["invariant"].features(np.arange(MODELS))[:, 0]
+    category = np.digitize(score, [-1.5, 0])
+    has = np.stack([score > 0.5, np.random.default_rng(1).random(MODELS) > 0.5], axis=1)
+    return {
+        "kind": Labels(("a", "b", "c"), np.eye(3)[category], exclusive=True, note="a is rare"),
+        "seen": Labels(("told", "luck"), has.astype(float), exclusive=False),
+    }
+
+
+@pytest.mark.parametrize("estimator", sorted(ESTIMATORS))
+def test_labels_are_told_by_every_estimator(estimator: str, zoo: tuple, labels: dict[str, Labels]) -> None:
+    chosen = {name: (estimator,) for name in ("invariant", "sensitive")}
+    representations = {name: zoo[0][name] for name in chosen}
+    rows = by_key(probe_table(representations, labels, RUNS, estimators=chosen, replicates=100))
+    kind, seen = rows["kind", "invariant", estimator], rows["seen", "invariant", estimator]
+    assert kind.balanced_accuracy_low < kind.balanced_accuracy < kind.balanced_accuracy_high
+    assert kind.balanced_accuracy > 0.6 and kind.auc > 0.85 and kind.auc_low < kind.auc < kind.auc_high
+    assert kind.chance == pytest.approx(1 / 3) and seen.chance == 0.5
+    assert (kind.permuted_balanced_accuracy, kind.permuted_auc) == (kind.balanced_accuracy, kind.auc)
+    collapsed = rows["kind", "sensitive", estimator]
+    assert collapsed.permuted_balanced_accuracy < 0.5 < collapsed.balanced_accuracy
+    # One label is known and the other is luck.
+    assert 0.6 < seen.auc < 0.9 and 0.6 < seen.balanced_accuracy < 0.85
+    assert math.isnan(kind.r2) and math.isnan(kind.tau_low) and kind.predictions is None
+    assert kind.labels == ("a", "b", "c") and kind.note == "a is rare"
+
+
+def test_rare_categories_weigh_as_much_as_common_ones() -> None:
+    rng = np.random.default_rng(0)
+    rare = np.repeat(rng.random(60) < 0.1, 4)
+    x = np.where(rare, 1.5, 0.0)[:, None] + rng.normal(size=(MODELS, 1))
+    kind = Labels(("rare", "common"), np.stack([rare, ~rare], axis=1).astype(float), exclusive=True)
+    (row,) = probe_table({"x": fixed(x, None)}, {"kind": kind}, RUNS, replicates=50)
+    # To answer "common" always would be right for nine in ten and reach one half.
+    assert row.balanced_accuracy > 0.65
+    assert math.isnan(row.permuted_auc) and "no neuron permutation" in row.note
+
+
+def test_numbers_are_probed_alike_with_and_without_labels_beside_them(zoo: tuple, labels: dict[str, Labels]) -> None:
+    chosen = {"x": ("boosting", "extra-trees")}
+    alone, beside = (
+        probe_table({"x": zoo[0]["invariant"]}, {**zoo[1], **more}, RUNS, estimators=chosen, replicates=10)
+        for more in ({}, labels)
+    )
+    assert beside[: len(alone)] == alone
+
+
+def test_models_without_labels_are_left_out_and_test_sets_may_lack_a_label(
+    zoo: tuple, labels: dict[str, Labels]
+) -> None:
+    labels["seen"].values[:8] = np.nan
+    labels["seen"].values[8:, 1] = 1
+    (row,) = probe_table({"x": zoo[0]["invariant"]}, {"seen": labels["seen"]}, RUNS, replicates=10)
+    assert (row.models, row.dropped) == (MODELS - 8, 8)
+    assert row.auc > 0.95 and "labels that all test models have, or none" in row.note
+    text = format_table([row])
+    assert "seen: 232 models, 8 left out without it" in text
+    assert (
+        "2 labels (told, luck), chance 0.500, AUC 0.500" in text
+        and "balanced accuracy [95 %]" in text
+        and "R2" not in text
+    )
+    (record,) = json.loads(json.dumps(rows_to_records([row]), allow_nan=False))
+    assert record["r2"] is None and record["auc"] == row.auc and record["labels"] == ["told", "luck"]
+
+
+def test_unseen_datasets_are_tested(zoo: tuple) -> None:
+    datasets = np.repeat([f"d{i % 6}" for i in range(60)], 4).astype(object)
+    seen: list[np.ndarray] = []
+
+    class Spy:
+        def fit(self, train: np.ndarray) -> FixedFeatures:
+            seen.append(train)
+            return zoo[0]["invariant"]
+
+    options: dict = {"datasets": datasets, "replicates": 10}
+    (row, _) = probe_table({"x": Spy()}, zoo[1], RUNS, (0,), **options, test_datasets=["d1", "d4"])
+    assert row.predictions is not None and set(datasets[row.predictions.rows]) == {"d1", "d4"}
+    assert not set(datasets[seen[0]]) & {"d1", "d4"}
+    assert row.unseen_datasets == 2 and "tested on 2 unseen datasets" in format_table([row])
+    own = Labels(tuple("012345"), (datasets[:, None] == np.unique(datasets)).astype(float), exclusive=True)
+    with pytest.raises(ZooError, match="target 'dataset': no category of the test models has a training model"):
+        probe_table({"x": zoo[0]["invariant"]}, {"dataset": own}, RUNS, (0,), **options)
+
+
 def test_fixed_test_runs_are_tested_at_every_seed(zoo: tuple) -> None:
     rows = probe_table({"x": zoo[0]["invariant"]}, zoo[1], RUNS, test_runs=["run1", "run7"], replicates=10)
     assert rows[0].predictions is not None
@@ -227,6 +316,8 @@ def test_refusals_name_the_thing(zoo: tuple) -> None:
         probe_table(representations, {"few": few}, RUNS)
     with pytest.raises(ZooError, match="target 'short'"):
         probe_table(representations, {"short": np.ones(3)}, RUNS)
+    with pytest.raises(ZooError, match=r"target 'wide'.*one number a model"):
+        probe_table(representations, {"wide": Labels(("one",), np.ones((MODELS, 2)), exclusive=False)}, RUNS)
     with pytest.raises(ZooError, match="target 'text'"):
         probe_table(representations, {"text": np.array(["a"] * MODELS)}, RUNS)
     with pytest.raises(SettingsError, match="'forest'"):

@@ -13,10 +13,12 @@ import torch
 from weightspace.errors import SettingsError, ZooError
 from weightspace.index import embed_zoo, load_encoder
 from weightspace.probes import zoo as probes
+from weightspace.probes.probe import ProbeRow
 from weightspace.probes.representations import collect_weights
-from weightspace.probes.zoo import ENCODER, JOINT, encoder_features, probe_zoo, target_values
+from weightspace.probes.zoo import ENCODER, JOINT, encoder_features, probe_zoo
 from weightspace.training.autoencoder import read_training
 from weightspace.zoo.dataset import Zoo
+from weightspace.zoo.splits import split_by_dataset
 
 RIDGE: dict[str, Sequence[str]] = {}
 
@@ -70,6 +72,10 @@ class TestTable:
         with pytest.raises(SettingsError, match=r"other: held out other runs than .*one split_seed"):
             probe_zoo(tiny_zoo, [tiny_encoder, other], ["test_accuracy"], seeds=(0,))
 
+    def test_has_one_encoder_of_a_kind(self, tiny_zoo: Zoo, tiny_encoder: Path) -> None:
+        with pytest.raises(SettingsError, match="a second autoencoder model; probe one of each kind"):
+            probe_zoo(tiny_zoo, [tiny_encoder, tiny_encoder], ["test_accuracy"], seeds=(0,))
+
     def test_draws_its_test_runs_without_an_encoder(self, asked: Any, tiny_zoo: Zoo) -> None:
         rows = probe_zoo(tiny_zoo.path, None, ["test_accuracy"], seeds=(0,))
         assert asked["test_runs"] is None
@@ -94,17 +100,85 @@ class TestFeatures:
         np.testing.assert_allclose(moved[:, latents:], plain[:, latents:], rtol=1e-3, atol=1e-3)
 
 
-class TestTargets:
-    def test_are_results_or_hyperparameters(self, tiny_zoo: Zoo) -> None:
-        np.testing.assert_array_equal(target_values(tiny_zoo, "test_loss"), tiny_zoo.index["test_loss"])
-        expected = [entry.hyperparameters["weight_decay"] for entry in tiny_zoo.entries()]
-        np.testing.assert_array_equal(target_values(tiny_zoo, "weight_decay"), expected)
+class TestUnseenDatasets:
+    def test_are_drawn_by_the_seed_without_an_encoder(self, asked: Any, tiny_zoo: Zoo) -> None:
+        rows = probe_zoo(tiny_zoo, None, ["test_accuracy"], seeds=(0,), unseen_datasets=True)
+        tested = datasets_of(tiny_zoo, rows[0])
+        assert asked["test_datasets"] is None and asked["test_runs"] is None
+        assert len(tested) == round(0.15 * tiny_zoo.index["dataset"].nunique())
 
-    @pytest.mark.parametrize("name", ["no_such_thing", "activation"])
-    def test_without_numbers_are_refused_with_what_there_is(self, name: str, tiny_zoo: Zoo) -> None:
-        with pytest.raises(SettingsError, match=f"'{name}'.*test_accuracy"):
-            probe_zoo(tiny_zoo, None, [name])
+    def test_have_been_seen_by_an_autoencoder_which_is_said(
+        self, asked: Any, tiny_zoo: Zoo, tiny_encoder: Path
+    ) -> None:
+        state = read_training(tiny_encoder)
+        assert state is not None
+        held_out = tiny_zoo.index["run_id"].isin(state["test_runs"])
+        seeds = [seed for seed in range(20) if draws_some_of(tiny_zoo, held_out.to_numpy(), seed)][:1]
+        rows = probe_zoo(tiny_zoo, tiny_encoder, ["test_accuracy"], seeds=seeds, unseen_datasets=True)
+        assert asked["test_runs"] == state["test_runs"]
+        for row in rows:
+            assert ("the encoder has seen other models" in row.note) == (row.representation == ENCODER)
 
-    def test_need_enough_runs(self, tiny_zoo: Zoo, tmp_path: Path) -> None:
-        with pytest.raises(ZooError, match="nowhere"):
-            probe_zoo(tmp_path / "nowhere", None, ["test_accuracy"])
+    def test_are_those_that_a_joint_model_held_out(
+        self, asked: Any, tiny_zoo: Zoo, tiny_clip_joint: Path, tmp_path: Path
+    ) -> None:
+        chosen = sorted(set(tiny_zoo.index["dataset"]))[:4]
+        joint = holding_out(tiny_clip_joint, tmp_path / "joint", chosen)
+        rows = probe_zoo(tiny_zoo, joint, ["test_accuracy"], seeds=(0,), unseen_datasets=True)
+        assert asked["test_runs"] is None
+        assert datasets_of(tiny_zoo, rows[0]) == set(chosen)
+        assert not any("encoder" in row.note for row in rows)
+
+    def test_may_be_known_to_what_a_joint_model_started_from(
+        self, asked: Any, tiny_zoo: Zoo, tiny_clip_joint: Path, tmp_path: Path
+    ) -> None:
+        state = json.loads((tiny_clip_joint / "training.json").read_text())
+        tested = tiny_zoo.index["dataset"][tiny_zoo.index["run_id"].isin(state["test_runs"])]
+        joint = holding_out(tiny_clip_joint, tmp_path / "joint", sorted(set(tested)), encoder="somewhere")
+        rows = probe_zoo(tiny_zoo, joint, ["test_accuracy"], seeds=(0,), unseen_datasets=True)
+        assert asked["test_runs"] == state["test_runs"]
+        assert "started from one that may have seen" in rows[-1].note
+
+    def test_of_an_encoder_of_another_zoo_are_not_known(
+        self, asked: Any, tiny_zoo: Zoo, tiny_encoder: Path, tmp_path: Path
+    ) -> None:
+        other = shutil.copytree(tiny_encoder, tmp_path / "other")
+        (other / "training.json").unlink()
+        rows = probe_zoo(tiny_zoo, other, ["test_accuracy"], seeds=(0,), unseen_datasets=True)
+        assert asked["test_runs"] is None and "is not known" in rows[-1].note
+
+    def test_are_refused_where_a_joint_model_has_seen_all(self, tiny_zoo: Zoo, tiny_clip_joint: Path) -> None:
+        with pytest.raises(SettingsError, match=r"clip_joint: was trained on all datasets .*with held_out_datasets"):
+            probe_zoo(tiny_zoo, tiny_clip_joint, ["test_accuracy"], seeds=(0,), unseen_datasets=True)
+
+
+def datasets_of(zoo: Zoo, row: ProbeRow) -> set[str]:
+    assert row.predictions is not None
+    return set(zoo.index["dataset"][row.predictions.rows])
+
+
+def draws_some_of(zoo: Zoo, rows: np.ndarray, seed: int) -> bool:
+    """Tells whether the datasets that a seed draws have models among ``rows``."""
+    split = split_by_dataset(zoo.index["run_id"].to_numpy(), zoo.index["dataset"].to_numpy(), seed)
+    return bool(rows[split.test].any())
+
+
+def holding_out(joint: Path, copy: Path, datasets: list[str], **changes: Any) -> Path:
+    """Copies a joint model with a record that says that it held out ``datasets``."""
+    shutil.copytree(joint, copy)
+    state = json.loads((copy / "training.json").read_text()) | changes
+    state["settings"]["held_out_datasets"] = datasets
+    (copy / "training.json").write_text(json.dumps(state))
+    return copy
+
+
+def test_labels_and_numbers_stand_in_one_table(asked: Any, tiny_zoo: Zoo) -> None:
+    rows = probe_zoo(tiny_zoo, None, ["test_accuracy", "activation", "classes"], seeds=(0,))
+    assert [row.target for row in rows if row.representation == "s(W)"] == ["test_accuracy", "activation", "classes"]
+    assert {row.labels for row in rows if row.target == "activation"} == {("relu", "tanh")}
+    assert all(np.isfinite(row.auc) == (row.target != "test_accuracy") for row in rows)
+
+
+def test_a_folder_without_a_zoo_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ZooError, match="nowhere"):
+        probe_zoo(tmp_path / "nowhere", None, ["test_accuracy"])

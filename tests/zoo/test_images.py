@@ -59,6 +59,7 @@ def test_variant_is_the_base_selected_turned_and_inverted(classes, rotation, inv
     [name] = variants("digits", [classes], [rotation], ["inverted" if inverted else "normal"])
     base, variant = load_images("digits"), load_images(name)
     assert variant.id == name and variant.classes == len(classes)
+    assert variant.names == tuple(map(str, classes))
     for images, labels, changed, numbers in (
         (base.train_images, base.train_labels, variant.train_images, variant.train_labels),
         (base.test_images, base.test_labels, variant.test_images, variant.test_labels),
@@ -103,6 +104,7 @@ def test_folder_of_grey_images_with_named_classes(save):
     folder = save(label, train=[(grey(0), 0), (grey(51), 1), (grey(255), 1)], test=[(grey(102), 2)])
     opened = load_images(folder)
     assert opened.classes == 3 and opened.train_images.shape == (3, 1, 4, 4)
+    assert opened.names == ("cat", "dog", "eel") and load_images(f"{folder}?classes=2-0").names == ("eel", "cat")
     assert opened.train_images[:, 0, 0, 0].tolist() == pytest.approx([0, 0.2, 1])
     assert opened.train_labels.tolist() == [0, 1, 1] and opened.test_labels.tolist() == [2]
 
@@ -112,6 +114,7 @@ def test_colour_is_kept_and_text_labels_are_numbered(save):
     opened = load_images(folder)
     assert opened.train_images[:, :, 0, 0].flatten().tolist() == pytest.approx([1, 0, 0.2, 0.2, 0.2, 0.2])
     assert opened.train_labels.tolist() == [1, 0] and opened.test_labels.tolist() == [1]
+    assert opened.names == ("cat", "dog")
 
 
 def test_without_labelled_test_images_a_part_of_train_is_held_out(save):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weightspace.errors import SettingsError, ZooError
-from weightspace.zoo.splits import split_by_run
+from weightspace.zoo.splits import split_by_dataset, split_by_run
 
 
 @settings(deadline=None, max_examples=50)
@@ -56,3 +56,48 @@ def test_refuses_too_few_runs_and_useless_test_runs() -> None:
         split_by_run(np.arange(12), 0, test_runs=["x"])
     with pytest.raises(ZooError, match=r"test_runs: 12 of 12"):
         split_by_run(np.arange(12), 0, test_runs=[str(i) for i in range(12)])
+
+
+RUNS = np.repeat([f"r{i}" for i in range(40)], 3)
+DATASETS = np.repeat([f"d{i % 8}" for i in range(40)], 3).astype(object)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_test_models_are_of_datasets_that_no_other_model_has(seed: int) -> None:
+    split = split_by_dataset(RUNS, DATASETS, seed, (0.5, 0.25, 0.25))
+    tested = set(DATASETS[split.test])
+    assert len(tested) == 2
+    assert not tested & set(DATASETS[np.concatenate([split.train, split.validation])])
+    assert not set(RUNS[split.train]) & set(RUNS[split.validation])
+    assert sorted(np.concatenate([split.train, split.validation, split.test])) == list(range(120))
+    assert len(np.unique(RUNS[split.validation])) == 10
+    np.testing.assert_array_equal(split.test, split_by_dataset(RUNS, DATASETS, seed, (0.5, 0.25, 0.25)).test)
+
+
+def test_datasets_and_runs_to_test_on_can_be_given() -> None:
+    splits = [split_by_dataset(RUNS, DATASETS, seed, test_datasets=["d1", "d5", "other"]) for seed in (0, 1)]
+    assert [set(DATASETS[split.test]) for split in splits] == [{"d1", "d5"}] * 2
+    assert not np.array_equal(splits[0].validation, splits[1].validation)
+    few = split_by_dataset(RUNS, DATASETS, 0, test_datasets=["d1"], test_runs=["r1", "r9", "r2"])
+    assert set(RUNS[few.test]) == {"r1", "r9"}
+    assert not set(DATASETS[np.concatenate([few.train, few.validation])]) & {"d1"}
+
+
+def test_what_may_be_of_either_side_is_on_none() -> None:
+    datasets = DATASETS.copy()
+    datasets[0] = "d1"  # a model of run 0, whose others are of d0
+    datasets[3], datasets[6] = None, float("nan")  # models of unknown data, in a tested and in a training run
+    split = split_by_dataset(RUNS, datasets, 0, test_datasets=["d1"])
+    sides = set(RUNS[np.concatenate([split.train, split.validation, split.test])])
+    assert sides == {f"r{i}" for i in range(40)} - {"r0", "r1", "r2"}
+
+
+def test_refuses_what_leaves_no_dataset_unseen() -> None:
+    with pytest.raises(ZooError, match="datasets: 1 known"):
+        split_by_dataset(RUNS, np.full(120, "d0", dtype=object), 0)
+    with pytest.raises(ZooError, match="datasets: 0 runs to test on and 40 of other datasets"):
+        split_by_dataset(RUNS, DATASETS, 0, test_datasets=["x"])
+    with pytest.raises(ZooError, match="datasets: 40 runs to test on and 0 of other datasets"):
+        split_by_dataset(RUNS, DATASETS, 0, test_datasets=set(DATASETS))
+    with pytest.raises(SettingsError, match="fractions"):
+        split_by_dataset(RUNS, DATASETS, 0, (0.5, 0.5, 0.5))

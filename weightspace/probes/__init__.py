@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from weightspace.probes.metrics import RunBootstrap, evaluate_metric, interval, kendall_tau, r2
+from weightspace.probes.labels import Labels
+from weightspace.probes.metrics import (
+    RunBootstrap,
+    auc,
+    balanced_accuracy,
+    evaluate_metric,
+    interval,
+    kendall_tau,
+    r2,
+)
 from weightspace.probes.probe import (
     ESTIMATORS,
     STANDARD_ESTIMATORS,
@@ -26,7 +35,7 @@ from weightspace.probes.representations import (
     weight_invariants,
     weight_statistics,
 )
-from weightspace.zoo.splits import Split, split_by_run
+from weightspace.zoo.splits import Split, split_by_dataset, split_by_run
 
 __all__ = [
     "ESTIMATORS",
@@ -34,6 +43,7 @@ __all__ = [
     "CodeFeatures",
     "FeatureBlock",
     "FixedFeatures",
+    "Labels",
     "LinearCodes",
     "Predictions",
     "ProbeRow",
@@ -42,6 +52,8 @@ __all__ = [
     "RunBootstrap",
     "Split",
     "WeightBlock",
+    "auc",
+    "balanced_accuracy",
     "baselines",
     "collect_weights",
     "embedding_features",
@@ -52,6 +64,7 @@ __all__ = [
     "probe_table",
     "r2",
     "rows_to_records",
+    "split_by_dataset",
     "split_by_run",
     "weight_invariants",
     "weight_statistics",

@@ -1,4 +1,7 @@
-"""What a probe is judged by: R^2, Kendall's tau, and intervals from resampled runs."""
+"""What a probe is judged by, and intervals from resampled runs.
+
+R^2 and Kendall's tau judge numbers; balanced accuracy and the area under the ROC curve judge labels.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from scipy import stats
 
 from weightspace.errors import SettingsError
@@ -44,11 +47,36 @@ def kendall_tau(targets: Float[np.ndarray, "models"], predictions: Float[np.ndar
     return float(stats.kendalltau(targets, predictions, variant="b").statistic)
 
 
+def balanced_accuracy(members: Bool[np.ndarray, "models groups"], hits: Bool[np.ndarray, "models groups"]) -> float:
+    """Computes the mean, over the groups that have a model, of the share of a group's models that are hits.
+
+    With the models of each category as groups, and the right answers as hits, this is balanced accuracy (Brodersen et
+    al., 2010), which the sizes of the categories do not move: answering always the same reaches one over the number of
+    categories.
+    """
+    present = members.any(axis=0)
+    recall = (members & hits).sum(axis=0)[present] / members.sum(axis=0)[present]
+    return float(recall.mean()) if len(recall) else float("nan")
+
+
+def auc(positive: Bool[np.ndarray, "models"], scores: Float[np.ndarray, "models"]) -> float:
+    """Computes the area under the ROC curve: how often a positive model has the higher score, ties counted half.
+
+    Returns:
+        NaN where all models are positive, or none.
+    """
+    count, others = int(positive.sum()), int((~positive).sum())
+    if not count or not others:
+        return float("nan")
+    ranks = stats.rankdata(scores)
+    return float((ranks[positive].sum() - count * (count + 1) / 2) / (count * others))
+
+
 class RunBootstrap:
     """Recomputes a metric on test sets whose *runs* are drawn again with replacement (cluster bootstrap).
 
     Resampling models would take the checkpoints of one run for independent evidence and give intervals that are too
-    narrow. A replicate only needs to know how often each run was drawn: both metrics follow from sums over runs and
+    narrow. A replicate only needs to know how often each run was drawn: all metrics follow from sums over runs and
     over pairs of runs, so that no replicate is ever materialised.
 
     Args:
@@ -64,6 +92,7 @@ class RunBootstrap:
         runs, member = np.unique(np.asarray(run_ids).astype(str), return_inverse=True)
         self._order = np.argsort(member, kind="stable")
         self._starts = np.searchsorted(member[self._order], np.arange(len(runs)))
+        self._member = np.eye(len(runs))[member]
         drawn = generator.multinomial(len(runs), np.full(len(runs), 1 / len(runs)), size=replicates)
         self.counts: Int[np.ndarray, "replicates runs"] = drawn
 
@@ -90,9 +119,7 @@ class RunBootstrap:
         # (3, runs, runs): sums over pairs of models of concordance, of untied targets and of untied predictions
         sums = np.zeros((3, len(self._starts), len(self._starts)))
         step = max(1, _PAIRS // max(1, len(y)))
-        member = np.eye(len(self._starts))[
-            np.repeat(np.arange(len(self._starts)), np.diff(self._starts, append=len(y)))
-        ]
+        member = self._member[self._order]
         for begin in range(0, len(y), step):
             part = slice(begin, begin + step)
             above, ahead = (np.sign(side[part, None] - side).astype(np.int8) for side in (y, f))
@@ -101,6 +128,30 @@ class RunBootstrap:
         concordance, untied_y, untied_f = (((self.counts @ total) * self.counts).sum(axis=1) for total in sums)
         scale = np.sqrt(untied_y * untied_f)
         replicates: np.ndarray = np.divide(concordance, scale, out=np.full_like(scale, np.nan), where=scale > 0)
+        return replicates
+
+    def balanced_accuracy(
+        self, members: Bool[np.ndarray, "models groups"], hits: Bool[np.ndarray, "models groups"]
+    ) -> Float[np.ndarray, "replicates"]:
+        """Computes ``balanced_accuracy`` of every replicate, over the groups that have a model in it."""
+        size, right = (self.counts @ (self._member.T @ marks) for marks in (members, members & hits))
+        recall = np.divide(right, size, out=np.zeros_like(size), where=size > 0)
+        replicates: np.ndarray = recall.sum(axis=1) / (size > 0).sum(axis=1)
+        return replicates
+
+    def auc(
+        self, positive: Bool[np.ndarray, "models"], scores: Float[np.ndarray, "models"]
+    ) -> Float[np.ndarray, "replicates"]:
+        """Computes ``auc`` of every replicate; NaN where all its models are positive, or none."""
+        own, others = self._member[positive], self._member[~positive]
+        step = max(1, _PAIRS // max(1, len(others)))
+        lead = np.zeros((own.shape[1], others.shape[1]))
+        for begin in range(0, len(own), step):
+            part = slice(begin, begin + step)
+            lead += own[part].T @ (np.sign(scores[positive][part, None] - scores[~positive]) @ others)
+        pairs = (self.counts @ own.sum(axis=0)) * (self.counts @ others.sum(axis=0))
+        won = ((self.counts @ lead) * self.counts).sum(axis=1)
+        replicates: np.ndarray = np.divide(won, pairs, out=np.full_like(won, np.nan), where=pairs > 0) / 2 + 0.5
         return replicates
 
 

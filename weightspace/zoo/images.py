@@ -46,6 +46,8 @@ class ImageDataset:
         test_images: intensities in [0, 1].
         test_labels: class numbers in ``range(classes)``.
         classes: number of classes.
+        names: of the classes, in the order of their numbers, as the source has them: its own numbers where it names
+            none, and nothing for images that come from no source.
     """
 
     id: str
@@ -54,6 +56,7 @@ class ImageDataset:
     test_images: Float[Tensor, "test channels height width"]
     test_labels: Int[Tensor, " test"]
     classes: int
+    names: tuple[str, ...] = ()
 
 
 def load_images(dataset_id: str) -> ImageDataset:
@@ -80,7 +83,8 @@ def load_images(dataset_id: str) -> ImageDataset:
     test, test_labels = _vary(base.test_images, base.test_labels, base.classes, variant)
     if not len(train) or not len(test):
         raise ZooError(f"{dataset_id}: no {'train' if len(test) else 'test'} images are left; choose other classes")
-    return ImageDataset(dataset_id, train, train_labels, test, test_labels, len(listed))
+    names = tuple(base.names[number] for number in listed)
+    return ImageDataset(dataset_id, train, train_labels, test, test_labels, len(listed), names)
 
 
 def variants(
@@ -208,16 +212,18 @@ def _digits(source: DatasetSource) -> ImageDataset:
 
     bunch = load_digits()
     images = torch.from_numpy(bunch.images).float().div(16).unsqueeze(1)
-    return _split_apart("digits", images, torch.from_numpy(bunch.target).long(), 10)
+    return _split_apart("digits", images, torch.from_numpy(bunch.target).long(), tuple(map(str, range(10))))
 
 
-def _split_apart(name: str, images: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"], classes: int) -> ImageDataset:
+def _split_apart(
+    name: str, images: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"], classes: tuple[str, ...]
+) -> ImageDataset:
     generator = torch.Generator().manual_seed(0)
     held = torch.zeros(len(labels), dtype=torch.bool)
-    for label in range(classes):
+    for label in range(len(classes)):
         rows = (labels == label).nonzero().flatten()
         held[rows[torch.randperm(len(rows), generator=generator)][: round(_TEST_FRACTION * len(rows))]] = True
-    return ImageDataset(name, images[~held], labels[~held], images[held], labels[held], classes)
+    return ImageDataset(name, images[~held], labels[~held], images[held], labels[held], len(classes), classes)
 
 
 def _opened(source: DatasetSource) -> ImageDataset:
@@ -244,7 +250,7 @@ def _opened(source: DatasetSource) -> ImageDataset:
     labelled = [(pixels[known >= 0], known[known >= 0]) for pixels, known in zip(images, labels, strict=True)]
     if len(labelled) == 1 or not len(labelled[1][1]):
         return _split_apart(name, *labelled[0], classes)
-    return ImageDataset(name, *labelled[0], *labelled[1], classes)
+    return ImageDataset(name, *labelled[0], *labelled[1], len(classes), classes)
 
 
 def _columns(features: Any, source: DatasetSource, name: str) -> tuple[str, str]:
@@ -271,21 +277,23 @@ def _one_of(columns: list[str], preferred: str, problem: str) -> str:
     raise ZooError(f"{problem}, found {', '.join(columns) or 'none'}")
 
 
-def _class_numbers(values: list[np.ndarray], feature: Any, name: str) -> tuple[int, list[Int[Tensor, " n"]]]:
-    """Number of classes, and class numbers of every split; a negative label (as the Hub marks unknown) stays so."""
+def _class_numbers(
+    values: list[np.ndarray], feature: Any, name: str
+) -> tuple[tuple[str, ...], list[Int[Tensor, " n"]]]:
+    """Names of the classes, and class numbers of every split; a negative label (as the Hub marks unknown) stays so."""
     import datasets
 
     if any(part.dtype == object for part in values):
         raise ZooError(f"{name}: the label column has empty values; label every image or take them out")
     if isinstance(feature, datasets.ClassLabel):
-        classes, numbers = feature.num_classes, values
+        classes, numbers = tuple(feature.names), values
     else:
         present = np.unique(np.concatenate(values))
-        classes, numbers = len(present), [np.searchsorted(present, part) for part in values]
-    if classes < 2:
-        raise ZooError(f"{name}: {classes} class in the label column; a classification dataset needs two or more")
-    if any(part.size and part.max() >= classes for part in numbers):
-        raise ZooError(f"{name}: a label lies above the {classes} named classes; mend the label column")
+        classes, numbers = tuple(map(str, present)), [np.searchsorted(present, part) for part in values]
+    if len(classes) < 2:
+        raise ZooError(f"{name}: {len(classes)} class in the label column; a classification dataset needs two or more")
+    if any(part.size and part.max() >= len(classes) for part in numbers):
+        raise ZooError(f"{name}: a label lies above the {len(classes)} named classes; mend the label column")
     return classes, [torch.from_numpy(part.astype(np.int64)) for part in numbers]
 
 
