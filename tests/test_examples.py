@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,3 +63,19 @@ def test_benchmarks_compare_equal_things(tmp_path: Path) -> None:
     assert record["machine"] in printed
     assert {result["bar"] for result in record["results"]} == {25, 50, 5, 20, 2.5, 0.25, None}
     assert all(result["ratio"] > 0 for result in record["results"])
+
+
+@pytest.mark.slow
+def test_ablations_of_the_joint_model(tmp_path: Path, tiny_zoo: Any, tiny_encoder: Path) -> None:
+    (tmp_path / "zoo").symlink_to(tiny_zoo.path)
+    (tmp_path / "encoder").symlink_to(tiny_encoder)
+    words = ["--demo", tmp_path, "--output", tmp_path / "joint.json", "--steps", "2", "--seeds", "0"]
+    words += ["--variants", "regression", "frozen"]
+    printed = run("benchmarks/joint.py", *words)
+    measured = json.loads((tmp_path / "joint.json").read_text())["measured"]
+    assert set(measured) == {"baselines/0", "regression/0", "frozen/0"}
+    assert {"probes", "D → W", "W → D", "R → W, 10", "R → W, 1"} == set(measured["regression/0"])
+    assert "| R as regression | 0 |" in printed
+    before = (tmp_path / "joint.json").stat().st_mtime_ns
+    assert run("benchmarks/joint.py", *words) == printed
+    assert (tmp_path / "joint.json").stat().st_mtime_ns == before

@@ -168,7 +168,7 @@ def inspect_location(
             {
                 tokenizer.name: tokenizer.token_count(architecture)
                 for tokenizer in tokenizers
-                if tokenizer.accepts(architecture)
+                if tokenizer.suits(architecture)
             },
             _not_finite(checkpoint, architecture) if check_values else None,
             checkpoint.quantization,

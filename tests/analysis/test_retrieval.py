@@ -126,3 +126,9 @@ class TestResultCorrelation:
         assert self.correlation(similarity, np.full(4, 0.5), np.linspace(0, 1, 10)) is None
         assert self.correlation(similarity, np.linspace(0, 1, 4), np.full(10, 0.5)) is None
         assert self.correlation(similarity, np.linspace(0, 1, 4), np.full(10, np.nan)) is None
+
+    def test_who_finds_the_same_whatever_is_asked_for_finds_nothing(self) -> None:
+        alike = np.tile(np.random.default_rng(0).normal(size=20), (4, 1))
+        found = self.correlation(alike, np.linspace(0, 1, 4), np.linspace(0, 1, 20))
+        assert found is not None
+        assert (found.value, found.low, found.high) == (0.0, 0.0, 0.0)

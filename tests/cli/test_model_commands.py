@@ -104,15 +104,18 @@ def test_embed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[Any] = []
 
-    def probe_zoo(zoo: Path, encoder: str | None, targets: Sequence[str], seeds: Sequence[int]) -> list[Any]:
-        called.append((zoo, encoder, tuple(targets), tuple(seeds)))
+    def probe_zoo(
+        zoo: Path, encoders: Sequence[str], targets: Sequence[str], seeds: Sequence[int], unseen_datasets: bool
+    ) -> list[Any]:
+        called.append((zoo, encoders, targets, seeds, unseen_datasets))
         return []
 
     monkeypatch.setattr("weightspace.probes.zoo.probe_zoo", probe_zoo)
     assert json.loads(invoke("probe", "z", "--json")) == []
-    invoke("probe", "z", "--encoder", "e", "--target", "step", "--target", "test_loss", "--seed", "7", "--json")
-    assert called[0] == (Path("z"), None, ("test_accuracy",), (0, 1, 2))
-    assert called[1] == (Path("z"), "e", ("step", "test_loss"), (7,))
+    words = ("--encoder", "e", "--encoder", "j", "--target", "step", "--target", "classes", "--seed", "7")
+    invoke("probe", "z", *words, "--unseen-datasets", "--json")
+    assert called[0] == (Path("z"), (), ("test_accuracy",), (0, 1, 2), False)
+    assert called[1] == (Path("z"), ("e", "j"), ("step", "classes"), (7,), True)
 
 
 def test_demo_ends_with_the_report(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,6 +80,14 @@ class TestDatasetsAndResults:
             assert sorted(answer.rows) == list(range(48))
             assert answer.itself == ()
 
+    def test_a_dataset_of_the_zoo_is_seen_through_what_training_left_in_the_cache(
+        self, joint: Encoder, tiny_zoo: Zoo, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        name = str(tiny_zoo.index["dataset"][0])
+        assert len(dataset_for(joint, name).labels) == 20
+        monkeypatch.setattr("weightspace.zoo.image_encoders._TransformersEncoder._encode", None)  # would be called
+        assert len(dataset_for(joint, name).features) == 20
+
     def test_known_results_do_not_matter(self, joint: Encoder, index: EmbeddingIndex) -> None:
         results = {name: index.models[name].to_numpy()[::-1] for name in ("test_accuracy", "test_loss")}
         lied = dataclasses.replace(index, models=index.models.assign(**results))

@@ -17,6 +17,7 @@ from weightspace.io.checkpoint import Checkpoint, checkpoint_bytes, open_checkpo
 from weightspace.io.header import dtype_name
 from weightspace.schema import Architecture, TensorSpec
 from weightspace.tokenizers import ChannelTokenizer, LoraTokenizer
+from weightspace.tokenizers.links import token_links
 from weightspace.tokenizers.lora import canonical_factors
 
 REAL = os.environ.get("WEIGHTSPACE_DATA")
@@ -257,14 +258,18 @@ def test_windows_are_stretches_of_all_tokens_and_read_whole_modules() -> None:
         tokenizer.tokenize_windows(broken.entries, architecture, [(0, len(whole.tokens))])
 
 
-def test_models_without_factors_are_refused() -> None:
-    tensors = {"fc.weight": torch.ones(3, 2), "x.lora_A.weight": torch.ones(2, 3)}
-    architecture, tokenizer = architecture_of(tensors), LoraTokenizer(8)
-    assert not tokenizer.accepts(architecture) and tokenizer.accepts(architecture_of(adapter()))
-    message = "tokenizer lora: none of 2 tensors is a LoRA factor with its partner; use the tokenizer channel"
-    for refused in (tokenizer.layout, tokenizer.token_count, lambda a: tokenizer.tokenize(tensors, a)):
-        with pytest.raises(TokenError, match=message):
-            refused(architecture)
+def test_models_without_factors_have_the_tokens_of_channels() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"0.weight": (6, 9), "0.bias": (6,), "2.weight": (3, 6), "x.lora_A.weight": (2, 3)}
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    architecture, tokenizer = architecture_of(tensors), LoraTokenizer(4)
+    assert not tokenizer.suits(architecture) and tokenizer.suits(architecture_of(adapter()))
+    found, expected = (one.tokenize(tensors, architecture) for one in (tokenizer, ChannelTokenizer(4)))
+    assert torch.equal(found.tokens, expected.tokens)
+    assert torch.equal(found.mask, expected.mask) and torch.equal(found.positions, expected.positions)
+    assert tokenizer.token_count(architecture) == len(expected.tokens)
+    assert torch.equal(token_links(tokenizer, architecture), token_links(ChannelTokenizer(4), architecture))
+    assert all(torch.equal(value, tensors[name]) for name, value in tokenizer.detokenize(found).items())
 
 
 @pytest.mark.skipif(REAL is None, reason="WEIGHTSPACE_DATA names no folder of real checkpoints")

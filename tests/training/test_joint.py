@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -12,11 +13,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from loopback_hub import LoopbackHub
 from torch import Tensor
 from transformers import AutoFeatureExtractor, AutoModel
 
 from weightspace.architectures.families import run_flat
+from weightspace.cli.main import main
 from weightspace.errors import SettingsError, ZooError
+from weightspace.index import joint_query, load_encoder, open_index, parse_results
+from weightspace.io.checkpoint import open_checkpoint
 from weightspace.models.joint.modeling_joint import JointModel
 from weightspace.training import joint
 from weightspace.training.autoencoder import EncoderSettings, read_training
@@ -26,6 +31,7 @@ from weightspace.training.settings import LoopSettings
 from weightspace.zoo.dataset import Zoo, ZooWriter, load_zoo
 from weightspace.zoo.image_encoders import ImageEncoder, open_image_encoder
 from weightspace.zoo.images import load_images
+from weightspace.zoo.splits import split_by_run
 from weightspace.zoo.views import reordered_outputs
 
 ROOT = Path(__file__).parents[2]
@@ -218,7 +224,7 @@ class TestBatches:
         results = torch.rand(300, 3, generator=torch.Generator().manual_seed(0))
         results[:100, 1] = float("nan")
         results[-1] = float("nan")
-        stated = joint._stated(results, torch.Generator().manual_seed(1))
+        stated = joint.stated_results(results, torch.Generator().manual_seed(1))
         assert not (stated & results.isnan()).any()
         assert stated[:-1].any(1).all()
         assert not stated[-1].any()
@@ -254,6 +260,7 @@ class TestBatches:
             {"reconstruction_weight": 0.0},
             {"pairs": ("weight_result",)},
             {"pairs": ("dataset_weight",)},
+            {"positives": "diagonal", "result_kind": "regression"},
         ):
             model, source = batches(tiny_zoo, changed(settings, **change))
             model.train()(**next(source(0, 0, 1)).inputs, return_loss=True).loss.backward()
@@ -268,6 +275,7 @@ class TestLittle:
     def trained(self, zoo: Zoo, settings: JointSettings, output: Path) -> dict[str, float]:
         row = read_history(train_joint(zoo.path, output, settings))[-1]
         assert np.isfinite(list(row.values())).all()
+        assert all(value.isfinite().all() for value in weights(output).values())
         return row
 
     def test_one_dataset(self, tiny_zoo: Zoo, settings: JointSettings, tmp_path: Path) -> None:
@@ -282,12 +290,64 @@ class TestLittle:
 
         row = self.trained(copied(tiny_zoo, tmp_path / "zoo", change), settings, tmp_path / "joint")
         assert "validation_result_to_weight" not in row
+        encoder = load_encoder(tmp_path / "joint")
+        assert encoder.model.config.result_config.results == ["test_accuracy"]
+        assert np.isfinite(joint_query(encoder, wanted=parse_results(">=0.4"))).all()
+
+    @pytest.mark.parametrize("pair", ["weight_result", "dataset_weight"])
+    def test_results_of_training_models_alone(
+        self, tiny_zoo: Zoo, settings: JointSettings, tmp_path: Path, pair: str
+    ) -> None:
+        trained_on = split_by_run(tiny_zoo.index["run_id"].to_numpy(), settings.split_seed).train
+
+        def change(number: int, entry: Any) -> Any:
+            return entry if number in trained_on else replace(entry, results={})
+
+        zoo = copied(tiny_zoo, tmp_path / "zoo", change)
+        row = self.trained(zoo, changed(settings, pairs=(pair,)), tmp_path / "joint")
+        assert "validation_result_to_weight" not in row
+        assert (row[f"validation_{pair}"] == 0) is (pair == "weight_result")
 
     def test_no_results(self, tiny_zoo: Zoo, settings: JointSettings, tmp_path: Path) -> None:
-        with pytest.raises(
-            SettingsError, match=r"results: the zoo has no numbers in flair; choose from .*test_accuracy"
-        ):
-            train_joint(tiny_zoo.path, tmp_path / "joint", replace(settings, results=("flair",)))
+        unknown = replace(settings, results=("flair",))
+        with pytest.raises(SettingsError, match=r"results: .* no numbers in flair; choose from .*\[dataset_weight\]"):
+            train_joint(tiny_zoo.path, tmp_path / "joint", unknown)
+        zoo = copied(tiny_zoo, tmp_path / "zoo", lambda _, entry: replace(entry, results={}))
+        with pytest.raises(SettingsError, match=r"no numbers in test_accuracy, test_loss, .*, or train with towers"):
+            train_joint(zoo.path, tmp_path / "joint", settings)
+        self.trained(zoo, changed(settings, pairs=("dataset_weight",)), tmp_path / "joint")
+
+    def test_a_result_that_nobody_has_is_left_out_and_said(
+        self, tiny_zoo: Zoo, settings: JointSettings, tmp_path: Path
+    ) -> None:
+        self.trained(tiny_zoo, replace(settings, results=("flair", "test_accuracy")), tmp_path / "joint")
+        state = read_training(tmp_path / "joint")
+        assert state is not None
+        assert state["results_left_out"] == ["flair"]
+        with pytest.raises(SettingsError, match=r"'flair': the joint model knows test_accuracy; choose"):
+            joint_query(load_encoder(tmp_path / "joint"), wanted=parse_results("flair>0"))
+
+    def test_more_bins_than_models(self, tiny_zoo: Zoo, settings: JointSettings, tmp_path: Path) -> None:
+        self.trained(tiny_zoo, changed(settings, bins=100), tmp_path / "joint")
+
+    def test_one_bin_is_no_scale(self, tiny_zoo: Zoo, settings: JointSettings, tmp_path: Path) -> None:
+        with pytest.raises(SettingsError, match=r"towers: .*bins 1 must be at least 2"):
+            train_joint(tiny_zoo.path, tmp_path / "joint", changed(settings, bins=1))
+
+    def test_a_single_run(self, tiny_zoo: Zoo, settings: JointSettings, tmp_path: Path) -> None:
+        zoo = copied(tiny_zoo, tmp_path / "zoo", lambda _, entry: replace(entry, run_id="one"))
+        with pytest.raises(ZooError, match=r"runs: 1 are too few to split; add models of at least 10 runs"):
+            train_joint(zoo.path, tmp_path / "joint", settings)
+
+    def test_models_that_are_all_one(self, tiny_zoo: Zoo, settings: JointSettings, tmp_path: Path) -> None:
+        entries = list(tiny_zoo.entries())
+        same = [replace(entries[0], model_id=entry.model_id, run_id=entry.run_id) for entry in entries]
+        writer = ZooWriter(tmp_path / "zoo", settings={})
+        writer.write_shard("all", same, [tiny_zoo.blob(0)] * len(same))
+        writer.finish()
+        self.trained(load_zoo(tmp_path / "zoo"), settings, tmp_path / "joint")
+        vectors = open_index(tmp_path / "zoo", tmp_path / "joint")[0].vectors
+        np.testing.assert_allclose(vectors, np.broadcast_to(vectors[0], vectors.shape), atol=1e-6)
 
     def test_datasets_that_cannot_be_opened(self, tiny_zoo: Zoo, settings: JointSettings, tmp_path: Path) -> None:
         def change(number: int, entry: Any) -> Any:
@@ -323,18 +383,100 @@ class TestHeldOut:
         with pytest.raises(SettingsError, match="held_out_datasets: the zoo has no dataset 'x'"):
             train_joint(tiny_zoo.path, tmp_path / "joint", replace(settings, held_out_datasets=("x",)))
 
+    def test_all_of_them_leave_nothing_to_train_on(
+        self, tiny_zoo: Zoo, settings: JointSettings, tmp_path: Path
+    ) -> None:
+        names = tuple(sorted(set(tiny_zoo.index["dataset"])))
+        with pytest.raises(SettingsError, match="held_out_datasets: no model is left to train on; hold out fewer"):
+            train_joint(tiny_zoo.path, tmp_path / "joint", replace(settings, held_out_datasets=names))
+
+
+class TestSaved:
+    def test_loading_a_trained_model_warns_of_nothing(self, tiny_clip_joint: Path) -> None:
+        # In a process of its own: what transformers says on the way to the terminal.
+        code = "import sys, weightspace, transformers; transformers.AutoModel.from_pretrained(sys.argv[1])"
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        command = [sys.executable, "-W", "error::UserWarning", "-c", code, str(tiny_clip_joint)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert not [line for line in done.stderr.splitlines() if line and "Loading weights" not in line]
+        _, report = AutoModel.from_pretrained(tiny_clip_joint, output_loading_info=True)
+        assert not any(report.values())
+
+    def test_what_is_saved_is_what_the_model_has(self, tiny_clip_joint: Path) -> None:
+        stored = open_checkpoint(tiny_clip_joint / "model.safetensors").specs
+        assert stored.keys() == weights(tiny_clip_joint).keys()
+
+    def test_a_folder_of_before_the_sample_was_recorded_loads(self, tiny_clip_joint: Path, tmp_path: Path) -> None:
+        shutil.copytree(tiny_clip_joint, tmp_path / "old")
+        config = json.loads((tmp_path / "old" / "config.json").read_text())
+        assert config["dataset_config"].pop("sample") == 20
+        (tmp_path / "old" / "config.json").write_text(json.dumps(config))
+        assert load_encoder(tmp_path / "old").model.config.dataset_config.sample == 64
+
+
+class TestPickledImageEncoder:
+    """An image encoder without safetensors needs consent, and even then only plain tensors are read."""
+
+    @pytest.fixture
+    def files(self, tiny_clip: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in tiny_clip.iterdir() if path.suffix != ".safetensors"}
+
+    def train(self, *words: str) -> int:
+        return main(["train", "joint", *words])
+
+    def test_consent_is_needed_and_enough(
+        self,
+        hub: LoopbackHub,
+        files: dict[str, bytes],
+        tiny_clip: Path,
+        tiny_zoo: Zoo,
+        settings: JointSettings,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        torch.save(open_checkpoint(tiny_clip).tensors(), tmp_path / "weights.bin")
+        hub.create("org/clip", {**files, "pytorch_model.bin": (tmp_path / "weights.bin").read_bytes()})
+        chosen = replace(settings, image_encoder="org/clip")
+        (tmp_path / "settings.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(asdict(chosen)))))
+        words = [f"--zoo={tiny_zoo.path}", f"--output={tmp_path / 'joint'}", f"--config={tmp_path / 'settings.yaml'}"]
+        assert self.train(*words) == 2
+        assert "its weights are a pickle" in capsys.readouterr().err
+        assert self.train(*words, "--allow-pickle") == 0
+        search = ["search", str(tiny_zoo.path), "--joint", str(tmp_path / "joint"), "--dataset", "digits", "-k", "1"]
+        assert main(search) == 2
+        assert "--allow-pickle" in capsys.readouterr().err
+        assert main([*search, "--allow-pickle"]) == 0
+
+    def test_code_in_it_is_never_run(
+        self, hub: LoopbackHub, files: dict[str, bytes], tiny_zoo: Zoo, settings: JointSettings, tmp_path: Path
+    ) -> None:
+        class Trap:
+            def __reduce__(self) -> Any:
+                return os.mkdir, (str(tmp_path / "trapped"),)
+
+        torch.save({"weight": Trap()}, tmp_path / "weights.bin")
+        hub.create("org/clip", {**files, "pytorch_model.bin": (tmp_path / "weights.bin").read_bytes()})
+        with pytest.raises(SettingsError, match="org/clip"):
+            train_joint(
+                tiny_zoo.path, tmp_path / "joint", replace(settings, image_encoder="org/clip"), allow_pickle=True
+            )
+        assert not (tmp_path / "trapped").exists()
+
 
 @pytest.mark.parametrize(
-    ("change", "named"), [({"sample": 0}, "sample: 0"), ({"images": 0}, "images: 0"), ({"shuffle_classes": 2.0}, "2.0")]
+    ("change", "named"),
+    [
+        ({"sample": 0}, "sample: 0"),
+        ({"images": 0}, "images: 0"),
+        ({"shuffle_classes": 2.0}, "2.0"),
+        ({"results": ()}, "results: none are named, give one or more"),
+        ({"loop": LoopSettings(batch_size=1)}, "batch_size: 1 leaves a model no other to be told from, give 2 or more"),
+    ],
 )
 def test_settings_that_cannot_be_are_refused(change: dict[str, Any], named: str) -> None:
     with pytest.raises(SettingsError, match=named):
         JointSettings(**change)
-
-
-def test_configs_that_cannot_be_name_the_towers(tiny_zoo: Zoo, settings: JointSettings, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"towers: .*bins 1"):
-        train_joint(tiny_zoo.path, tmp_path / "joint", changed(settings, bins=1))
 
 
 def test_features_of_another_image_encoder_are_refused(tiny_zoo: Zoo, settings: JointSettings) -> None:

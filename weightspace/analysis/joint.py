@@ -15,6 +15,7 @@ from weightspace.analysis.report import RetrievalRow
 from weightspace.analysis.resampling import Estimate
 from weightspace.analysis.retrieval import Retrieval, result_correlation, retrieval, same_identity
 from weightspace.index import Encoder, embed_zoo
+from weightspace.models.joint.configuration_joint import DatasetTowerConfig
 from weightspace.models.joint.modeling_joint import JointModel, unit
 from weightspace.training.joint import embed_dataset
 from weightspace.zoo.dataset import Zoo
@@ -48,21 +49,22 @@ def retrieval_table(zoo: Zoo, encoder: Encoder, training: Mapping[str, Any]) -> 
     known = sorted(set(index["dataset"][~held_out].dropna()) - set(training["datasets_left_out"]))
     if "dataset_weight" in model.config.pairs and known:
         trained_on = index["dataset"].to_numpy()[rows].tolist()
-        table += _by_dataset(model, training["settings"], known, weights, trained_on, runs)
-    if "weight_result" in model.config.pairs and _RESULT in training["settings"]["results"] and _RESULT in index:
+        table += _by_dataset(model, known, weights, trained_on, runs)
+    if "weight_result" in model.config.pairs and _RESULT in model.result_model.config.results and _RESULT in index:
         table += _by_result(model, weights, index[_RESULT].to_numpy(dtype=np.float64)[rows], runs)
     return table
 
 
 def _by_dataset(
     model: JointModel,
-    settings: Mapping[str, Any],
     known: list[str],
     weights: Float[Tensor, "models size"],
     trained_on: list[Any],
     runs: Int[np.ndarray, "models"],
 ) -> list[RetrievalRow]:
-    seen = features_of_datasets(known, open_image_encoder(settings["image_encoder"]), images=settings["sample"])
+    tower = model.config.dataset_config
+    assert isinstance(tower, DatasetTowerConfig) and tower.image_encoder is not None
+    seen = features_of_datasets(known, open_image_encoder(tower.image_encoder), images=tower.sample)
     similarity = (torch.cat([embed_dataset(model, dataset) for dataset in seen]) @ weights.T).numpy()
     place = {name: number for number, name in enumerate(known)}
     datasets, own = np.arange(len(known)), np.array([place.get(name, -1) for name in trained_on])

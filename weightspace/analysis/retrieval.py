@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.special import gammaln
-from scipy.stats import spearmanr
 
 from weightspace.analysis.resampling import Estimate, with_interval
+from weightspace.models.joint.measures import found_correlation
 
 CUTOFFS = (1, 5, 10)
 
@@ -115,7 +115,7 @@ def result_correlation(
     first: int = 10,
     draws: int = 1000,
 ) -> Estimate | None:
-    """Computes Spearman's correlation between the results asked for and the mean of the first models that are found.
+    """Measures how far the first models that are found have the results asked for; see `found_correlation`.
 
     Args:
         similarity: of each wanted result to each model.
@@ -130,25 +130,15 @@ def result_correlation(
         The correlation, or None where all results are alike.
     """
     there = np.isfinite(known)
-    similarity, known, runs = similarity[:, there], known[there], candidate_runs[there]
-    order = np.argsort(-similarity, axis=1, kind="stable")
-
-    def correlation(counts: Int[np.ndarray, "models"]) -> float:
-        share = counts[order]
-        # As many of each model as were drawn, until there are ``first``.
-        taken = np.clip(first - (np.cumsum(share, axis=1) - share), 0, share)
-        obtained = (taken * known[order]).sum(axis=1) / np.maximum(1, taken.sum(axis=1))
-        if np.ptp(wanted) == 0 or np.ptp(obtained) == 0:
-            return float("nan")
-        return float(spearmanr(wanted, obtained).statistic)
-
-    if len(wanted) < 2 or not len(known):
+    order = np.argsort(-similarity[:, there], axis=1, kind="stable")
+    found, runs = known[there][order], candidate_runs[there][order]
+    value = found_correlation(wanted, found, first)
+    if value is None:
         return None
-    value = correlation(np.ones(len(known), dtype=np.int64))
-    if not np.isfinite(value):
-        return None
-    replicates = np.array([correlation(_drawn(int(runs.max()) + 1, generator)[runs]) for _ in range(draws)])
-    return _with_interval(value, replicates[np.isfinite(replicates)], (-1.0, 1.0))
+    drawn = (
+        found_correlation(wanted, found, first, _drawn(int(runs.max()) + 1, generator)[runs]) for _ in range(draws)
+    )
+    return _with_interval(value, np.array([one for one in drawn if one is not None]), (-1.0, 1.0))
 
 
 def _replicate(

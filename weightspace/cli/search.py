@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from weightspace.cli.options import hub_options, json_option
+from weightspace.cli.options import hub_options, json_option, pickle_option
 from weightspace.cli.output import print_json, print_list, print_table
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ _PINNED = re.compile(r"[^@:]+/[^@:]+@[0-9a-f]{40}(?::.+)?")
 @click.option("-k", "count", type=click.IntRange(min=1), default=10, help="Models to find.")
 @click.option("--save-index", type=click.Path(path_type=Path), help="Folder to keep the embeddings in, as an index.")
 @hub_options
+@pickle_option
 @json_option
 def search(
     zoo: str,
@@ -46,6 +47,7 @@ def search(
     count: int,
     save_index: Path | None,
     options: HubOptions,
+    allow_pickle: bool,
     as_json: bool,
 ) -> None:
     """Find models by a dataset, a wanted result or a relative, without running any.
@@ -58,10 +60,10 @@ def search(
     from weightspace.index import Question, find_models, open_index
 
     question = Question(dataset, texts, result, model, same_run)
-    index, loaded = open_index(zoo, encoder, options)
+    index, loaded = open_index(zoo, encoder, options, allow_pickle=allow_pickle)
     if save_index is not None:
         index.save(save_index)
-    answer = find_models(index, loaded, question, count, options)
+    answer = find_models(index, loaded, question, count, options, allow_pickle=allow_pickle)
     found = _described(index, answer)
     itself = [str(index.models["model_id"].iloc[row]) for row in answer.itself]
     if as_json:

@@ -137,12 +137,7 @@ def load_encoder(location: str | Path, options: HubOptions | None = None) -> Enc
     Raises:
         WeightspaceError: there is no encoder, or it cannot be loaded.
     """
-    path = Path(location)
-    name = str(path.absolute())
-    if not path.exists() and is_repo_id(parse_ref(str(location)).location):
-        path, name = _fetched(parse_ref(str(location)), options)
-    if not (path / "config.json").is_file():
-        raise WeightspaceError(f"{location}: no encoder (there is no config.json); train one or check the path")
+    path, name = saved_folder(location, options, kind="encoder")
     try:
         model = AutoModel.from_pretrained(path).eval()
         extractor = AutoFeatureExtractor.from_pretrained(path)
@@ -153,12 +148,34 @@ def load_encoder(location: str | Path, options: HubOptions | None = None) -> Enc
     return Encoder(path, model, extractor, name)
 
 
-def _fetched(ref: ModelRef, options: HubOptions | None) -> tuple[Path, str]:
-    """Fetches an encoder and the record of its training into huggingface_hub's cache; names folder and commit."""
+def saved_folder(location: str | Path, options: HubOptions | None = None, *, kind: str) -> tuple[Path, str]:
+    """Finds the folder that `save_pretrained` wrote; from the Hub, it is fetched into huggingface_hub's cache.
+
+    Args:
+        location: the folder, or ``org/name[@revision]`` on the Hub.
+        options: how the Hub is reached.
+        kind: what is looked for, e.g. ``"encoder"``, used in errors.
+
+    Returns:
+        The folder, and what opens it again: an absolute path, or the name on the Hub with the commit.
+
+    Raises:
+        WeightspaceError: there is no model.
+    """
+    path = Path(location)
+    if not path.exists() and is_repo_id(parse_ref(str(location)).location):
+        return _fetched(parse_ref(str(location)), options, kind)
+    if not (path / "config.json").is_file():
+        raise WeightspaceError(f"{location}: no {kind} (there is no config.json); train one or check the path")
+    return path, str(path.absolute())
+
+
+def _fetched(ref: ModelRef, options: HubOptions | None, kind: str) -> tuple[Path, str]:
+    """Fetches a model and the record of its training; names folder and commit."""
     repo = open_repo(ref.location, ref.revision, options)
     fetched = {name: repo.download(name) for name in _ENCODER_FILES if name in repo.entries}
     if "config.json" not in fetched:
-        raise WeightspaceError(f"{repo}: no encoder (there is no config.json); check the name")
+        raise WeightspaceError(f"{repo}: no {kind} (there is no config.json); check the name")
     return fetched["config.json"].parent, str(ModelRef(repo.repo_id, repo.sha))
 
 

@@ -70,7 +70,11 @@ class Answer:
 
 
 def open_index(
-    location: str | Path, encoder: str | Path | None = None, options: HubOptions | None = None
+    location: str | Path,
+    encoder: str | Path | None = None,
+    options: HubOptions | None = None,
+    *,
+    allow_pickle: bool = False,
 ) -> tuple[EmbeddingIndex, Encoder]:
     """Opens an index with its encoder, or makes one of what `embed` takes.
 
@@ -78,6 +82,7 @@ def open_index(
         location: an index, a zoo, or checkpoints, on disk or, but for an index, on the Hub.
         encoder: folder or ``org/name`` of the encoder; an index remembers its own.
         options: how the Hub is reached.
+        allow_pickle: also read plain tensors from pickled checkpoints.
 
     Raises:
         WeightspaceError: there is nothing to open, or the encoder is missing or not the one of the index.
@@ -92,11 +97,18 @@ def open_index(
     loaded = load_encoder(encoder, options)
     if (Path(location) / "zoo.json").exists():
         return EmbeddingIndex.from_zoo(load_zoo(location), loaded), loaded
-    return EmbeddingIndex.from_frame(embed([str(location)], loaded, options=options), loaded), loaded
+    frame = embed([str(location)], loaded, options=options, allow_pickle=allow_pickle)
+    return EmbeddingIndex.from_frame(frame, loaded), loaded
 
 
 def find_models(
-    index: EmbeddingIndex, encoder: Encoder, question: Question, k: int = 10, options: HubOptions | None = None
+    index: EmbeddingIndex,
+    encoder: Encoder,
+    question: Question,
+    k: int = 10,
+    options: HubOptions | None = None,
+    *,
+    allow_pickle: bool = False,
 ) -> Answer:
     """Ranks the models of an index for a question, by their weights alone: none is run, and no known result is used.
 
@@ -106,13 +118,14 @@ def find_models(
         question: what is wanted.
         k: models to find.
         options: how the Hub is reached.
+        allow_pickle: read plain tensors from pickles where the model or the image encoder has no safetensors file.
 
     Raises:
         WeightspaceError: the question cannot be embedded, or the encoder is not the one of the index.
     """
     index.ensure_encoder(encoder)
     if question.model is not None:
-        vector = _embedded_model(index, encoder, question.model, options)
+        vector = _embedded_model(index, encoder, question.model, options, allow_pickle)
         itself = _itself(index, question.model, vector)
         excluded = itself if question.same_run else _of_their_runs(index, itself)
         scores, rows = index.rank(vector, k, excluded=excluded)
@@ -120,20 +133,21 @@ def find_models(
     wanted = () if question.result is None else parse_results(question.result)
     dataset = None
     if question.texts:
-        dataset = described_dataset(encoder, question.texts, options)
+        dataset = described_dataset(encoder, question.texts, options, allow_pickle=allow_pickle)
     elif question.dataset is not None:
-        dataset = dataset_for(encoder, question.dataset, options)
+        dataset = dataset_for(encoder, question.dataset, options, allow_pickle=allow_pickle)
     return Answer(*index.rank(joint_query(encoder, dataset, wanted), k))
 
 
 def _embedded_model(
-    index: EmbeddingIndex, encoder: Encoder, model: str, options: HubOptions | None
+    index: EmbeddingIndex, encoder: Encoder, model: str, options: HubOptions | None, allow_pickle: bool
 ) -> Float[np.ndarray, "size"]:
     known = np.flatnonzero(index.models["model_id"] == model)
     if len(known):
         return index.vectors[known[0]]
     try:
-        embedding = encoder.embed_checkpoint(open_checkpoint(model, options=options)).double().numpy()
+        checkpoint = open_checkpoint(model, options=options, allow_pickle=allow_pickle)
+        embedding = encoder.embed_checkpoint(checkpoint).double().numpy()
     except WeightspaceError as error:
         raise type(error)(f"{error} (and no model of the index has this name)") from error
     length = float(np.linalg.norm(embedding))

@@ -21,7 +21,6 @@ from weightspace.models.joint.modeling_joint import JointModel, unit
 from weightspace.zoo.features import DatasetFeatures, dataset_features
 from weightspace.zoo.image_encoders import ImageEncoder, open_image_encoder
 
-_IMAGES = 256  # of a dataset, equally many of each class
 _LONGEST_TEXT = 1000
 
 
@@ -60,29 +59,65 @@ def joint_query(
         raise SettingsError("nothing to search for; give a dataset, a text, a wanted result or a model")
     model = _joint(encoder)
     vector = torch.zeros(model.embedding_size)
-    with torch.no_grad():
-        if dataset is not None:
-            vector = vector + _scale(encoder, "dataset_weight") * _embedded_dataset(model, dataset)
-        if wanted:
-            vector = vector + _scale(encoder, "weight_result") * _embedded_results(model, wanted)
+    if dataset is not None:
+        vector = vector + _scale(encoder, "dataset_weight") * dataset_query(encoder, dataset)
+    if wanted:
+        vector = vector + _scale(encoder, "weight_result") * result_query(encoder, wanted)
     return vector.numpy()
 
 
-def dataset_for(encoder: Encoder, dataset_id: str, options: HubOptions | None = None) -> DatasetFeatures:
-    """Sees a dataset as the joint model does.
+@torch.no_grad()
+def dataset_query(encoder: Encoder, dataset: DatasetFeatures) -> Float[Tensor, " size"]:
+    """Places a dataset in the joint space, at length 1.
+
+    Raises:
+        SettingsError: the encoder is no joint model, or the features come from another image encoder than its own.
+    """
+    model = _joint(encoder)
+    model.ensure_image_encoder(dataset.encoder, dataset.encoder_digest)
+    return unit(model.get_dataset_features(dataset.features.unsqueeze(0), dataset.labels.unsqueeze(0)))[0]
+
+
+@torch.no_grad()
+def result_query(encoder: Encoder, wanted: Sequence[WantedResult]) -> Float[Tensor, " size"]:
+    """Places wanted results in the joint space, at length 1; see `joint_query`.
+
+    Raises:
+        SettingsError: the encoder is no joint model or does not know a result, or no model had such values.
+    """
+    model = _joint(encoder)
+    tower, total = model.result_model, torch.zeros(model.embedding_size)
+    for one in wanted:
+        values = torch.from_numpy(values_of(one, tower.config.results, tower.edges.numpy())).float()
+        results = torch.full((len(values), len(tower.config.results)), torch.nan)
+        results[:, tower.config.results.index(one.name)] = values
+        embedded = model.get_result_features(results).pooler_output
+        assert embedded is not None
+        total = total + embedded.mean(0)
+    return F.normalize(total, dim=0)
+
+
+def dataset_for(
+    encoder: Encoder, dataset_id: str, options: HubOptions | None = None, *, allow_pickle: bool = False
+) -> DatasetFeatures:
+    """Sees a dataset as the joint model did in training, through as many images.
 
     Args:
         encoder: a joint model.
         dataset_id: a folder or an id; see `weightspace.zoo.images.load_images`.
         options: how the Hub is reached for the image encoder.
+        allow_pickle: read plain tensors from a pickle where the image encoder has no safetensors file.
 
     Raises:
         WeightspaceError: the dataset or the image encoder cannot be opened, or it is another one by now.
     """
-    return dataset_features(dataset_id, _image_encoder(encoder, options), images=_IMAGES)
+    seeing = _image_encoder(encoder, options, allow_pickle)
+    return dataset_features(dataset_id, seeing, images=_dataset_tower(encoder).sample)
 
 
-def described_dataset(encoder: Encoder, texts: Sequence[str], options: HubOptions | None = None) -> DatasetFeatures:
+def described_dataset(
+    encoder: Encoder, texts: Sequence[str], options: HubOptions | None = None, *, allow_pickle: bool = False
+) -> DatasetFeatures:
     """Stands in for a dataset by texts, one a class: all images of a class have the features of its text.
 
     Contrastive image encoders put texts near images, but not among them (Liang et al., 2022): their features lie in a
@@ -92,6 +127,7 @@ def described_dataset(encoder: Encoder, texts: Sequence[str], options: HubOption
         encoder: a joint model.
         texts: descriptions of the classes, e.g. ``"a photo of a cat"``.
         options: how the Hub is reached for the image encoder.
+        allow_pickle: as in `dataset_for`.
 
     Raises:
         WeightspaceError: the image encoder has no text tower or cannot be opened, or a text is empty or too long.
@@ -99,7 +135,7 @@ def described_dataset(encoder: Encoder, texts: Sequence[str], options: HubOption
     for text in texts:
         if not text.strip() or len(text) > _LONGEST_TEXT:
             raise SettingsError(f"text {text[:40]!a}: has {len(text):,} characters; give 1 to {_LONGEST_TEXT:,}")
-    seeing = _image_encoder(encoder, options)
+    seeing = _image_encoder(encoder, options, allow_pickle)
     digest = hashlib.sha256(json.dumps([seeing.digest, *texts]).encode()).hexdigest()
     features = seeing.text_features(texts)
     return DatasetFeatures(
@@ -116,13 +152,17 @@ def _joint(encoder: Encoder) -> JointModel:
     return encoder.model
 
 
-def _image_encoder(encoder: Encoder, options: HubOptions | None) -> ImageEncoder:
-    model = _joint(encoder)
-    config = model.config.dataset_config
+def _dataset_tower(encoder: Encoder) -> DatasetTowerConfig:
+    config = _joint(encoder).config.dataset_config
     assert isinstance(config, DatasetTowerConfig)
+    return config
+
+
+def _image_encoder(encoder: Encoder, options: HubOptions | None, allow_pickle: bool) -> ImageEncoder:
+    model, config = _joint(encoder), _dataset_tower(encoder)
     if config.image_encoder is None:
         raise SettingsError(f"{encoder.name}: names no image encoder; train it again with one to search for datasets")
-    opened = open_image_encoder(config.image_encoder, options=options)
+    opened = open_image_encoder(config.image_encoder, options=options, allow_pickle=allow_pickle)
     model.ensure_image_encoder(opened.name, opened.digest)
     return opened
 
@@ -134,20 +174,3 @@ def _scale(encoder: Encoder, pair: str) -> float:
             f"{encoder.name}: trained on {', '.join(model.config.pairs)} only; search with a model trained on {pair}"
         )
     return model.scale(pair)
-
-
-def _embedded_dataset(model: JointModel, dataset: DatasetFeatures) -> Float[Tensor, " size"]:
-    model.ensure_image_encoder(dataset.encoder, dataset.encoder_digest)
-    return unit(model.get_dataset_features(dataset.features.unsqueeze(0), dataset.labels.unsqueeze(0)))[0]
-
-
-def _embedded_results(model: JointModel, wanted: Sequence[WantedResult]) -> Float[Tensor, " size"]:
-    tower, total = model.result_model, torch.zeros(model.embedding_size)
-    for one in wanted:
-        values = torch.from_numpy(values_of(one, tower.config.results, tower.edges.numpy())).float()
-        results = torch.full((len(values), len(tower.config.results)), torch.nan)
-        results[:, tower.config.results.index(one.name)] = values
-        embedded = model.get_result_features(results).pooler_output
-        assert embedded is not None
-        total = total + embedded.mean(0)
-    return F.normalize(total, dim=0)

@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from weightspace.errors import CheckpointError
 from weightspace.io.header import shown
 from weightspace.schema import TensorSpec
 
@@ -183,16 +182,13 @@ _REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 _QUANTISED_NAME = re.compile(r"gptq|awq|aqlm|hqq|bnb|\dbit|\d-bit|int[48]|fp[48]|exl[23]|gguf|mlx|quant|w\d+a\d+", re.I)
 
 
-def quantization_of(
-    specs: Mapping[str, TensorSpec], config: Mapping[str, Any] | None = None, *, base_model: str | None = None
-) -> Quantization | None:
+def quantization_of(specs: Mapping[str, TensorSpec], config: Mapping[str, Any] | None = None) -> Quantization | None:
     """Recognises a quantised checkpoint from its tensors' names and dtypes and from its config.
 
     Args:
         specs: all tensors of the checkpoint by name.
         config: content of its ``config.json``, or of the ``quantize_config.json``, ``quant_config.json`` or
             ``hf_quant_config.json`` that some libraries write instead.
-        base_model: the unquantised repository, if the model card names it; by default what the config was made from.
 
     Returns:
         How it is quantised, or None: its tensors can be read as weights.
@@ -205,23 +201,7 @@ def quantization_of(
     method, evidence = found
     if stated:
         method, evidence = stated[0], f"{stated[1]}, {evidence}"
-    return Quantization(method, evidence, _reason(method, evidence, base_model or _origin(config)))
-
-
-def ensure_readable(
-    specs: Mapping[str, TensorSpec],
-    config: Mapping[str, Any] | None = None,
-    *,
-    where: str,
-    base_model: str | None = None,
-) -> None:
-    """Refuses a quantised checkpoint; ``where`` is its name in errors, the rest as in `quantization_of`.
-
-    Raises:
-        CheckpointError: the stored numbers are not the weights; it says why and what to do.
-    """
-    if quantization := quantization_of(specs, config, base_model=base_model):
-        raise CheckpointError(f"{where}: {quantization.reason}")
+    return Quantization(method, evidence, _reason(method, evidence, _origin(config)))
 
 
 def _signs(specs: Mapping[str, TensorSpec]) -> Iterator[tuple[str, str]]:

@@ -138,8 +138,8 @@ class WeightTokenizer(ABC):
     def row_stride(self, width: int) -> int:
         """Returns how many entries after a row of ``width`` entries the next row of the layer starts; >= ``width``."""
 
-    def accepts(self, architecture: Architecture) -> bool:
-        """Whether models of this architecture can be tokenized at all."""
+    def suits(self, architecture: Architecture) -> bool:
+        """Whether models of this architecture have what sets this tokenizer apart from the others."""
         return True
 
     def token_count(self, architecture: Architecture) -> int:

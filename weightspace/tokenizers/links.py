@@ -13,6 +13,7 @@ from weightspace.architectures.flat import unflatten
 from weightspace.schema import Architecture, GroupAxis, PermutationGroup
 from weightspace.tokenizers.base import WeightTokenizer
 from weightspace.tokenizers.channel import ChannelTokenizer
+from weightspace.tokenizers.lora import LoraTokenizer
 
 
 @lru_cache(maxsize=64)
@@ -23,7 +24,8 @@ def token_links(tokenizer: WeightTokenizer, architecture: Architecture) -> Int[T
     follow from the architecture's permutation groups: when neurons are reordered, tokens and links move together.
 
     Args:
-        tokenizer: only `ChannelTokenizer` gives each channel tokens of its own; with any other nothing is linked.
+        tokenizer: only `ChannelTokenizer` gives each channel tokens of its own, and so does `LoraTokenizer` where there
+            are no factors; with any other nothing is linked.
         architecture: of the models.
 
     Returns:
@@ -31,6 +33,8 @@ def token_links(tokenizer: WeightTokenizer, architecture: Architecture) -> Int[T
         padding. The tensor is shared: do not write to it.
     """
     layout = tokenizer.layout(architecture)
+    if isinstance(tokenizer, LoraTokenizer) and not tokenizer.suits(architecture):
+        tokenizer = ChannelTokenizer(tokenizer.token_size)  # which is what it is without factors
     if not isinstance(tokenizer, ChannelTokenizer):
         return torch.zeros(layout.mask.shape, dtype=torch.int64)
     # Token numbers take the places of the weights and become tokens with them; float64 holds them exactly.

@@ -25,6 +25,9 @@ from weightspace.tokenizers.channel import ChannelTokenizer
 class LoraTokenizer(WeightTokenizer):
     """A row ``[a_k | b_k]`` for each rank-one component of a module's update; other tensors as `ChannelTokenizer` does.
 
+    A model without factors has exactly the tokens of `ChannelTokenizer`, so that adapters and whole models can share an
+    encoder.
+
     Components come in the form of `canonical_factors`, the largest first, so that ``(B G, inv(G) A)`` has the tokens of
     ``(B, A)`` up to rounding, and a rank that is not used is rows of zeros. What comes back from tokens is the same
     update with other factors. Tensors that are no factors (whole modules, magnitudes, biases) come back bit for bit.
@@ -46,23 +49,18 @@ class LoraTokenizer(WeightTokenizer):
         """Rounds ``width`` up to whole tokens."""
         return self._rows.row_stride(width)
 
-    def accepts(self, architecture: Architecture) -> bool:
+    def suits(self, architecture: Architecture) -> bool:
         """Whether there is a pair of factors among the tensors."""
         return bool(_arrange(architecture.layers).pairs)
 
     def token_count(self, architecture: Architecture) -> int:
-        """Returns the number of tokens of a model, without building a mask.
-
-        Raises:
-            TokenError: there is no pair of factors.
-        """
+        """Returns the number of tokens of a model, without building a mask."""
         return self._rows.token_count(_arranged(architecture))
 
     def layout(self, architecture: Architecture) -> TokenLayout:
         """Returns mask and positions of the tokens; cached, except for huge models.
 
         Raises:
-            TokenError: there is no pair of factors.
             ArchitectureError: a layer's tensors do not form rows.
         """
         return self._rows.layout(_arranged(architecture))
@@ -72,7 +70,7 @@ class LoraTokenizer(WeightTokenizer):
 
         Raises:
             ArchitectureError: a tensor is missing, unknown, or has another shape or dtype.
-            TokenError: a tensor that becomes tokens holds NaN or infinite entries, or there is no pair of factors.
+            TokenError: a tensor that becomes tokens holds NaN or infinite entries.
         """
         layout = self.layout(architecture)
         passthrough = split_off(tensors, architecture)
@@ -87,7 +85,6 @@ class LoraTokenizer(WeightTokenizer):
         """Turns flat weight vectors of one architecture into tokens, in the dtype and on the device of ``flat``.
 
         Raises:
-            TokenError: there is no pair of factors.
             ArchitectureError: the vectors have another length than the architecture.
         """
         arranged, tensors = _arranged(architecture), unflatten(flat, architecture)
@@ -107,7 +104,7 @@ class LoraTokenizer(WeightTokenizer):
 
         Raises:
             ArchitectureError: a layer's tensors do not form rows.
-            TokenError: an entry is NaN or infinite, or there is no pair of factors.
+            TokenError: an entry is NaN or infinite.
         """
         arranged, partners = _arranged(architecture), _partners(architecture)
         dtype = flat_dtype(architecture)
@@ -127,11 +124,7 @@ class LoraTokenizer(WeightTokenizer):
         return self._rows.tokenize_windows(read_canonical, arranged, windows)
 
     def window_entries(self, architecture: Architecture, windows: Sequence[tuple[int, int]]) -> Mapping[str, int]:
-        """Counts the entries of each tensor that `tokenize_windows` reads for these windows.
-
-        Raises:
-            TokenError: there is no pair of factors.
-        """
+        """Counts the entries of each tensor that `tokenize_windows` reads for these windows."""
         counts = self._rows.window_entries(_arranged(architecture), windows)
         partners = _partners(architecture)
         touched = dict.fromkeys(partners[name] for name in counts if name in partners)
@@ -143,7 +136,7 @@ class LoraTokenizer(WeightTokenizer):
         """Turns tokens of one architecture into flat weight vectors; differentiable, padding gets no gradient.
 
         Raises:
-            TokenError: the tokens have another shape than the architecture gives, or there is no pair of factors.
+            TokenError: the tokens have another shape than the architecture gives.
         """
         arranged = _arranged(architecture)
         tensors = unflatten(self._rows.detokenize_batch(tokens, arranged), arranged)
@@ -205,13 +198,7 @@ class _Arrangement:
 
 
 def _arranged(architecture: Architecture) -> Architecture:
-    arrangement = _arrange(architecture.layers)
-    if not arrangement.pairs:
-        raise TokenError(
-            f"tokenizer lora: none of {len(architecture.tensors)} tensors is a LoRA factor with its partner; "
-            "use the tokenizer channel"
-        )
-    return replace(architecture, layers=arrangement.layers)
+    return replace(architecture, layers=_arrange(architecture.layers).layers)
 
 
 @lru_cache(maxsize=64)

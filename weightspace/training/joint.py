@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
-from scipy.stats import spearmanr
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from weightspace.cards import write_card
@@ -26,6 +25,7 @@ from weightspace.models.joint.configuration_joint import (
     WeightTowerConfig,
 )
 from weightspace.models.joint.feature_extraction_joint import JointFeatureExtractor
+from weightspace.models.joint.measures import found_correlation
 from weightspace.models.joint.modeling_joint import JointModel, unit
 from weightspace.schema import Architecture
 from weightspace.training.autoencoder import (
@@ -42,6 +42,7 @@ from weightspace.zoo.dataset import Zoo, ZooBatch, load_zoo
 from weightspace.zoo.describing import training_zoo
 from weightspace.zoo.features import DatasetFeatures, dataset_features
 from weightspace.zoo.image_encoders import DEFAULT_ENCODER, ImageEncoder, open_image_encoder
+from weightspace.zoo.images import load_images
 from weightspace.zoo.splits import Split, split_by_run
 from weightspace.zoo.views import Augmentation, output_group, reordered_outputs
 
@@ -69,6 +70,8 @@ class TowerSettings:
         smoothing: width, in bins, of what counts as the same result; 0 for the same bin.
         pairs: pairs of towers that are contrasted.
         loss: ``"nt_xent"`` or ``"sigmoid"``.
+        positives: ``"all"`` or ``"diagonal"``.
+        result_kind: ``"bins"`` or ``"regression"``.
         reconstruction_weight: of the autoencoder's loss.
     """
 
@@ -86,6 +89,8 @@ class TowerSettings:
     smoothing: float = 1.0
     pairs: tuple[str, ...] = PAIRS
     loss: str = "nt_xent"
+    positives: str = "all"
+    result_kind: str = "bins"
     reconstruction_weight: float = 0.0
 
 
@@ -95,7 +100,8 @@ class JointSettings:
 
     Attributes:
         towers: the model.
-        results: columns of the zoo's index that the tower of results knows; a zoo need not have all of them.
+        results: columns of the zoo's index that the tower of results knows; those without a number in the training
+            split are left out.
         image_encoder: what datasets are seen with; see `open_image_encoder`.
         sample: images of a dataset whose features are computed, once.
         images: images of it that a step sees.
@@ -125,12 +131,23 @@ class JointSettings:
         for name in ("sample", "images", "tokens"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name}: {getattr(self, name)} is too small, give 1 or more")
+        if not self.results:
+            raise SettingsError("results: none are named, give one or more")
+        if self.loop.batch_size < 2:
+            raise SettingsError(
+                f"loop: batch_size: {self.loop.batch_size} leaves a model no other to be told from, give 2 or more"
+            )
         if not 0 <= self.shuffle_classes <= 1:
             raise SettingsError(f"shuffle_classes: {self.shuffle_classes} is no share of the steps, give 0 to 1")
 
 
 def train_joint(
-    zoo: Path | str, output: Path | str, settings: JointSettings, encoder: Path | str | None = None
+    zoo: Path | str,
+    output: Path | str,
+    settings: JointSettings,
+    encoder: Path | str | None = None,
+    *,
+    allow_pickle: bool = False,
 ) -> Path:
     """Trains a joint model on the training runs of a zoo and saves it as a `save_pretrained` folder.
 
@@ -142,6 +159,7 @@ def train_joint(
         output: folder of the model.
         settings: see `JointSettings`.
         encoder: folder of a trained weight autoencoder whose weights the tower of weights starts from.
+        allow_pickle: read plain tensors from a pickle where the image encoder has no safetensors file.
 
     Returns:
         ``output`` as a path.
@@ -151,7 +169,7 @@ def train_joint(
         SettingsError: the settings do not fit the zoo, the encoder or this machine.
     """
     output, opened = Path(output), load_zoo(zoo)
-    image_encoder = open_image_encoder(settings.image_encoder)
+    image_encoder = open_image_encoder(settings.image_encoder, allow_pickle=allow_pickle)
     started = None if encoder is None else _started_from(Path(encoder), opened, settings)
     identity = training_identity(opened, settings, image_encoder.digest, "" if started is None else started.identity)
     state = read_training(output)
@@ -173,6 +191,7 @@ def train_joint(
         "validation_runs": sorted(set(runs[data.split.validation])),
         "test_runs": sorted(set(runs[data.split.test])),
         "datasets_left_out": data.left_out,
+        "results_left_out": [name for name in settings.results if name not in data.result_names],
     }
     writes = is_main_process()
     if writes:
@@ -199,6 +218,7 @@ class JointData:
         split: runs for training, validation and test.
         datasets: features of the datasets, by number.
         numbers: number of each model's dataset, -1 if it is not known or cannot be opened.
+        result_names: names of the results that are known of training models.
         results: one column for each name, NaN where a value is missing.
         held_out: numbers of the datasets whose models are not trained on.
         left_out: datasets that cannot be opened, with the reason.
@@ -207,6 +227,7 @@ class JointData:
     split: Split
     datasets: tuple[DatasetFeatures, ...]
     numbers: Int[np.ndarray, "models"]
+    result_names: tuple[str, ...]
     results: Float[np.ndarray, "models results"]
     held_out: tuple[int, ...]
     left_out: Mapping[str, str]
@@ -239,25 +260,17 @@ class JointData:
 
 def _joined(zoo: Zoo, settings: JointSettings, encoder: ImageEncoder) -> JointData:
     """Opens the datasets of a zoo and gathers its results."""
-    known = [name for name in settings.results if name in zoo.result_names]
-    results = np.full((len(zoo), len(settings.results)), np.nan)
-    for column, name in enumerate(settings.results):
-        if name in known:
-            results[:, column] = zoo.index[name].to_numpy(dtype=np.float64)
-    results[~np.isfinite(results)] = np.nan
-    if np.isnan(results).all():
-        raise SettingsError(
-            f"results: the zoo has no numbers in {', '.join(settings.results)}; "
-            f"choose from {', '.join(zoo.result_names)}"
-        )
+    split = split_by_run(zoo.index["run_id"].to_numpy(), settings.split_seed)
     names = zoo.index["dataset"].to_numpy()
     opened: dict[str, DatasetFeatures] = {}
     left_out: dict[str, str] = {}
     for name in sorted({name for name in names if isinstance(name, str)}):
         try:
-            opened[name] = dataset_features(name, encoder, images=settings.sample)
+            images = load_images(name)
         except WeightspaceError as error:
             left_out[name] = str(error)
+        else:
+            opened[name] = dataset_features(images, encoder, images=settings.sample)
     needed = [pair for pair in settings.towers.pairs if "dataset" in pair]
     if not opened and needed:
         reason = next(iter(left_out.values()), "no model names one")
@@ -268,14 +281,33 @@ def _joined(zoo: Zoo, settings: JointSettings, encoder: ImageEncoder) -> JointDa
     if unknown:
         raise SettingsError(f"held_out_datasets: the zoo has no dataset {unknown[0]!r} that can be opened")
     place = {name: number for number, name in enumerate(opened)}
-    return JointData(
-        split_by_run(zoo.index["run_id"].to_numpy(), settings.split_seed),
-        tuple(opened.values()),
-        np.array([place.get(name, -1) if isinstance(name, str) else -1 for name in names]),
-        results,
-        tuple(place[name] for name in settings.held_out_datasets),
-        left_out,
-    )
+    numbers = np.array([place.get(name, -1) if isinstance(name, str) else -1 for name in names])
+    held_out = tuple(place[name] for name in settings.held_out_datasets)
+    data = JointData(split, tuple(opened.values()), numbers, (), np.empty((len(zoo), 0)), held_out, left_out)
+    for side, rows in (("train", data.train), ("validate", data.validation)):
+        if not len(rows):
+            raise SettingsError(f"held_out_datasets: no model is left to {side} on; hold out fewer datasets")
+    result_names, results = _known_results(zoo, settings, data.train)
+    return replace(data, result_names=result_names, results=results)
+
+
+def _known_results(
+    zoo: Zoo, settings: JointSettings, train: Int[np.ndarray, "train"]
+) -> tuple[tuple[str, ...], Float[np.ndarray, "models results"]]:
+    """Finds the results that training models have, with the values of all models."""
+    columns = {}
+    for name in settings.results:
+        values = zoo.index[name].to_numpy(dtype=np.float64) if name in zoo.result_names else np.full(len(zoo), np.nan)
+        columns[name] = np.where(np.isfinite(values), values, np.nan)
+    known = tuple(name for name, values in columns.items() if np.isfinite(values[train]).any())
+    if not known and any("result" in pair for pair in settings.towers.pairs):
+        choice = f"choose from {', '.join(zoo.result_names)}" if zoo.result_names else "add results"
+        raise SettingsError(
+            f"results: the models to train on have no numbers in {', '.join(settings.results)}; {choice}, or train "
+            "with towers: pairs: [dataset_weight]"
+        )
+    known = known or settings.results  # a tower that nothing is asked of
+    return known, np.stack([columns[name] for name in known], axis=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -352,13 +384,15 @@ def _config(
                 components=towers.components,
                 image_encoder=image_encoder.name,
                 image_encoder_digest=image_encoder.digest,
+                sample=settings.sample,
                 **shape,
             ),
             weight_config=WeightTowerConfig(
                 encoder_config=encoder, hops=towers.hops, last_layer=towers.last_layer, **shape
             ),
             result_config=ResultTowerConfig(
-                results=list(settings.results),
+                results=list(data.result_names),
+                kind=towers.result_kind,
                 bins=towers.bins,
                 interpolate=towers.interpolate,
                 smoothing=towers.smoothing,
@@ -367,6 +401,7 @@ def _config(
             projection_dim=towers.projection_dim,
             pairs=list(towers.pairs),
             loss=towers.loss,
+            positives=towers.positives,
             reconstruction_weight=towers.reconstruction_weight,
         )
     except Exception as error:  # strict configs raise their own family of errors
@@ -464,7 +499,7 @@ class JointBatches:
             inputs = {name: value for name, value in batch.inputs.items() if name != "views"}
             seeds = [self.views.seed, batch.number]
             results = torch.from_numpy(self.data.results[batch.rows]).float()
-            inputs |= {"results": results, "stated": _stated(results, _generator(*seeds, process))}
+            inputs |= {"results": results, "stated": stated_results(results, _generator(*seeds, process))}
             numbers, index = np.unique(self.data.numbers[batch.rows], return_inverse=True)
             unknown = int((numbers < 0).sum())
             if len(numbers) > unknown:
@@ -479,8 +514,10 @@ class JointBatches:
             yield JointBatch(inputs, batch.number)
 
 
-def _stated(results: Float[Tensor, "batch results"], generator: torch.Generator) -> Tensor:
-    """Draws for each row a subset of its known results; every size is equally likely, and none is empty."""
+def stated_results(
+    results: Float[Tensor, "batch results"], generator: torch.Generator
+) -> Bool[Tensor, "batch results"]:
+    """Draws what each row states: a subset of its known results, every size equally likely, none empty if avoidable."""
     known = results.isfinite()
     counts = known.sum(1, keepdim=True)
     sizes = (torch.rand(len(results), 1, generator=generator) * counts).floor() + 1
@@ -562,16 +599,12 @@ class JointObjective(Objective):
 
 
 def _found_results(similarity: Tensor, results: Tensor, stated: Tensor) -> float | None:
-    """Rank correlation between the first result, where it is asked for, and its mean over the models that are found."""
-    asked = stated[:, 0]
-    found = max(1, min(_RETRIEVED, similarity.shape[1] // 4))  # the mean over all models would be the same for each
-    wanted, nearest = results[asked, 0], similarity[asked].topk(found, dim=1).indices
-    obtained = results[:, 0][nearest].nanmean(1)
-    if len(wanted) < 2 or wanted.min() == wanted.max():
-        return None
-    if obtained.min() == obtained.max():
-        return 0.0  # whatever is asked for, the same models are found
-    return float(spearmanr(wanted.numpy(), obtained.numpy()).statistic)
+    """`found_correlation` of the first result, asked for where it is stated, among the models that have it."""
+    known, asked = results[:, 0].isfinite(), stated[:, 0]
+    order = similarity[asked][:, known].argsort(dim=1, descending=True, stable=True)
+    found = results[known, 0][order]
+    first = max(1, min(_RETRIEVED, found.shape[1] // 4))  # the mean over all models would be the same for each
+    return found_correlation(results[asked, 0].double().numpy(), found.double().numpy(), first)
 
 
 @torch.no_grad()

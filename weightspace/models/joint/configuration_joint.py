@@ -10,6 +10,8 @@ from weightspace.models.autoencoder.configuration_autoencoder import WeightAutoe
 
 PAIRS = ("dataset_weight", "weight_result", "dataset_result")
 LOSSES = ("nt_xent", "sigmoid")
+POSITIVES = ("all", "diagonal")
+RESULT_KINDS = ("bins", "regression")
 
 
 @strict
@@ -21,6 +23,7 @@ class DatasetTowerConfig(PreTrainedConfig):
         components: principal components of the features that are looked at; see [`PrincipalAxes`].
         image_encoder: name of the image encoder that the features come from.
         image_encoder_digest: what identifies it; features of another one are refused.
+        sample: images of a dataset whose features training computed; a question about a dataset takes as many.
         hidden_size: width.
         pooling_heads: weighted means that the classes are pooled to.
         position_size: numbers that the number of a class is expanded to (sines and cosines), even.
@@ -34,6 +37,7 @@ class DatasetTowerConfig(PreTrainedConfig):
     components: int = 32
     image_encoder: str | None = None
     image_encoder_digest: str | None = None
+    sample: int = 64
     hidden_size: int = 128
     pooling_heads: int = 8
     position_size: int = 32
@@ -42,8 +46,11 @@ class DatasetTowerConfig(PreTrainedConfig):
     def validate_architecture(self) -> None:
         """Part of `@strict`-powered validation: refuses sizes that cannot be."""
         _check(self)
-        if self.feature_size < 1 or self.components < 1:
-            raise ValueError(f"feature_size {self.feature_size} and components {self.components} must be at least 1")
+        if min(self.feature_size, self.components, self.sample) < 1:
+            raise ValueError(
+                f"feature_size {self.feature_size}, components {self.components} and sample {self.sample} must be at "
+                "least 1"
+            )
 
 
 @strict
@@ -88,6 +95,8 @@ class ResultTowerConfig(PreTrainedConfig):
 
     Args:
         results: names of the results, e.g. `test_accuracy`.
+        kind: `bins` for the table; `regression` for a small network on standardised values instead. Which results are
+            alike is a question of bins in both.
         bins: bins a result, of about equally many training models each.
         interpolate: embed a value between the bins around it; otherwise all values of a bin are one.
         smoothing: standard deviation, in bins, of how far from its result a model still is a positive; 0 asks for the
@@ -99,6 +108,7 @@ class ResultTowerConfig(PreTrainedConfig):
     base_config_key = "result_config"
 
     results: list[str] = field(default_factory=lambda: ["test_accuracy"])
+    kind: str = "bins"
     bins: int = 12
     interpolate: bool = True
     smoothing: float | int = 1.0
@@ -108,6 +118,8 @@ class ResultTowerConfig(PreTrainedConfig):
         """Part of `@strict`-powered validation: refuses sizes that cannot be."""
         if not self.results or len(set(self.results)) != len(self.results):
             raise ValueError(f"results {self.results} must be one or more different names")
+        if self.kind not in RESULT_KINDS:
+            raise ValueError(f"kind {self.kind!r}: choose one of {', '.join(RESULT_KINDS)}")
         if self.bins < 2 or self.hidden_size < 1 or self.smoothing < 0:
             raise ValueError(
                 f"bins {self.bins} must be at least 2, hidden_size {self.hidden_size} at least 1, "
@@ -127,6 +139,7 @@ class JointConfig(PreTrainedConfig):
         logit_scale_init_value: logarithm of the inverse temperature that training starts from, for each pair of towers.
         pairs: pairs of towers that are contrasted.
         loss: `nt_xent` or `sigmoid`.
+        positives: `all` that belong to a row, or the `diagonal`: row i belongs to row i only, as in CLIP.
         reconstruction_weight: weight of the autoencoder's loss beside those of the pairs; keeps latents decodable.
     """
 
@@ -144,6 +157,7 @@ class JointConfig(PreTrainedConfig):
     logit_scale_init_value: float | int = 2.6592
     pairs: list[str] = field(default_factory=lambda: list(PAIRS))
     loss: str = "nt_xent"
+    positives: str = "all"
     reconstruction_weight: float | int = 0.0
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -159,6 +173,8 @@ class JointConfig(PreTrainedConfig):
             raise ValueError(f"pairs {self.pairs}: choose one or more of {', '.join(PAIRS)}")
         if self.loss not in LOSSES:
             raise ValueError(f"loss {self.loss!r}: choose one of {', '.join(LOSSES)}")
+        if self.positives not in POSITIVES:
+            raise ValueError(f"positives {self.positives!r}: choose one of {', '.join(POSITIVES)}")
         if self.projection_dim < 1 or self.reconstruction_weight < 0:
             raise ValueError(
                 f"projection_dim {self.projection_dim} must be at least 1 and reconstruction_weight "

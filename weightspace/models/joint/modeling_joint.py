@@ -77,6 +77,8 @@ class JointModel(PushedWithCard):
       `smoothing`, those of which it nearly is, by so much less.
     - D, R: as often as models that were trained on D have R: the product of the two matrices above. Nothing else
       relates a dataset to a result, and similarities then learn log p(R | D) / p(R).
+
+    With `positives` of `"diagonal"` row i belongs to row i only.
     """
 
     config: JointConfig
@@ -278,7 +280,7 @@ class JointModel(PushedWithCard):
 
     def scale(self, pair: str) -> float:
         """What cosines of a pair of towers, one of ``PAIRS``, are multiplied with."""
-        return float(self._scale(PAIRS.index(pair)))
+        return float(self._scale(PAIRS.index(pair)).detach())
 
     def _scale(self, number: int) -> Tensor:
         return self.logit_scale[number].clamp(max=_LARGEST_LOGIT_SCALE).exp()
@@ -345,6 +347,8 @@ class JointModel(PushedWithCard):
         same = ((dataset_ids.unsqueeze(1) == dataset_ids) & there["dataset"]).float()
         true_of = self.result_model.agreement(results, stated).float()
         positives = {"dataset_weight": same, "weight_result": true_of.T, "dataset_result": same @ true_of.T}
+        if self.config.positives == "diagonal":
+            positives = dict.fromkeys(PAIRS, torch.eye(len(same), device=same.device))
         score = pairwise_sigmoid if self.config.loss == "sigmoid" else pairwise_nt_xent
         losses = {}
         for pair in self.config.pairs:

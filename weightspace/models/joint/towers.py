@@ -109,8 +109,9 @@ class Standardizer(nn.Module):
 
     @torch.no_grad()
     def fit(self, values: Float[Tensor, "rows features"]) -> None:
-        """Takes mean and standard deviation over the rows; a feature that is constant becomes 0."""
-        deviation, mean = torch.std_mean(values.double(), dim=0, correction=0)
+        """Takes mean and standard deviation over the rows, NaN left out; a feature that is constant becomes 0."""
+        mean = values.double().nanmean(0).nan_to_num()
+        deviation = (values.double() - mean).square().nanmean(0).sqrt()
         self.centre.copy_(mean)
         varies = deviation > 1e-6 * mean.abs().clamp(min=1)
         self.rate.copy_(torch.where(varies, 1 / deviation, 0.0))
@@ -260,7 +261,10 @@ class WeightTower(nn.Module):
 
 
 class ResultTower(nn.Module):
-    """An embedding table of bins for each result; the embeddings of the results that are stated add up."""
+    """An embedding table of bins for each result; the embeddings of the results that are stated add up.
+
+    With `kind` of `"regression"` a small network embeds standardised values in place of the table.
+    """
 
     edges: Tensor
 
@@ -269,11 +273,18 @@ class ResultTower(nn.Module):
         self.config = config
         count = len(config.results)
         self.register_buffer("edges", torch.linspace(0, 1, config.bins + 1).repeat(count, 1))
-        self.table = nn.Embedding(count * config.bins, config.hidden_size)
+        if config.kind == "bins":
+            self.table = nn.Embedding(count * config.bins, config.hidden_size)
+        else:
+            width = config.hidden_size
+            self.standardizer = Standardizer(count)
+            self.network = nn.Sequential(nn.Linear(2 * count, width), nn.GELU(), nn.Linear(width, width))
 
     @torch.no_grad()
     def fit(self, results: Float[Tensor, "models results"]) -> None:
         """Takes quantiles of the known values as edges; a result that nobody has keeps the edges it has."""
+        if self.config.kind == "regression":
+            self.standardizer.fit(results)
         points = torch.linspace(0, 1, self.config.bins + 1, dtype=torch.float64)
         for edges, values in zip(self.edges, results.double().unbind(1), strict=True):
             known = values[values.isfinite()]
@@ -308,6 +319,11 @@ class ResultTower(nn.Module):
         self, results: Float[Tensor, "batch results"], stated: Bool[Tensor, "batch results"]
     ) -> BaseModelOutputWithPooling:
         """Adds up what is stated; values that are not known count for nothing."""
+        embedded = self._looked_up(results) if self.config.kind == "bins" else self._computed(results)
+        embedded = embedded * (stated & results.isfinite()).unsqueeze(-1)
+        return BaseModelOutputWithPooling(last_hidden_state=embedded, pooler_output=embedded.sum(1))
+
+    def _looked_up(self, results: Float[Tensor, "batch results"]) -> Float[Tensor, "batch results size"]:
         bins = self.config.bins
         # Bin b has its own embedding in its middle, at b + 1/2.
         middles = (self.places(results).nan_to_num() - 0.5).clamp(0, bins - 1)
@@ -315,6 +331,11 @@ class ResultTower(nn.Module):
         low = middles.floor().long().clamp(max=bins - 2)
         share = (middles - low).unsqueeze(-1).to(self.table.weight.dtype)
         first = low + bins * torch.arange(results.shape[1], device=low.device)
-        embedded = self.table(first) * (1 - share) + self.table(first + 1) * share
-        embedded = embedded * (stated & results.isfinite()).unsqueeze(-1)
-        return BaseModelOutputWithPooling(last_hidden_state=embedded, pooler_output=embedded.sum(1))
+        return self.table(first) * (1 - share) + self.table(first + 1) * share
+
+    def _computed(self, results: Float[Tensor, "batch results"]) -> Float[Tensor, "batch results size"]:
+        values = self.standardizer(results.nan_to_num()).unsqueeze(-1)
+        which = torch.eye(results.shape[1], device=results.device).expand(len(results), -1, -1)
+        inputs = torch.cat([values * which, which], dim=-1)
+        embedded: Tensor = self.network(inputs.to(next(self.network.parameters()).dtype))
+        return embedded
