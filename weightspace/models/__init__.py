@@ -31,9 +31,10 @@ class _Link:
         auto.register(config.model_type if ours is config else config, ours, exist_ok=True)
 
 
-def _links(folder: str, config: str, model: str, extractor: str) -> list[_Link]:
+def _links(folder: str, config: str, model: str, extractor: str, extractor_folder: str = "") -> list[_Link]:
     known_by = (f"{__name__}.{folder}.configuration_{folder}", config)
-    input_side = (f"{__name__}.{folder}.feature_extraction_{folder}", extractor)
+    side = extractor_folder or folder
+    input_side = (f"{__name__}.{side}.feature_extraction_{side}", extractor)
     return [
         _Link(_AUTO_CONFIG, known_by, known_by),
         _Link(_AUTO_MODEL, (f"{__name__}.{folder}.modeling_{folder}", model), known_by),
@@ -45,6 +46,7 @@ def _links(folder: str, config: str, model: str, extractor: str) -> list[_Link]:
 _LINKS = (
     *_links("autoencoder", "WeightAutoencoderConfig", "WeightAutoencoderModel", "WeightFeatureExtractor"),
     *_links("joint", "JointConfig", "JointModel", "JointFeatureExtractor"),
+    *_links("prior", "WeightPriorConfig", "WeightPriorModel", "WeightFeatureExtractor", "autoencoder"),
 )
 
 

@@ -14,6 +14,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from weightspace.models.autoencoder.configuration_autoencoder import WeightAutoencoderConfig
+from weightspace.models.prior.configuration_prior import WeightPriorConfig
+
+TokenConfig = WeightAutoencoderConfig | WeightPriorConfig
 
 
 def eager_attention(
@@ -39,7 +42,7 @@ class TokenAttention(nn.Module):
 
     is_causal = False
 
-    def __init__(self, config: WeightAutoencoderConfig) -> None:
+    def __init__(self, config: TokenConfig) -> None:
         super().__init__()
         self.config = config
         self.head_size = config.hidden_size // config.num_attention_heads
@@ -114,7 +117,7 @@ class PositionEmbedding(nn.Module):
     Nothing is learned per index, so that a network deeper or wider than any in training still has distinct positions.
     """
 
-    def __init__(self, config: WeightAutoencoderConfig) -> None:
+    def __init__(self, config: TokenConfig) -> None:
         super().__init__()
         self.pairs = config.position_size // 2
         self.mix = nn.Linear(3 * config.position_size, config.hidden_size)

@@ -148,17 +148,23 @@ class WeightFeatureExtractor(FeatureExtractionMixin):
         Raises:
             ArchitectureError: the vectors have another length than the architecture.
         """
-        layout = self._tokenizer.layout(architecture)
         values = self._tokenizer.tokenize_batch(flat.float(), architecture)
         return BatchFeature(
             {
-                "weight_values": self._normalizer.normalize(values, layout.mask),
-                "weight_mask": layout.mask.expand(values.shape),
-                "position_ids": layout.positions.expand(len(flat), -1, -1),
-                "attention_mask": torch.ones(values.shape[:2], dtype=torch.bool),
+                "weight_values": self._normalizer.normalize(values, self.mask(architecture)),
+                **self.places(architecture, len(flat)),
                 **{name: value.expand(len(flat), -1, -1) for name, value in self.wiring(architecture).items()},
             }
         )
+
+    def places(self, architecture: Architecture, models: int) -> dict[str, Tensor]:
+        """Returns ``weight_mask``, ``position_ids`` and ``attention_mask``: what is known before the weights are."""
+        layout = self._tokenizer.layout(architecture)
+        return {
+            "weight_mask": layout.mask.expand(models, -1, -1),
+            "position_ids": layout.positions.expand(models, -1, -1),
+            "attention_mask": torch.ones(models, len(layout.positions), dtype=torch.bool),
+        }
 
     def wiring(self, architecture: Architecture) -> dict[str, Tensor]:
         """Further inputs ``(n, ...)`` that follow from the architecture alone; zero stands for padding. None here."""

@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoFeatureExtractor, AutoModel
+
+from weightspace.architectures.permutation import permute, random_permutations
+from weightspace.errors import SettingsError, WeightspaceError, ZooError
+from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel
+from weightspace.models.joint.modeling_joint import JointModel
+from weightspace.training import prior
+from weightspace.training.autoencoder import BehaviourSettings, read_training
+from weightspace.training.loop import read_history
+from weightspace.training.prior import PriorSettings, PriorShape, train_prior
+from weightspace.training.settings import LoopSettings
+from weightspace.zoo.dataset import Zoo
+
+
+@pytest.fixture(scope="module")
+def settings() -> PriorSettings:
+    return PriorSettings(
+        shape=PriorShape(hidden_size=16, layers=1, heads=2),
+        behaviour=BehaviourSettings(weight=0.5, images=4),
+        loop=LoopSettings(
+            steps=6,
+            batch_size=8,
+            mixed_precision="no",
+            tracker="none",
+            checkpoint_every=2,
+            log_every=2,
+            validate_every=3,
+        ),
+    )
+
+
+@pytest.fixture
+def folders(tiny_encoder: Path, tiny_clip_joint: Path) -> dict[str, Path]:
+    return {"autoencoder": tiny_encoder, "joint": tiny_clip_joint}
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = AutoModel.from_pretrained(folder).state_dict()
+    return state
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def opened(folders: dict[str, Path], zoo: Zoo) -> tuple[WeightAutoencoderModel, Any, Any]:
+    joint = JointModel.from_pretrained(folders["joint"]).eval()
+    state = read_training(folders["joint"])
+    assert state is not None
+    conditions = prior._Conditions.of(zoo, joint, state["settings"])
+    model = WeightAutoencoderModel.from_pretrained(folders["autoencoder"]).eval()
+    return model, AutoFeatureExtractor.from_pretrained(folders["autoencoder"]), conditions
+
+
+@pytest.mark.slow
+def test_training_is_recorded_and_repeats_to_the_bit(
+    tiny_zoo: Zoo, folders: dict[str, Path], settings: PriorSettings, tmp_path: Path
+) -> None:
+    first = train_prior(tiny_zoo.path, tmp_path / "a", settings, **folders)
+    second = train_prior(tiny_zoo.path, tmp_path / "b", settings, **folders)
+    assert equal(weights(first), weights(second))
+    state = read_training(first)
+    assert state is not None and state["complete"] and not (first / "checkpoints").exists()
+    joint = read_training(folders["joint"])
+    assert joint is not None and state["test_runs"] == joint["test_runs"]
+    model = AutoModel.from_pretrained(first)
+    assert model.config.joint_identity == joint["identity"]
+    assert model.config.activations == ["relu", "tanh"]
+    assert {"validation_loss", "validation_flow", "validation_behaviour"} <= set(read_history(first)[-1])
+    own = WeightAutoencoderModel.from_pretrained(folders["autoencoder"]).state_dict()
+    assert equal(model.autoencoder.state_dict(), own)
+    before = (first / "model.safetensors").stat().st_mtime_ns
+    train_prior(tiny_zoo.path, first, settings, **folders)
+    assert (first / "model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_ends_as_an_undisturbed_one(
+    tiny_zoo: Zoo, folders: dict[str, Path], settings: PriorSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train_prior(tiny_zoo.path, tmp_path / "whole", settings, **folders)
+    losses = prior.PriorObjective.losses
+
+    def interrupted(self: Any, model: Any, batch: Any) -> Any:
+        if batch.number == 5:
+            raise KeyboardInterrupt
+        return losses(self, model, batch)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prior.PriorObjective, "losses", interrupted)
+        train_prior(tiny_zoo.path, tmp_path / "cut", settings, **folders)
+    state = json.loads((tmp_path / "cut" / "training.json").read_text())
+    assert not state["complete"]
+    cut = train_prior(tiny_zoo.path, tmp_path / "cut", settings, **folders)
+    assert equal(weights(cut), weights(whole))
+    assert read_history(cut) == read_history(whole)
+
+
+@pytest.mark.slow
+def test_the_loss_falls(tiny_zoo: Zoo, folders: dict[str, Path], settings: PriorSettings, tmp_path: Path) -> None:
+    loop = replace(settings.loop, steps=200, batch_size=32, checkpoint_every=0, validate_every=10, log_every=10)
+    history = read_history(train_prior(tiny_zoo.path, tmp_path / "p", replace(settings, loop=loop), **folders))
+    assert history[-1]["validation_flow"] < 0.9 * history[0]["validation_flow"]
+
+
+def test_the_order_of_neurons_that_models_come_in_does_not_matter(
+    tiny_zoo: Zoo, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, extractor, _ = opened(folders, tiny_zoo)
+    rows = np.arange(len(tiny_zoo))
+    plain = prior._Models.of(tiny_zoo, rows, extractor, model)
+    flat = Zoo.flat
+    generator = torch.Generator().manual_seed(0)
+
+    def shuffled(self: Zoo, chosen: Any) -> Tensor:
+        values = flat(self, chosen)
+        architecture = tiny_zoo.architectures[str(self.index["header"].iloc[int(chosen[0])])]
+        permutations = random_permutations(architecture, len(values), generator)
+        best = int(self.index["test_accuracy"].to_numpy()[chosen].argmax())
+        for group in permutations:  # what all others are brought in line with stays
+            group[best] = torch.arange(group.shape[1])
+        return permute(values, permutations, architecture)
+
+    monkeypatch.setattr(Zoo, "flat", shuffled)
+    again = prior._Models.of(tiny_zoo, rows, extractor, model)
+    for one, other in zip(plain.parts, again.parts, strict=True):
+        assert torch.equal(one.flat, other.flat)
+
+
+def test_a_batch_holds_each_models_own_latents_and_condition(tiny_zoo: Zoo, folders: dict[str, Path]) -> None:
+    model, extractor, conditions = opened(folders, tiny_zoo)
+    models = prior._Models.of(tiny_zoo, np.arange(len(tiny_zoo)), extractor, model)
+    batches = prior.PriorBatches(models, conditions, 0.0, 8, 0)
+    batch = next(batches(3, 0, 1))
+    assert batch.number == 3 and torch.equal(next(batches(3, 0, 1)).inputs["noise"], batch.inputs["noise"])
+    for members in batch.members:
+        length = extractor.token_count(members.architecture)
+        own = {name: value[members.places] for name, value in batch.inputs.items()}
+        inputs = extractor.batch(members.flat, members.architecture)
+        names = ("weight_values", "weight_mask", "position_ids", "attention_mask")
+        expected = model.encode(**{name: inputs[name] for name in names})
+        torch.testing.assert_close(own["latents"][:, :length], expected, rtol=1e-4, atol=1e-5)
+        assert own["attention_mask"].sum(1).eq(length).all()
+    assert torch.equal(batch.inputs["dataset_embeds"], conditions.datasets[batch.rows])
+    lengths = batch.inputs["result_embeds"].norm(dim=1)
+    torch.testing.assert_close(lengths, torch.ones(8))
+
+
+def test_conditions_are_kept_from_the_model_each_by_itself(tiny_zoo: Zoo, folders: dict[str, Path]) -> None:
+    _, _, conditions = opened(folders, tiny_zoo)
+    rows = np.zeros(2000, dtype=np.int64)
+    asked = conditions.asked(rows, 0.25, torch.Generator().manual_seed(0))
+    gone = {name: ~asked[name].any(1) for name in ("dataset_embeds", "result_embeds")}
+    assert all(float(share.float().mean()) == pytest.approx(0.25, abs=0.03) for share in gone.values())
+    both = gone["dataset_embeds"] & gone["result_embeds"]
+    assert float(both.float().mean()) == pytest.approx(0.0625, abs=0.02)
+
+
+def test_what_does_not_fit_together_is_refused(
+    tiny_zoo: Zoo, folders: dict[str, Path], settings: PriorSettings, tmp_path: Path
+) -> None:
+    swapped = {"autoencoder": folders["joint"], "joint": folders["autoencoder"]}
+    with pytest.raises(SettingsError, match=r"autoencoder: .* holds another kind of model"):
+        train_prior(tiny_zoo.path, tmp_path / "p", settings, **swapped)
+    with pytest.raises(SettingsError, match=r"joint: .*nothing holds no trained model; run `weightspace train joint`"):
+        train_prior(tiny_zoo.path, tmp_path / "p", settings, **{**folders, "joint": tmp_path / "nothing"})
+    with pytest.raises(SettingsError, match=r"split_seed: 1 tests on runs that the autoencoder .* was trained on"):
+        train_prior(tiny_zoo.path, tmp_path / "p", replace(settings, split_seed=1), **folders)
+    with pytest.raises(SettingsError, match="drop: 1"):
+        replace(settings, drop=1.0)
+    assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.slow
+def test_a_folder_of_other_settings_is_left_alone(
+    tiny_zoo: Zoo, folders: dict[str, Path], settings: PriorSettings, tmp_path: Path
+) -> None:
+    short = replace(settings, loop=replace(settings.loop, steps=1))
+    folder = train_prior(tiny_zoo.path, tmp_path / "p", short, **folders)
+    with pytest.raises(ZooError, match="holds a prior of another zoo, other models or other settings"):
+        train_prior(tiny_zoo.path, folder, settings, **folders)
+    with pytest.raises(WeightspaceError, match=r"shape: .*hidden_size 15"):
+        shape = PriorShape(hidden_size=15, layers=1, heads=2)
+        train_prior(tiny_zoo.path, tmp_path / "q", replace(short, shape=shape), **folders)

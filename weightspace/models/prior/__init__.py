@@ -1,0 +1,1 @@
+"""Prior of weights given datasets and results: what samples latents that the autoencoder decodes."""

@@ -1,0 +1,104 @@
+"""What is asked of a sampler: a dataset and results, and the architecture that the weights are to be of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from weightspace.architectures.families import FamilyConfig, family_config
+from weightspace.architectures.infer import infer_architecture
+from weightspace.errors import ArchitectureError, SettingsError
+from weightspace.index import Encoder
+from weightspace.index.queries import dataset_query, result_query
+from weightspace.index.results import WantedResult
+from weightspace.io.checkpoint import open_checkpoint
+from weightspace.io.header import load_json_object
+from weightspace.io.hub import HubOptions
+from weightspace.schema import Architecture, TensorSpec
+from weightspace.zoo.features import DatasetFeatures
+
+
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """A dataset, wanted results, or both; without either, any model will do.
+
+    Attributes:
+        dataset: as the joint model's image encoder sees it.
+        wanted: results to have.
+    """
+
+    dataset: DatasetFeatures | None = None
+    wanted: tuple[WantedResult, ...] = ()
+
+    def embedded(self, joint: Encoder) -> tuple[Float[Tensor, " size"], Float[Tensor, " size"]]:
+        """Places dataset and results in the joint space, each at length 1; zeros for what is not asked for.
+
+        Raises:
+            SettingsError: they do not fit the joint model.
+        """
+        nothing = torch.zeros(joint.embedding_size)
+        return (
+            nothing if self.dataset is None else dataset_query(joint, self.dataset),
+            nothing if not self.wanted else result_query(joint, self.wanted),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Blueprint:
+    """What is to be filled with weights.
+
+    Attributes:
+        architecture: names and shapes of the tensors.
+        config: content of ``config.json``, or None; it tells what the weights alone do not, as the activation.
+    """
+
+    architecture: Architecture
+    config: Mapping[str, Any] | None = None
+
+    @property
+    def family(self) -> FamilyConfig | None:
+        """The config of a network that the library can run; None for any other."""
+        return None if self.config is None else family_config(self.config)
+
+
+def open_blueprint(location: str, options: HubOptions | None = None) -> Blueprint:
+    """Reads what is to be sampled from a config or from a model of the same architecture, of which only names matter.
+
+    Args:
+        location: a JSON file with the config of one of the library's families, or a checkpoint: a path or
+            ``org/name[@revision][:path]``.
+        options: how the Hub is reached.
+
+    Raises:
+        WeightspaceError: there is nothing to read, or the config is of no family of the library.
+    """
+    if location.endswith(".json") and Path(location).is_file():
+        return blueprint_of(load_json_object(Path(location).read_bytes(), where=location), location)
+    checkpoint = open_checkpoint(location, options=options)
+    architecture = infer_architecture(checkpoint.specs.values(), config=checkpoint.config, aliases=checkpoint.aliases)
+    if architecture.exclusions:
+        excluded = architecture.exclusions[0]
+        raise ArchitectureError(
+            f"{location}: {excluded.tensor} cannot be sampled ({excluded.reason}); give an architecture of floating "
+            "point tensors"
+        )
+    return Blueprint(architecture, checkpoint.config)
+
+
+def blueprint_of(config: Mapping[str, Any], where: str = "config") -> Blueprint:
+    """Lays out the weights that a config of one of the library's families asks for.
+
+    Raises:
+        SettingsError: it names no family, or has wrong values.
+    """
+    family = family_config(config)
+    if family is None:
+        raise SettingsError(f"{where}: names no family of this library (mlp, cnn); give a model of the architecture")
+    specs = [TensorSpec(name, shape, "F32") for name, shape in family.shapes().items()]
+    return Blueprint(infer_architecture(specs, config=config), config)

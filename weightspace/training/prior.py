@@ -1,0 +1,474 @@
+"""Trains the prior of weights given datasets and results on a zoo."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from weightspace.architectures.alignment import align
+from weightspace.architectures.families import run_flat
+from weightspace.cards import write_card
+from weightspace.errors import SettingsError, ZooError
+from weightspace.losses import behaviour_loss
+from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
+from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel
+from weightspace.models.joint.configuration_joint import ResultTowerConfig
+from weightspace.models.joint.modeling_joint import JointModel, unit
+from weightspace.models.prior.configuration_prior import WeightPriorConfig
+from weightspace.models.prior.modeling_prior import WeightPriorModel
+from weightspace.schema import Architecture
+from weightspace.training.autoencoder import (
+    BehaviourSettings,
+    QueryImages,
+    read_training,
+    training_identity,
+    write_training,
+)
+from weightspace.training.joint import embed_dataset, stated_results
+from weightspace.training.loop import Objective, clear_checkpoints, fit, is_main_process
+from weightspace.training.settings import LoopSettings
+from weightspace.zoo.dataset import Zoo, load_zoo
+from weightspace.zoo.describing import training_zoo
+from weightspace.zoo.features import features_of_datasets
+from weightspace.zoo.image_encoders import open_image_encoder
+from weightspace.zoo.splits import split_by_run
+
+_CHUNK = 512
+_VALIDATION_MODELS = 256
+_NOISIEST = 0.2  # before this time a guess says little of the sample, and what it does is no lesson
+
+
+@dataclass(frozen=True)
+class PriorShape:
+    """Shape of the prior; see `WeightPriorConfig` for the fields.
+
+    Attributes:
+        hidden_size: width of the transformer.
+        layers: its layers.
+        heads: attention heads.
+    """
+
+    hidden_size: int = 128
+    layers: int = 4
+    heads: int = 4
+
+
+@dataclass(frozen=True)
+class PriorSettings:
+    """Everything that determines a trained prior besides the zoo, the autoencoder and the joint model.
+
+    Attributes:
+        shape: shape of the model.
+        behaviour: the behaviour loss on what the guessed latents decode to, for models that the library can run.
+        drop: share of rows whose dataset, and of those whose results, are kept from the model, each by itself.
+        loop: the training loop.
+        split_seed: number of the split over runs; the test runs are never seen in training.
+    """
+
+    shape: PriorShape = field(default_factory=PriorShape)
+    behaviour: BehaviourSettings = field(default_factory=lambda: BehaviourSettings(weight=0.5, images=24))
+    drop: float = 0.1
+    loop: LoopSettings = field(default_factory=lambda: LoopSettings(steps=1600, batch_size=128, learning_rate=2e-3))
+    split_seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuses shares that are none."""
+        if not 0 <= self.drop < 1:
+            raise SettingsError(f"drop: {self.drop} is no share of the rows, give 0 to below 1")
+
+
+def train_prior(
+    zoo: Path | str, output: Path | str, settings: PriorSettings, *, autoencoder: Path | str, joint: Path | str
+) -> Path:
+    """Trains a prior on the training runs of a zoo and saves it as a `save_pretrained` folder.
+
+    Models that differ by a reordering of their neurons are one model: all are brought into the order of the best one of
+    their dataset, and these into that of the best one of all, by weight matching (see `align`), so that the prior need
+    not learn every order. Latents and weights of the training models are held in memory.
+
+    A finished folder with the same settings and inputs is left as it is; an unfinished one goes on where it stopped.
+
+    Args:
+        zoo: the zoo, as `load_zoo` takes it.
+        output: folder of the prior.
+        settings: see `PriorSettings`.
+        autoencoder: folder of the trained autoencoder whose latents are modelled.
+        joint: folder of the trained joint model that datasets and results are embedded with; datasets that it held out
+            are held out here, too.
+
+    Returns:
+        ``output`` as a path.
+
+    Raises:
+        ZooError: the zoo cannot be used, or ``output`` holds another model.
+        SettingsError: the settings, the autoencoder or the joint model do not fit the zoo or this machine.
+    """
+    output, opened = Path(output), load_zoo(zoo)
+    folders = {"autoencoder": Path(autoencoder), "joint": Path(joint)}
+    records = {name: _record(folder, name) for name, folder in folders.items()}
+    identity = training_identity(opened, settings, *(str(record["identity"]) for record in records.values()))
+    state = read_training(output)
+    if state is not None and state["identity"] != identity:
+        raise ZooError(
+            f"{output}: holds a prior of another zoo, other models or other settings ({state['identity']}, asked for "
+            f"{identity}); choose another --output or delete it"
+        )
+    if state is not None and state["complete"]:
+        return output
+    split = split_by_run(opened.index["run_id"].to_numpy(), settings.split_seed)
+    runs = opened.index["run_id"].to_numpy()
+    for name, record in records.items():
+        if record["zoo_digest"] == opened.digest and set(record["test_runs"]) != set(runs[split.test]):
+            raise SettingsError(
+                f"split_seed: {settings.split_seed} tests on runs that the {name} {folders[name]} was trained on; use "
+                f"the {record['settings']['split_seed']} that it was trained with"
+            )
+    held_out = list(records["joint"]["settings"]["held_out_datasets"])
+    facts = {
+        "identity": identity,
+        "zoo": opened.location,
+        "zoo_digest": opened.digest,
+        "settings": asdict(settings),
+        "autoencoder": str(autoencoder),
+        "joint": str(joint),
+        "held_out_datasets": held_out,
+        "validation_runs": sorted(set(runs[split.validation])),
+        "test_runs": sorted(set(runs[split.test])),
+    }
+    writes = is_main_process()
+    if writes:
+        output.mkdir(parents=True, exist_ok=True)
+        write_training(output, {**facts, "complete": False})
+    joint_model = JointModel.from_pretrained(folders["joint"]).eval()
+    extractor = WeightFeatureExtractor.from_pretrained(folders["autoencoder"])
+    own = WeightAutoencoderModel.from_pretrained(folders["autoencoder"]).eval()
+    seen = ~opened.index["dataset"].isin(held_out).to_numpy()
+    conditions = _Conditions.of(opened, joint_model, records["joint"]["settings"])
+    training = _Models.of(opened, split.train[seen[split.train]], extractor, own)
+    torch.manual_seed(settings.loop.seed)
+    model = WeightPriorModel(
+        _config(settings, own, joint_model, str(records["joint"]["identity"]), conditions.activations)
+    )
+    model.autoencoder.load_state_dict(own.state_dict())
+    model.scaler.fit(training.tokens())
+    batches = PriorBatches(training, conditions, settings.drop, settings.loop.batch_size, settings.loop.seed)
+    validation = split.validation[seen[split.validation]]
+    chosen = np.random.default_rng(settings.loop.seed).permutation(validation)[:_VALIDATION_MODELS]
+    aligned = _Models.of(opened, np.sort(chosen), extractor, own, references=training.references)
+    objective = PriorObjective(opened, aligned, conditions, extractor, settings)
+    trained = fit(model, batches, objective, settings.loop, output)
+    assert isinstance(trained, WeightPriorModel)
+    if writes:
+        trained.save_pretrained(output)
+        extractor.save_pretrained(output)
+        write_card(output, replace(trained.card_facts(), zoo=training_zoo(opened), training=asdict(settings)))
+        write_training(output, {**facts, "complete": True, "parameters": trained.num_parameters()})
+        clear_checkpoints(output)
+    return output
+
+
+def _record(folder: Path, what: str) -> dict[str, Any]:
+    state = read_training(folder)
+    if state is None or not state["complete"]:
+        raise SettingsError(f"{what}: {folder} holds no trained model; run `weightspace train {what}` first")
+    if ("held_out_datasets" in state["settings"]) != (what == "joint"):
+        raise SettingsError(f"{what}: {folder} holds another kind of model; give what `weightspace train {what}` wrote")
+    return state
+
+
+def _config(
+    settings: PriorSettings,
+    autoencoder: WeightAutoencoderModel,
+    joint: JointModel,
+    joint_identity: str,
+    activations: list[str],
+) -> WeightPriorConfig:
+    shape = settings.shape
+    try:
+        return WeightPriorConfig(
+            autoencoder_config=autoencoder.config,
+            condition_size=joint.embedding_size,
+            joint_identity=joint_identity,
+            activations=activations,
+            hidden_size=shape.hidden_size,
+            num_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            intermediate_size=4 * shape.hidden_size,
+        )
+    except Exception as error:  # strict configs raise their own family of errors
+        raise SettingsError(f"shape: {' '.join(str(error).split())}") from error
+
+
+@dataclass(frozen=True, eq=False)
+class _Conditions:
+    """What is known of the zoo's models besides their weights, by row.
+
+    Attributes:
+        datasets: embedding of each model's dataset; zeros where there is none.
+        results: one column a result of the joint model, NaN where a value is missing.
+        activation: numbers of the models' activations; see `PriorCondition`.
+        activations: their names, from number 1 on.
+        joint: embeds the results.
+    """
+
+    datasets: Float[Tensor, "models size"]
+    results: Float[Tensor, "models results"]
+    activation: Int[Tensor, " models"]
+    activations: list[str]
+    joint: JointModel
+
+    @classmethod
+    def of(cls, zoo: Zoo, joint: JointModel, trained: Mapping[str, Any]) -> _Conditions:
+        config = joint.config.result_config
+        assert isinstance(config, ResultTowerConfig)
+        columns = [
+            zoo.index[name].to_numpy(dtype=np.float64) if name in zoo.index else np.full(len(zoo), np.nan)
+            for name in config.results
+        ]
+        names = zoo.index["dataset"].to_numpy()
+        known = sorted({name for name in names if isinstance(name, str)})
+        embedded = torch.zeros(len(zoo), joint.embedding_size)
+        features = features_of_datasets(known, open_image_encoder(trained["image_encoder"]), images=trained["sample"])
+        for dataset in features:
+            embedded[torch.from_numpy(names == dataset.dataset_id)] = embed_dataset(joint, dataset)
+        used = [None if config is None else str(config.activation) for config in zoo.families]
+        activations = sorted({name for name in used if name is not None})
+        numbers = torch.tensor([0 if name is None else 1 + activations.index(name) for name in used])
+        return cls(embedded, torch.from_numpy(np.stack(columns, 1)).float(), numbers, activations, joint)
+
+    @torch.no_grad()
+    def asked(
+        self, rows: Int[np.ndarray, "batch"], drop: float, generator: torch.Generator
+    ) -> dict[str, Float[Tensor, "batch ..."]]:
+        """States some of what is known of models, as later questions will; the arguments of the prior's forward."""
+        results = self.results[rows]
+        stated = stated_results(results, generator)
+        embedded = unit(self.joint.get_result_features(results, stated)) * stated.any(1, keepdim=True)
+        kept = torch.rand(2, len(rows), 1, generator=generator) >= drop
+        return {
+            "dataset_embeds": self.datasets[rows] * kept[0],
+            "result_embeds": embedded * kept[1],
+            "activation": self.activation[rows],
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class _Models:
+    """Models of a zoo in one neuron order for each architecture, with their latents.
+
+    Attributes:
+        rows: their rows in the zoo, architecture by architecture.
+        parts: architecture, aligned weights, latents and the inputs that all of its models share.
+        references: what each architecture's models were aligned to: one model a dataset, and one for any other.
+    """
+
+    rows: Int[np.ndarray, "models"]
+    parts: list[_Part]
+    references: dict[tuple[str, str | None], Tensor]
+
+    @classmethod
+    def of(
+        cls,
+        zoo: Zoo,
+        rows: Int[np.ndarray, "models"],
+        extractor: WeightFeatureExtractor,
+        autoencoder: WeightAutoencoderModel,
+        references: dict[tuple[str, str | None], Tensor] | None = None,
+    ) -> _Models:
+        headers, names = zoo.index["header"].to_numpy(), zoo.index["dataset"].to_numpy()
+        given = references is not None
+        references = {} if references is None else references
+        order, parts = [], []
+        for header, architecture in zoo.architectures.items():
+            own = rows[headers[rows] == header]
+            if not len(own) or (given and (header, None) not in references):
+                continue
+            flat = zoo.flat(own).float()
+            if not given:
+                references |= _references(zoo, own, flat, header, architecture)
+            for name in dict.fromkeys(names[own]):
+                members = names[own] == name if isinstance(name, str) else np.array([n is None for n in names[own]])
+                reference = references.get((header, name), references[header, None])
+                flat[members] = align(flat[members], reference, architecture)[0]
+            order.append(own)
+            parts.append(_Part(architecture, flat, _encoded(flat, architecture, extractor, autoencoder), extractor))
+        if not order:
+            raise ZooError(f"{zoo.location}: no models to train on are left; hold out fewer datasets or runs")
+        return cls(np.concatenate(order), parts, references)
+
+    def tokens(self) -> Float[Tensor, "tokens latent"]:
+        """All latents, token by token."""
+        return torch.cat([part.latents.flatten(0, 1) for part in self.parts])
+
+    def batch(self, places: Int[np.ndarray, "batch"]) -> tuple[dict[str, Tensor], list[_Members]]:
+        """Puts models together, padded to the longest; and says which of them share an architecture."""
+        ends = np.cumsum([len(part.flat) for part in self.parts])
+        numbers = np.searchsorted(ends, places, side="right")
+        chosen = [(number, np.flatnonzero(numbers == number)) for number in np.unique(numbers)]
+        longest = max(self.parts[number].latents.shape[1] for number, _ in chosen)
+        inputs: dict[str, Tensor] = {}
+        members = []
+        for number, where in chosen:
+            part = self.parts[number]
+            inside = torch.from_numpy(places[where] - (ends[number] - len(part.flat)))
+            for name, values in part.inputs(inside).items():
+                whole = inputs.setdefault(name, values.new_zeros(len(places), longest, *values.shape[2:]))
+                whole[where, : values.shape[1]] = values
+            members.append(_Members(part.architecture, torch.from_numpy(where), part.flat[inside]))
+        return inputs, members
+
+
+@dataclass(frozen=True, eq=False)
+class _Members:
+    """The rows of a batch that share an architecture, and their weights."""
+
+    architecture: Architecture
+    places: Int[Tensor, " members"]
+    flat: Float[Tensor, "members params"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    architecture: Architecture
+    flat: Float[Tensor, "models params"]
+    latents: Float[Tensor, "models n latent"]
+    extractor: WeightFeatureExtractor
+
+    def inputs(self, places: Int[Tensor, " members"]) -> dict[str, Tensor]:
+        shared = self.extractor.places(self.architecture, len(places))
+        return {"latents": self.latents[places], **shared}
+
+
+def _references(
+    zoo: Zoo, rows: Int[np.ndarray, "models"], flat: Tensor, header: str, architecture: Architecture
+) -> dict[tuple[str, str | None], Tensor]:
+    """The best model of all, and the best of each dataset in its order; the first where nothing says which is best."""
+    known = zoo.index["test_accuracy"].to_numpy(dtype=np.float64)[rows] if "test_accuracy" in zoo.index else None
+    scores = np.zeros(len(rows)) if known is None else np.nan_to_num(known, nan=-np.inf)
+    names = zoo.index["dataset"].to_numpy()[rows]
+    best = flat[int(scores.argmax())]
+    references: dict[tuple[str, str | None], Tensor] = {(header, None): best}
+    for name in sorted({name for name in names if isinstance(name, str)}):
+        own = np.flatnonzero(names == name)
+        first = int(own[scores[own].argmax()])
+        references[header, name] = align(flat[[first]], best, architecture)[0][0]
+    return references
+
+
+@torch.no_grad()
+def _encoded(
+    flat: Tensor, architecture: Architecture, extractor: WeightFeatureExtractor, autoencoder: WeightAutoencoderModel
+) -> Float[Tensor, "models n latent"]:
+    parts = []
+    for part in flat.split(_CHUNK):
+        inputs = extractor.batch(part, architecture)
+        parts.append(autoencoder.encode(**{name: inputs[name] for name in WeightFeatureExtractor.model_input_names}))
+    return torch.cat(parts)
+
+
+@dataclass(frozen=True, eq=False)
+class PriorBatch:
+    """Models as latents, with what is asked of them.
+
+    Attributes:
+        inputs: arguments of `WeightPriorModel.forward`.
+        members: what the behaviour loss needs, one entry an architecture.
+        rows: of the models in the zoo.
+        number: running number of the micro-batch.
+    """
+
+    inputs: dict[str, Tensor]
+    members: list[_Members]
+    rows: Int[np.ndarray, "batch"]
+    number: int
+
+
+@dataclass(frozen=True, eq=False)
+class PriorBatches:
+    """Endless micro-batches; see `weightspace.training.loop.Batches`."""
+
+    models: _Models
+    conditions: _Conditions
+    drop: float
+    batch_size: int
+    seed: int
+
+    def __call__(self, start: int, process: int, processes: int) -> Iterator[PriorBatch]:
+        """Yields the micro-batches of one process from number ``start`` on."""
+        number, count = start, len(self.models.rows)
+        while True:
+            seed = int(np.random.SeedSequence([self.seed, number, process]).generate_state(1, np.uint64)[0] >> 1)
+            generator = torch.Generator().manual_seed(seed)
+            places = torch.randint(count, (self.batch_size,), generator=generator).numpy()
+            yield self.batch(places, number, generator)
+            number += 1
+
+    def batch(self, places: Int[np.ndarray, "batch"], number: int, generator: torch.Generator) -> PriorBatch:
+        """Puts models together and draws what is asked of them, noise and times."""
+        inputs, members = self.models.batch(places)
+        rows = self.models.rows[places]
+        inputs |= self.conditions.asked(rows, self.drop, generator)
+        inputs["noise"] = torch.randn(inputs["latents"].shape, generator=generator)
+        inputs["times"] = torch.rand(len(places), generator=generator)
+        return PriorBatch(inputs, members, rows, number)
+
+
+class PriorObjective(Objective):
+    """Flow matching, mixed with what the models do that the guessed latents decode to."""
+
+    def __init__(
+        self,
+        zoo: Zoo,
+        validation: _Models,
+        conditions: _Conditions,
+        extractor: WeightFeatureExtractor,
+        settings: PriorSettings,
+    ) -> None:
+        self._extractor, self._behaviour, self._seed = extractor, settings.behaviour, settings.loop.seed
+        queries = QueryImages(zoo) if settings.behaviour.weight else None
+        self._queries = queries if queries is not None and queries.runnable else None
+        batches = PriorBatches(validation, conditions, settings.drop, len(validation.rows), self._seed)
+        self._validation = batches.batch(np.arange(len(validation.rows)), 0, torch.Generator().manual_seed(self._seed))
+
+    def losses(self, model: nn.Module, batch: PriorBatch) -> Mapping[str, Tensor]:
+        """``loss``, ``flow`` and, where functions can be run, ``behaviour``."""
+        device = next(model.parameters()).device
+        inputs = {name: value.to(device) for name, value in batch.inputs.items()}
+        output = model(**inputs, decode=self._queries is not None)
+        losses = {"loss": output.loss, "flow": output.loss}
+        if self._queries is not None:
+            weight, behaviour = self._behaviour.weight, self._behaviour_of(output.reconstruction.float(), batch)
+            losses |= {"loss": (1 - weight) * output.loss + weight * behaviour, "behaviour": behaviour}
+        return losses
+
+    def validate(self, model: nn.Module) -> Mapping[str, float]:
+        """The losses of unseen models, always with the same noise."""
+        return {name: float(value) for name, value in self.losses(model, self._validation).items()}
+
+    def _behaviour_of(self, tokens: Float[Tensor, "batch n d"], batch: PriorBatch) -> Float[Tensor, ""]:
+        """The behaviour loss of rows that know their dataset and are not mere noise; 0 where there is none."""
+        assert self._queries is not None
+        telling = (batch.inputs["times"] > _NOISIEST) & batch.inputs["dataset_embeds"].any(-1)
+        generator = torch.Generator().manual_seed(self._seed + batch.number)
+        values, count = [tokens.new_zeros(())], 0
+        for members in batch.members:
+            chosen = telling[members.places].nonzero().flatten()
+            places, architecture = members.places[chosen], members.architecture
+            decoded = self._extractor.restore(
+                tokens[places.to(tokens.device), : self._extractor.token_count(architecture)], architecture
+            )
+            rows = batch.rows[places.numpy()]
+            for config, inside in self._queries.functions(rows).items():
+                images = self._queries.draw(rows[inside], self._behaviour.images, generator).to(decoded.device)
+                original = run_flat(config, architecture, members.flat[chosen[inside]].to(decoded), images)
+                imitated = run_flat(config, architecture, decoded[inside], images)
+                values.append(behaviour_loss(imitated, original) * len(inside))
+                count += len(inside)
+        return torch.stack(values).sum() / max(1, count)
