@@ -202,6 +202,7 @@ ENCODER_CHANGES: dict[str, Any] = {
     "encoder.heads": 4,
     "encoder.beta": 0.5,
     "encoder.temperature": 0.5,
+    "encoder.code_levels": [4, 4],
     "augmentation.permute": False,
     "augmentation.erase": 0.4,
     "augmentation.noise": 0.4,
@@ -378,6 +379,7 @@ class Test10Config:
         "projection_size": 32,
         "temperature": 0.5,
         "beta": 0.5,
+        "code_levels": [3],
     }
 
     def loss(self, zoo: Zoo, **changes: Any) -> Tensor:

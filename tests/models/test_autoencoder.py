@@ -16,10 +16,12 @@ from transformers import AutoConfig, AutoModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import weightspace.models
+from weightspace.errors import SettingsError, TokenError
 from weightspace.losses import masked_mse, nt_xent
 from weightspace.models.autoencoder.configuration_autoencoder import WeightAutoencoderConfig
 from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
 from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel
+from weightspace.models.autoencoder.quantization_autoencoder import ScalarQuantizer
 from weightspace.models.layers import TokenLayer
 from weightspace.models.pooling import depth_weights, relative_depths, state_moments
 from weightspace.schema import Architecture, LayerSpec, TensorSpec
@@ -243,6 +245,11 @@ class TestConfig:
             ({"depth_bins": 0}, "depth_bins"),
             ({"window": 0}, "window"),
             ({"token_size": "six"}, "token_size"),
+            ({"code_levels": []}, r"code_levels \[\]"),
+            ({"code_levels": [8, 1, 8]}, r"code_levels \[8, 1, 8\]"),
+            ({"code_levels": [64, 64, 64]}, r"at most 65,536"),
+            ({"code_levels": [8, 8]}, "latent_size 3 is not a multiple of the 2 code_levels"),
+            ({"code_levels": 8}, "code_levels"),
         ],
     )
     def test_sizes_that_do_not_fit_are_refused(self, change: dict[str, Any], named: str) -> None:
@@ -340,3 +347,121 @@ def test_residual_layers_start_small_enough_to_add_up() -> None:
         for one in stack.layers:
             assert float(one.attention.out.weight.detach().std()) == pytest.approx((2 * count * 64) ** -0.5, rel=0.1)
             assert float(one.attention.qkv.weight.detach().std()) == pytest.approx(64**-0.5, rel=0.1)
+
+
+LEVELS = [5, 4, 3]
+
+
+class TestCodes:
+    @staticmethod
+    def every_code() -> Tensor:
+        return torch.arange(60).view(6, 5, 2)
+
+    @torch.no_grad()
+    def test_off_changes_nothing(self) -> None:
+        plain, coded, batch = build(), build(code_levels=LEVELS), inputs(LARGE, 2)
+        assert plain.state_dict().keys() == coded.state_dict().keys()
+        assert plain.config.code_levels is None
+        latents = plain.encode(**batch)
+        assert float(latents.abs().max()) > 1  # neither bounded nor rounded
+        torch.testing.assert_close(coded.encode(**batch), latents.tanh())
+
+    def test_a_config_from_before_there_were_codes_loads(self, tmp_path: Path) -> None:
+        model, batch = build(), inputs(SMALL, 2)
+        model.save_pretrained(tmp_path)
+        written = json.loads((tmp_path / "config.json").read_text())
+        written.pop("code_levels", None)
+        (tmp_path / "config.json").write_text(json.dumps(written))
+        assert torch.equal(embedded(AutoModel.from_pretrained(tmp_path), batch), embedded(model, batch))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_codes_survive_latents(self, dtype: torch.dtype) -> None:
+        model = build(latent_size=6, code_levels=LEVELS).to(dtype)
+        latents = model.from_codes(self.every_code())
+        assert latents.shape == (6, 5, 6)
+        assert latents.dtype == dtype
+        assert torch.equal(model.to_codes(latents), self.every_code())
+        assert (model.codes_per_token, model.quantizer.codebook_size) == (2, 60)
+
+    @torch.no_grad()
+    def test_a_level_is_the_nearest_there_is(self) -> None:
+        quantizer = ScalarQuantizer((5, 4, 3))
+        grid = quantizer.decode(torch.arange(60).unsqueeze(-1))
+        assert len(grid.unique(dim=0)) == 60
+        assert grid[:, 0].unique().tolist() == pytest.approx([-0.8, -0.4, 0.0, 0.4, 0.8])
+        latents = 2.4 * torch.rand(500, 3, generator=torch.Generator().manual_seed(0)) - 1.2
+        assert torch.equal(quantizer.round(latents), grid[torch.cdist(latents, grid).argmin(1)])
+
+    @torch.no_grad()
+    def test_codes_are_all_that_is_decoded(self) -> None:
+        model, batch = build(latent_size=6, code_levels=LEVELS), inputs(LARGE, 2)
+        output = model(**batch)
+        where = {name: batch[name] for name in ("weight_mask", "position_ids", "attention_mask")}
+        latents = model.from_codes(model.to_codes(output.latents))
+        assert not torch.equal(latents, output.latents)
+        assert torch.equal(model.decode(latents, **where), output.reconstruction)
+        near = model.decode(latents + 1e-3, **where)
+        assert torch.equal(near, output.reconstruction)
+
+    def test_gradients_pass_as_if_nothing_were_rounded(self) -> None:
+        model, batch = build(code_levels=LEVELS), inputs(SMALL, 2)
+        where = {name: batch[name] for name in ("weight_mask", "position_ids", "attention_mask")}
+        latents = model.encode(**batch).detach().requires_grad_()
+        model.decode(latents, **where).square().sum().backward()
+        on_grid = model.from_codes(model.to_codes(latents)).requires_grad_()
+        plain = build()
+        plain.load_state_dict(model.state_dict())
+        plain.decode(on_grid, **where).square().sum().backward()
+        torch.testing.assert_close(latents.grad, on_grid.grad)
+        assert on_grid.grad is not None
+        assert on_grid.grad.any()
+
+    def test_every_parameter_matters(self) -> None:
+        model = build(code_levels=LEVELS)
+        model(**for_loss("weight_autoencoder", together(inputs(SMALL, 2), inputs(LARGE, 2)))).loss.backward()
+        assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+    @torch.no_grad()
+    def test_survive_saving(self, tmp_path: Path) -> None:
+        model, batch = build(latent_size=6, code_levels=LEVELS), inputs(LARGE, 2)
+        model.save_pretrained(tmp_path)
+        loaded = AutoModel.from_pretrained(tmp_path)
+        assert loaded.config.code_levels == LEVELS
+        assert torch.equal(loaded.to_codes(loaded.encode(**batch)), model.to_codes(model.encode(**batch)))
+        assert torch.equal(loaded(**batch).reconstruction, model(**batch).reconstruction)
+
+    @torch.no_grad()
+    def test_nearly_agree_in_bf16(self, tmp_path: Path) -> None:
+        model, batch = build(latent_size=6, code_levels=LEVELS), inputs(LARGE, 16)
+        model.save_pretrained(tmp_path)
+        half = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+        codes, rounded = (one.to_codes(one.encode(**batch)) for one in (model, half))
+        assert float((codes == rounded).float().mean()) > 0.8
+        assert half(**batch).reconstruction.dtype == torch.bfloat16
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("architecture", [SMALL, LARGE], ids=["one window", "three windows"])
+    def test_padding_changes_nothing(self, architecture: Architecture) -> None:
+        model, batch = build(latent_size=6, code_levels=LEVELS), inputs(architecture, 3)
+        expected, longer = model(**batch), model(**padded(batch, 5))
+        length = batch["weight_values"].shape[1]
+        assert torch.equal(model.to_codes(longer.latents[:, :length]), model.to_codes(expected.latents))
+        torch.testing.assert_close(longer.reconstruction[:, :length], expected.reconstruction)
+        assert not longer.reconstruction[:, length:].any()
+
+    def test_what_is_in_no_codebook_is_refused(self) -> None:
+        model = build(code_levels=LEVELS)
+        for codes in (torch.tensor([[[60]]]), torch.tensor([[[3], [-1]]])):
+            with pytest.raises(TokenError, match=rf"from {codes.min()} to {codes.max()} .* it has 60"):
+                model.from_codes(codes)
+
+    def test_a_model_without_codes_says_so(self) -> None:
+        model = build()
+        for ask in (model.to_codes, model.from_codes, lambda _: model.codes_per_token):
+            with pytest.raises(SettingsError, match="code_levels: this autoencoder has none; train one with"):
+                ask(torch.zeros(1, 1, 3, dtype=torch.int64 if ask == model.from_codes else torch.float32))
+
+    def test_stand_on_the_card(self) -> None:
+        facts = build(latent_size=6, code_levels=LEVELS).card_facts()
+        assert {"code_levels": LEVELS, "codes_per_token": 2, "codebook_size": 60}.items() <= facts.config.items()
+        assert "codes_per_token" not in build().card_facts().config

@@ -194,6 +194,8 @@ class TestRefusals:
             ({"tokenizer": "vowel"}, "vowel"),
             ({"token_size": -3}, "token_size"),
             ({"window": 0}, "window"),
+            ({"code_levels": (4, 1)}, r"encoder: .*code_levels \[4, 1\]"),
+            ({"code_levels": (4, 4), "latent_size": 5}, r"latent_size 5 is not a multiple of the 2 code_levels"),
         ],
     )
     def test_name_the_setting(
@@ -279,3 +281,32 @@ def test_windows_and_tokens_smaller_than_a_model_train_too(
     assert isinstance(settings.encoder, EncoderSettings)
     for batch in tiny_zoo.batches():
         assert encoder.reconstruct(batch.flat, batch.architecture).shape == batch.flat.shape
+
+
+class TestCodes:
+    def test_are_trained_and_how_they_are_used_is_recorded(
+        self, tiny_zoo: Zoo, tiny_encoder_settings: AutoencoderSettings, tmp_path: Path
+    ) -> None:
+        settings = shorter(tiny_encoder_settings, compression=2.0, code_levels=(4, 3, 2))
+        plain = load_encoder(
+            train_autoencoder(tiny_zoo.path, tmp_path / "plain", shorter(tiny_encoder_settings, compression=2.0))
+        )
+        encoder = load_encoder(train_autoencoder(tiny_zoo.path, tmp_path / "coded", settings))
+        model = encoder.autoencoder
+        assert 0 <= model.config.latent_size - plain.model.config.latent_size < 3
+        assert model.codes_per_token * 3 == model.config.latent_size
+        assert '"codebook_size": 24' in (tmp_path / "coded" / "README.md").read_text()
+        last = read_history(tmp_path / "coded")[-1]
+        assert 1 / 24 <= last["validation_code_use"] <= 1
+        assert 1 <= last["validation_code_perplexity"] <= 24 * last["validation_code_use"]
+        assert "validation_code_use" not in read_history(tmp_path / "plain")[-1]
+        for batch in tiny_zoo.batches():
+            inputs = encoder.extractor.batch(batch.flat, batch.architecture)
+            codes = model.to_codes(model.encode(**inputs))
+            tokens = model.decode(model.from_codes(codes), inputs["weight_mask"], inputs["position_ids"])
+            restored = encoder.extractor.restore(tokens, batch.architecture)
+            torch.testing.assert_close(restored, encoder.reconstruct(batch.flat, batch.architecture))
+
+    def test_use_counts_each_place_of_a_token_by_itself(self) -> None:
+        codes = torch.tensor([[0, 3], [1, 3], [2, 3], [3, 3]])
+        assert autoencoder.code_use(codes, 8) == pytest.approx({"code_use": (4 + 1) / 16, "code_perplexity": 2.5})

@@ -45,10 +45,11 @@ class EncoderSettings:
     """Shape of the autoencoder; see `WeightAutoencoderConfig` for the fields.
 
     Attributes:
-        tokenizer: ``"channel"`` or ``"dense"``.
+        tokenizer: ``"channel"``, ``"dense"``, or ``"lora"`` for zoos with adapters, which are channels otherwise.
         token_size: entries a token; None takes the widest row of the zoo's layers, at most 256.
         latent_size: numbers a token is compressed to; None takes the largest that keeps the latents of nine in ten
-            models of the zoo at least ``compression`` times smaller than their weights, but no less than 4.
+            models of the zoo at least ``compression`` times smaller than their weights, but no less than 4, and rounds
+            it up to whole codes.
         compression: see ``latent_size``.
         window: tokens that attend to each other.
         hidden_size: width of the transformer.
@@ -56,6 +57,9 @@ class EncoderSettings:
         heads: attention heads.
         beta: weight of the reconstruction loss against NT-Xent.
         temperature: of NT-Xent.
+        code_levels: rounds latents to codes: levels of each of the numbers that one code stands for, e.g. ``[8, 8, 8]``
+            for a code of 512 for every three numbers. Rounded numbers take few bits, so that twice the ``latent_size``
+            is a good choice. None rounds nothing.
     """
 
     tokenizer: str = "channel"
@@ -68,6 +72,7 @@ class EncoderSettings:
     heads: int = 4
     beta: float = 0.95
     temperature: float = 0.1
+    code_levels: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -235,8 +240,10 @@ class AutoencoderObjective(Objective):
         return losses
 
     def validate(self, model: nn.Module) -> Mapping[str, float]:
-        """Reconstruction and behaviour of unseen, unaugmented models."""
+        """Reconstruction and behaviour of unseen, unaugmented models, and how evenly their codes are used."""
+        assert isinstance(model, WeightAutoencoderModel)
         totals: dict[str, list[tuple[float, int]]] = {}
+        codes: list[Tensor] = []
         device = next(model.parameters()).device
         for part in self._validation:
             inputs = self._extractor.batch(part.flat, part.architecture).to(device)
@@ -248,10 +255,16 @@ class AutoencoderObjective(Objective):
             behaviour = self._behaviour_of(output.reconstruction.float(), [everyone], generator)
             if behaviour is not None:
                 totals.setdefault("behaviour", []).append((float(behaviour), len(part.rows)))
-        return {
+            if model.quantizer is not None:
+                codes.append(model.to_codes(output.latents).flatten(0, 1))
+        figures = {
             name: sum(value * count for value, count in values) / sum(count for _, count in values)
             for name, values in totals.items()
         }
+        if codes:
+            assert model.quantizer is not None
+            figures |= code_use(torch.cat(codes), model.quantizer.codebook_size)
+        return figures
 
     def _behaviour_of(
         self, reconstruction: Tensor, parts: list[BatchPart], generator: torch.Generator
@@ -271,6 +284,25 @@ class AutoencoderObjective(Objective):
                 values.append(behaviour_loss(imitated, original) * len(places))
                 count += len(places)
         return torch.stack(values).sum() / count if values else None
+
+
+def code_use(codes: Int[Tensor, "tokens codes"], codebook_size: int) -> dict[str, float]:
+    """Measures how much of a codebook is used, in the mean of the places that a code has in a token.
+
+    Args:
+        codes: codes of many tokens.
+        codebook_size: what they are chosen from.
+
+    Returns:
+        ``code_use``, the share of the codebook that occurs at all, and ``code_perplexity``, the number of codes that
+        would be as unpredictable if all were equally frequent. Few tokens cannot use many codes.
+    """
+    counts = torch.stack([place.bincount(minlength=codebook_size) for place in codes.unbind(1)]).double()
+    entropies = torch.special.entr(counts / len(codes)).sum(-1)
+    return {
+        "code_use": float((counts > 0).double().mean()),
+        "code_perplexity": float(entropies.exp().mean()),
+    }
 
 
 class QueryImages:
@@ -336,6 +368,8 @@ def fitted_input(
     density = {header: a.numel / max(1, extractor.token_count(a)) for header, a in zoo.architectures.items()}
     sparse = np.quantile(zoo.index["header"].map(density), _SPARSE_MODELS, method="lower")
     latent_size = settings.latent_size or max(_FEWEST_LATENTS, math.floor(sparse / settings.compression))
+    if settings.code_levels and settings.latent_size is None:
+        latent_size += -latent_size % len(settings.code_levels)
     try:
         config = WeightAutoencoderConfig(
             token_size=token_size,
@@ -348,6 +382,7 @@ def fitted_input(
             intermediate_size=4 * settings.hidden_size,
             beta=settings.beta,
             temperature=settings.temperature,
+            code_levels=None if settings.code_levels is None else list(settings.code_levels),
         )
     except Exception as error:  # strict configs raise their own family of errors
         raise SettingsError(f"encoder: {' '.join(str(error).split())}") from error

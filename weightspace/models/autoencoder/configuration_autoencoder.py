@@ -1,9 +1,13 @@
 """Configuration of the weight autoencoder."""
 
+import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
+
+_LARGEST_CODEBOOK = 2**16
+"""Most codes that a code is one of: a prior over codes has an output for each."""
 
 
 @strict
@@ -26,6 +30,8 @@ class WeightAutoencoderConfig(PreTrainedConfig):
         projection_size: width of the space in which two views are contrasted.
         temperature: of NT-Xent.
         beta: weight of the reconstruction loss; NT-Xent weighs `1 - beta`.
+        code_levels: levels of each of the numbers that one code stands for, if latents are decoded from codes; see
+            [`ScalarQuantizer`]. `latent_size` is a multiple of their number. None for latents that are not quantised.
     """
 
     model_type = "weight_autoencoder"
@@ -45,6 +51,7 @@ class WeightAutoencoderConfig(PreTrainedConfig):
     projection_size: int = 64
     temperature: float | int = 0.1
     beta: float | int = 0.95
+    code_levels: list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Asks for written-out attention where the caller asks for nothing.
@@ -69,6 +76,17 @@ class WeightAutoencoderConfig(PreTrainedConfig):
             raise ValueError(f"temperature {self.temperature} is not positive")
         if self.depth_bins < 1 or self.window < 1:
             raise ValueError(f"depth_bins {self.depth_bins} and window {self.window} must be at least 1")
+        if self.code_levels is not None:
+            self._validate_codes(self.code_levels)
+
+    def _validate_codes(self, levels: list[int]) -> None:
+        if not levels or min(levels) < 2 or math.prod(levels) > _LARGEST_CODEBOOK:
+            raise ValueError(
+                f"code_levels {levels} must be at least one number, each 2 or more, and their product at most "
+                f"{_LARGEST_CODEBOOK:,}"
+            )
+        if self.latent_size % len(levels) != 0:
+            raise ValueError(f"latent_size {self.latent_size} is not a multiple of the {len(levels)} code_levels")
 
 
 __all__ = ["WeightAutoencoderConfig"]

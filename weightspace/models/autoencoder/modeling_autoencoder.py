@@ -10,8 +10,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import ModelOutput
 
 from weightspace.cards import EncoderFacts
+from weightspace.errors import SettingsError
 from weightspace.losses import masked_mse, nt_xent
 from weightspace.models.autoencoder.configuration_autoencoder import WeightAutoencoderConfig
+from weightspace.models.autoencoder.quantization_autoencoder import ScalarQuantizer
 from weightspace.models.card import PushedWithCard
 from weightspace.models.layers import PositionEmbedding, TokenTransformer, initialize_linear
 from weightspace.models.pooling import STATISTICS, depth_weights, entry_statistics, relative_depths, state_moments
@@ -44,6 +46,9 @@ class WeightAutoencoderModel(PushedWithCard):
     Every token is compressed to `latent_size` numbers while it sees the other tokens of its window. The embedding of a
     model holds, for each of `depth_bins` parts of the network, moments of the latents and statistics of the weights
     themselves; see [`state_moments`] and [`entry_statistics`]. The contrastive loss acts on the moments of the latents.
+
+    With `code_levels` in its config the decoder sees latents rounded to codes, which [`to_codes`] tells; embeddings and
+    the contrastive loss see them as they are.
     """
 
     config: WeightAutoencoderConfig
@@ -62,6 +67,7 @@ class WeightAutoencoderModel(PushedWithCard):
         self.encoder_positions = PositionEmbedding(config)
         self.encoder = TokenTransformer(config, config.num_encoder_layers)
         self.to_latent = nn.Linear(width, config.latent_size)
+        self.quantizer = None if config.code_levels is None else ScalarQuantizer(tuple(config.code_levels))
         self.from_latent = nn.Linear(config.latent_size, width)
         self.mask_in = nn.Linear(config.token_size, width, bias=False)
         self.decoder_positions = PositionEmbedding(config)
@@ -85,7 +91,11 @@ class WeightAutoencoderModel(PushedWithCard):
 
     def card_facts(self) -> EncoderFacts:
         """Returns what the model itself knows."""
-        return replace(super().card_facts(), embedding_size=self.embedding_size)
+        facts = super().card_facts()
+        if self.quantizer is not None:
+            codes = {"codes_per_token": self.codes_per_token, "codebook_size": self.quantizer.codebook_size}
+            facts = replace(facts, config={**facts.config, **codes})
+        return replace(facts, embedding_size=self.embedding_size)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -114,7 +124,8 @@ class WeightAutoencoderModel(PushedWithCard):
         values = weight_values.to(self.token_in.weight.dtype)
         hidden = self.token_in(torch.cat([values, weight_mask.to(values.dtype)], dim=-1))
         hidden = hidden + self.encoder_positions(position_ids)
-        return self.to_latent(self._in_windows(self.encoder, hidden, attention_mask))
+        latents = self.to_latent(self._in_windows(self.encoder, hidden, attention_mask))
+        return latents if self.quantizer is None else self.quantizer.bound(latents)
 
     def decode(
         self,
@@ -123,11 +134,46 @@ class WeightAutoencoderModel(PushedWithCard):
         position_ids: Int[Tensor, "batch n 3"],
         attention_mask: Bool[Tensor, "batch n"] | None = None,
     ) -> Float[Tensor, "batch n d"]:
-        """Expands latents to normalised tokens; ``weight_mask`` says which entries exist, all others are zero."""
+        """Expands latents to normalised tokens; ``weight_mask`` says which entries exist, all others are zero.
+
+        Latents are rounded to codes first if the model has them; gradients pass through.
+        """
         mask = weight_mask.to(latents.dtype)
+        latents = latents if self.quantizer is None else self.quantizer.round(latents)
         hidden = self.from_latent(latents) + self.mask_in(mask) + self.decoder_positions(position_ids)
         hidden = self._in_windows(self.decoder, hidden, attention_mask)
         return self.token_out(hidden) * mask
+
+    @property
+    def codes_per_token(self) -> int:
+        """Number of codes that the latent of one token is rounded to.
+
+        Raises:
+            SettingsError: the model has no codes.
+        """
+        return int(self.config.latent_size // len(self._codes().levels))
+
+    def to_codes(self, latents: Float[Tensor, "batch n latent"]) -> Int[Tensor, "batch n codes"]:
+        """Rounds latents to codes; those of padding mean nothing.
+
+        Raises:
+            SettingsError: the model has no codes.
+        """
+        return self._codes().encode(latents)
+
+    def from_codes(self, codes: Int[Tensor, "batch n codes"]) -> Float[Tensor, "batch n latent"]:
+        """Looks up the latents that codes stand for. `to_codes` gives the same codes back, `decode` the weights.
+
+        Raises:
+            SettingsError: the model has no codes.
+            TokenError: a code is not in the codebook.
+        """
+        return self._codes().decode(codes).to(self.from_latent.weight.dtype)
+
+    def _codes(self) -> ScalarQuantizer:
+        if self.quantizer is None:
+            raise SettingsError("code_levels: this autoencoder has none; train one with `code_levels` set")
+        return self.quantizer
 
     def get_weight_features(
         self,
