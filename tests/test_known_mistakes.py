@@ -1,12 +1,9 @@
-"""Mistakes that were found in public code on learning from weights, by running it; each has a test here.
-
-Two of the ten concern sampling with kernel densities, (3) a fixed seed in the loop and (4) keeping the first samples
-in place of the best; this library does not sample yet.
-"""
+"""Mistakes that were found in public code on learning from weights, by running it; each has a test here."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import typing
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,11 +19,17 @@ from weightspace.architectures.flat import unflatten
 from weightspace.architectures.infer import infer_architecture
 from weightspace.errors import SettingsError, ZooError
 from weightspace.evaluation import compare_functions
+from weightspace.index import dataset_for, load_encoder, parse_results
 from weightspace.io.checkpoint import checkpoint_bytes, open_checkpoint_bytes
 from weightspace.losses import masked_mse
 from weightspace.models.autoencoder.configuration_autoencoder import WeightAutoencoderConfig
 from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
 from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel, WeightAutoencoderOutput
+from weightspace.sampling.conditions import Blueprint, Condition, blueprint_of
+from weightspace.sampling.decoding import LatentCodec
+from weightspace.sampling.judging import task_of
+from weightspace.sampling.kde import KdeSampler, KdeSettings
+from weightspace.sampling.selecting import BootstrappedSampler, SelectionSettings, SubsampledSampler
 from weightspace.settings import settings_from_mapping
 from weightspace.tokenizers import TOKENIZERS, get_tokenizer
 from weightspace.training import autoencoder
@@ -79,6 +82,59 @@ def test_2_tokens_attend_to_the_tokens_of_their_own_model(tiny_zoo: Zoo) -> None
     moved = (before != after).any(-1)
     assert not moved[[0, 2]].any()
     assert moved[1].all()
+
+
+Asked = tuple[KdeSampler, Condition, Blueprint]
+
+
+@pytest.fixture(scope="module")
+def asked(tiny_zoo: Zoo, tiny_encoder: Path, tiny_clip_joint: Path) -> Asked:
+    """A kernel density over the zoo, and what samples of it are to be good for."""
+    joint, encoder = load_encoder(tiny_clip_joint), load_encoder(tiny_encoder)
+    codec = LatentCodec(encoder.autoencoder, encoder.extractor)
+    sampler = KdeSampler(tiny_zoo, np.arange(len(tiny_zoo)), codec, joint, KdeSettings(anchors=1))
+    condition = Condition(dataset_for(joint, tiny_zoo.index["dataset"][0]), parse_results("<=0.2"))
+    return sampler, condition, blueprint_of(json.loads(tiny_zoo.index["config"][0]))
+
+
+def test_3_every_sample_draws_its_own_anchor_and_every_token_its_own_noise(asked: Asked) -> None:
+    sampler, _, blueprint = asked
+    latents = sampler.latents(Condition(), blueprint, 8, torch.Generator().manual_seed(0))
+    anchors = sampler.anchors(blueprint).latents
+    nearest = torch.cdist(latents.flatten(1), anchors.flatten(1)).argmin(1)
+    assert len(nearest.unique()) > 3
+    noise = latents - anchors[nearest]
+    assert noise.any(-1).all()
+    for alike in (noise.flatten(1), noise.transpose(0, 1).flatten(1)):  # between samples, and between tokens
+        assert alike.corrcoef().fill_diagonal_(0).abs().max() < 0.8
+
+
+@pytest.mark.parametrize("kind", [SubsampledSampler, BootstrappedSampler])
+def test_4_the_best_samples_are_kept_and_not_the_first(
+    kind: type[SubsampledSampler] | type[BootstrappedSampler], asked: Asked
+) -> None:
+    density, condition, blueprint = asked
+    task, codec, images = task_of(condition, blueprint), density.codec, 100
+
+    def worth(latents: Tensor, shown: Tensor) -> list[tuple[float, float]]:
+        with torch.no_grad():
+            judged = task.judge(codec.decode(latents, task.architecture), shown.expand(len(latents), -1))
+        return list(zip(judged.distance.tolist(), judged.loss.tolist(), strict=True))
+
+    settings = SelectionSettings(candidates=6, images=images)
+    kept = kind(density, settings).latents(condition, blueprint, 3, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    shown = task.draw(1, images, generator)
+    candidates = worth(density.latents(condition, blueprint, 18, generator), shown)
+    best = sorted(candidates)[:3]
+    assert best != sorted(candidates[:3])
+    found = worth(kept, shown)
+    assert found == sorted(found)
+    if kind is SubsampledSampler:
+        assert found == [pytest.approx(one) for one in best]
+    else:
+        assert all(ours <= theirs for ours, theirs in zip(found, best, strict=True))
+        assert found[-1] < best[-1]
 
 
 @pytest.mark.parametrize("extra", [1, 5, 40])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -12,6 +12,7 @@ from weightspace.sampling.conditions import Blueprint, Condition
 from weightspace.sampling.decoding import LatentCodec
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """From a condition to latents that its codec decodes."""
 

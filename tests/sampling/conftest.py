@@ -1,0 +1,54 @@
+"""A density over the models of ``tiny_zoo``, and what is asked of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from weightspace.architectures.families import FamilyConfig, config_mapping
+from weightspace.index import Encoder, dataset_for, load_encoder, parse_results
+from weightspace.sampling.conditions import Blueprint, Condition, blueprint_of
+from weightspace.sampling.decoding import LatentCodec
+from weightspace.sampling.kde import KdeSampler
+from weightspace.zoo.dataset import Zoo
+
+
+@pytest.fixture(scope="session")
+def tiny_joint(tiny_clip_joint: Path) -> Encoder:
+    """A joint model, loaded."""
+    return load_encoder(tiny_clip_joint)
+
+
+@pytest.fixture(scope="session")
+def tiny_codec(tiny_encoder: Path) -> LatentCodec:
+    """An autoencoder, loaded."""
+    encoder = load_encoder(tiny_encoder)
+    return LatentCodec(encoder.autoencoder, encoder.extractor)
+
+
+@pytest.fixture(scope="session")
+def tiny_kde(tiny_zoo: Zoo, tiny_codec: LatentCodec, tiny_joint: Encoder) -> KdeSampler:
+    """A density over all models of the zoo."""
+    return KdeSampler(tiny_zoo, np.arange(len(tiny_zoo)), tiny_codec, tiny_joint)
+
+
+@pytest.fixture(scope="session")
+def tiny_family(tiny_zoo: Zoo) -> FamilyConfig:
+    """The config of the first model."""
+    family = tiny_zoo.families[0]
+    assert family is not None
+    return family
+
+
+@pytest.fixture(scope="session")
+def tiny_blueprint(tiny_family: FamilyConfig) -> Blueprint:
+    """The architecture of the first model."""
+    return blueprint_of(config_mapping(tiny_family))
+
+
+@pytest.fixture(scope="session")
+def tiny_condition(tiny_zoo: Zoo, tiny_joint: Encoder) -> Condition:
+    """The dataset of the first model, and good results."""
+    return Condition(dataset_for(tiny_joint, tiny_zoo.index["dataset"][0]), parse_results(">=0.3"))

@@ -1,0 +1,213 @@
+"""Samples around zoo models that are likely to be good for a condition: a weighted kernel density over latents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from weightspace.architectures.alignment import align
+from weightspace.architectures.families import FamilyConfig, config_mapping
+from weightspace.errors import SettingsError
+from weightspace.index import Encoder, joint_query
+from weightspace.sampling.conditions import Blueprint, Condition
+from weightspace.sampling.decoding import LatentCodec
+from weightspace.schema import Architecture
+from weightspace.zoo.dataset import Zoo
+
+_Layout = tuple[tuple[str, tuple[int, ...]], ...]
+_ELSE = "choose one of the zoo's, or use the flow sampler, which needs no models of the architecture"
+
+
+@dataclass(frozen=True)
+class KdeSettings:
+    """How samples are placed around anchors, which are models of the zoo.
+
+    Measured on small networks on digits, 9 conditions with the best results asked for, mean test accuracy of 8 samples
+    each: .909 with 1 anchor, .931 with 4 or 8; .926 at temperature 1, .931 at .5, .924 at .25; .925 at bandwidth .5 and
+    .893 at 1, where samples are less like the zoo's models. The zoo's own models of these conditions have .982.
+
+    Attributes:
+        temperature: what the scores of the joint model, in nats, are divided by: 1 takes them at their word, less
+            prefers the best anchors.
+        anchors: how many are averaged for one sample.
+        concentration: of the Dirichlet distribution that their shares come from; 1 makes all shares equally likely,
+            more brings them closer to equal shares.
+        bandwidth: of the kernel, in Scott's rule for one dimension: in standard deviations of each number of the
+            latents over the anchors, times the effective number of anchors to the power of -1/5.
+    """
+
+    temperature: float = 0.5
+    anchors: int = 4
+    concentration: float = 1.0
+    bandwidth: float = 0.2
+
+    def __post_init__(self) -> None:
+        """Refuses a density that there is not."""
+        if self.anchors < 1:
+            raise SettingsError(f"anchors: {self.anchors} is too small, give 1 or more")
+        for name in ("temperature", "concentration"):
+            if getattr(self, name) <= 0:
+                raise SettingsError(f"{name}: {getattr(self, name)} is not positive; give more than 0")
+        if self.bandwidth < 0:
+            raise SettingsError(f"bandwidth: {self.bandwidth} is negative; give 0 (no noise) or more")
+
+
+@dataclass(frozen=True, eq=False)
+class Anchors:
+    """Models of one architecture that samples are placed around.
+
+    Attributes:
+        architecture: as their weights are laid out.
+        families: their configs; None where the library cannot run them.
+        flat: their weights, aligned to a common reference.
+        latents: of the aligned weights.
+        embeddings: their places in the joint space, at length 1.
+    """
+
+    architecture: Architecture
+    families: tuple[FamilyConfig | None, ...]
+    flat: Float[Tensor, "anchors params"]
+    latents: Float[Tensor, "anchors n latent"]
+    embeddings: Float[Tensor, "anchors size"]
+
+
+class KdeSampler:
+    """P(W | D, R) as a kernel density over the latents of zoo models.
+
+    The joint model's score of an anchor w estimates log p(w | D, R) / p(w) (`weightspace.index.joint_query`), so that
+    models drawn from p(w), which the zoo is, and weighted by its exponential stand for p(w | D, R).
+    """
+
+    def __init__(
+        self,
+        zoo: Zoo,
+        rows: Int[np.ndarray, "rows"],
+        codec: LatentCodec,
+        joint: Encoder,
+        settings: KdeSettings | None = None,
+    ) -> None:
+        """Takes the models to sample around; their weights are read when an architecture is first asked for.
+
+        Args:
+            zoo: where they are.
+            rows: which they are, e.g. those that the codec and the joint model were trained on.
+            codec: whose latents are sampled.
+            joint: the joint model that chooses among them.
+            settings: see `KdeSettings`.
+        """
+        self.codec = codec
+        self.settings = settings or KdeSettings()
+        self._zoo, self._rows, self._joint = zoo, np.unique(rows), joint
+        self._anchors: dict[_Layout, Anchors] = {}
+
+    def latents(
+        self, condition: Condition, blueprint: Blueprint, count: int, generator: torch.Generator
+    ) -> Float[Tensor, "count n latent"]:
+        """Samples latents; see `weightspace.sampling.samplers.Sampler`.
+
+        Raises:
+            SettingsError: no model of the zoo has this architecture and config.
+        """
+        anchors = self.anchors(blueprint)
+        probabilities = self.probabilities(condition, blueprint)
+        places, shares = picked(probabilities, count, self.settings, generator)
+        centres = torch.stack([self._centre(anchors, *one) for one in zip(places, shares, strict=True)])
+        return centres + noise(anchors.latents, probabilities, count, self.settings, generator)
+
+    def anchors(self, blueprint: Blueprint) -> Anchors:
+        """Returns all models with the tensors of a blueprint, whatever their config.
+
+        Raises:
+            SettingsError: there is none.
+        """
+        layout = _layout(blueprint.architecture)
+        if layout not in self._anchors:
+            headers = [header for header, own in self._zoo.architectures.items() if _layout(own) == layout]
+            rows = self._rows[np.isin(self._headers[self._rows], headers)]
+            if not len(rows):
+                raise SettingsError(
+                    f"{self._zoo.location}: none of {len(self._rows):,} models to sample around has the architecture "
+                    f"({len(layout)} tensors, {blueprint.architecture.numel:,} weights); {_ELSE}"
+                )
+            self._anchors[layout] = self._read(rows, blueprint.architecture)
+        return self._anchors[layout]
+
+    def probabilities(self, condition: Condition, blueprint: Blueprint) -> Float[Tensor, " anchors"]:
+        """Returns how likely each of the `anchors` is to be drawn; 0 for those that are known to have another config.
+
+        Raises:
+            SettingsError: all of them have another config, or the condition does not fit the joint model.
+        """
+        anchors, family = self.anchors(blueprint), blueprint.family
+        fitting = torch.tensor([family is None or own in (None, family) for own in anchors.families])
+        if family is not None and not fitting.any():
+            raise SettingsError(
+                f"{self._zoo.location}: none of {len(fitting):,} models with these tensors has the config "
+                f"{config_mapping(family)}; {_ELSE}"
+            )
+        scores = torch.zeros(len(fitting))
+        if condition.dataset is not None or condition.wanted:
+            query = torch.from_numpy(joint_query(self._joint, condition.dataset, condition.wanted))
+            scores = anchors.embeddings @ query
+        return (scores / self.settings.temperature).masked_fill(~fitting, -torch.inf).softmax(0)
+
+    def _centre(
+        self, anchors: Anchors, places: Int[Tensor, " k"], shares: Float[Tensor, " k"]
+    ) -> Float[Tensor, "n latent"]:
+        """Mean of anchors that are aligned to the one with the largest share, which pairs channels best."""
+        if len(places) == 1:
+            return anchors.latents[places[0]]
+        aligned, _ = align(anchors.flat[places], anchors.flat[places[shares.argmax()]], anchors.architecture)
+        return torch.einsum("k,knl->nl", shares, self.codec.encode(aligned, anchors.architecture))
+
+    def _read(self, rows: Int[np.ndarray, "rows"], architecture: Architecture) -> Anchors:
+        batches = list(self._zoo.batches(rows))
+        flat = torch.cat([batch.flat.float() for batch in batches])
+        families = tuple(self._zoo.families[row] for batch in batches for row in batch.rows)
+        reference = align(flat, flat[0], architecture)[0].mean(0)
+        aligned, _ = align(flat, reference, architecture)
+        embeddings = F.normalize(self._joint.embed(flat, architecture), dim=1)
+        return Anchors(architecture, families, aligned, self.codec.encode(aligned, architecture), embeddings)
+
+    @cached_property
+    def _headers(self) -> np.ndarray:
+        headers: np.ndarray = self._zoo.index["header"].to_numpy()
+        return headers
+
+
+def picked(
+    probabilities: Float[Tensor, " anchors"], count: int, settings: KdeSettings, generator: torch.Generator
+) -> tuple[Int[Tensor, "count k"], Float[Tensor, "count k"]]:
+    """Draws for each sample its own anchors, by their probabilities, and the shares that they have in it."""
+    size = (count, settings.anchors)
+    places = torch.multinomial(probabilities, count * settings.anchors, replacement=True, generator=generator)
+    # The public distribution draws from the global generator.
+    shares = torch._sample_dirichlet(torch.full(size, settings.concentration), generator=generator)
+    return places.view(size), shares
+
+
+def noise(
+    latents: Float[Tensor, "anchors n latent"],
+    probabilities: Float[Tensor, " anchors"],
+    count: int,
+    settings: KdeSettings,
+    generator: torch.Generator,
+) -> Float[Tensor, "count n latent"]:
+    """Draws each sample's own deviation from its centre: Gaussian, as wide as `KdeSettings` says."""
+    weights = probabilities.view(-1, 1, 1)
+    mean = (weights * latents).sum(0)
+    spread = (weights * (latents - mean).square()).sum(0).sqrt()
+    effective = 1 / probabilities.square().sum()
+    width = settings.bandwidth * effective ** (-1 / 5) * spread
+    return width * torch.randn((count, *spread.shape), generator=generator)
+
+
+def _layout(architecture: Architecture) -> _Layout:
+    """What two models must share for their flat vectors to mean the same, whatever they are stored as."""
+    return tuple((tensor.name, tensor.shape) for tensor in architecture.tensors)
