@@ -220,3 +220,64 @@ def tiny_clip_joint(tmp_path_factory: pytest.TempPathFactory, tiny_zoo: Any, tin
         loop=LoopSettings(steps=4, batch_size=8, mixed_precision="no", tracker="none", validate_every=4),
     )
     return train_joint(tiny_zoo.path, tmp_path_factory.mktemp("tiny") / "clip_joint", settings)
+
+
+@pytest.fixture(scope="session")
+def tiny_prior_settings() -> Any:
+    """Settings of ``tiny_prior``."""
+    from weightspace.training.prior import PriorSettings, PriorShape
+    from weightspace.training.settings import LoopSettings
+
+    loop = LoopSettings(
+        steps=4,
+        batch_size=8,
+        mixed_precision="no",
+        tracker="none",
+        checkpoint_every=2,
+        log_every=2,
+        validate_every=2,
+    )
+    return PriorSettings(shape=PriorShape(hidden_size=16, layers=1, heads=2), loop=loop)
+
+
+@pytest.fixture(scope="session")
+def tiny_prior(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_zoo: Any,
+    tiny_encoder: Path,
+    tiny_clip_joint: Path,
+    tiny_prior_settings: Any,
+) -> Path:
+    """Folder of a prior over the latents of ``tiny_encoder``, with ``tiny_clip_joint``. Tests write nothing into it."""
+    from weightspace.training.prior import train_prior
+
+    output = tmp_path_factory.mktemp("tiny") / "prior"
+    return train_prior(tiny_zoo.path, output, tiny_prior_settings, autoencoder=tiny_encoder, joint=tiny_clip_joint)
+
+
+@pytest.fixture(scope="session")
+def tiny_code_encoder(tmp_path_factory: pytest.TempPathFactory, tiny_zoo: Any, tiny_encoder_settings: Any) -> Path:
+    """Folder of an autoencoder with codes that was trained on ``tiny_zoo``. Tests write nothing into it."""
+    from dataclasses import replace
+
+    from weightspace.training.autoencoder import train_autoencoder
+
+    encoder = replace(tiny_encoder_settings.encoder, latent_size=8, code_levels=(5, 4))
+    settings = replace(tiny_encoder_settings, encoder=encoder)
+    return train_autoencoder(tiny_zoo.path, tmp_path_factory.mktemp("tiny") / "code_encoder", settings)
+
+
+@pytest.fixture(scope="session")
+def tiny_code_prior(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_zoo: Any,
+    tiny_code_encoder: Path,
+    tiny_clip_joint: Path,
+    tiny_prior_settings: Any,
+) -> Path:
+    """Folder of a prior over the codes of ``tiny_code_encoder``. Tests write nothing into it."""
+    from weightspace.training.prior import CodePriorSettings, train_prior
+
+    settings = CodePriorSettings(shape=tiny_prior_settings.shape, loop=tiny_prior_settings.loop)
+    output = tmp_path_factory.mktemp("tiny") / "code_prior"
+    return train_prior(tiny_zoo.path, output, settings, autoencoder=tiny_code_encoder, joint=tiny_clip_joint)

@@ -108,6 +108,20 @@ def test_the_card_on_the_hub_is_rendered_for_its_place(hub: LoopbackHub, encoder
     assert str(encoder.parent) not in card.content + text_of(hub, "org/encoder", "card.json")
 
 
+def test_a_prior_goes_up_as_what_it_is(hub: LoopbackHub, tiny_prior: Path, tiny_encoder: Path) -> None:
+    plan, _ = push_folder(tiny_prior, "org/prior", OURS)
+    assert plan.kind == "encoder"
+    assert any("nothing was measured of this prior" in notice for notice in plan.notices)
+    card = ModelCard.load("org/prior")
+    card.validate()
+    assert "A prior of weights" in card.text and '--prior "org/prior"' in card.text
+    assert "weight encoder" not in card.text and card.data.pipeline_tag is None
+    training = json.loads(text_of(hub, "org/prior", "training.json"))
+    assert training["autoencoder"] == tiny_encoder.name
+    for path in ("README.md", "card.json", "training.json", "config.json"):
+        assert str(tiny_encoder.parent) not in text_of(hub, "org/prior", path)
+
+
 def test_no_place_on_this_machine_is_published(hub: LoopbackHub, encoder: Path, tiny_zoo: Zoo) -> None:
     push_folder(encoder, "org/encoder")
     training = json.loads(text_of(hub, "org/encoder", "training.json"))

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from weightspace.analysis.runs import run_table
-from weightspace.cli.explain import _statistics
 from weightspace.cli.main import main
-from weightspace.probes.representations import weight_statistics
+from weightspace.probes.representations import statistics_of_rows, weight_statistics
 from weightspace.training.autoencoder import read_training
 from weightspace.zoo.dataset import Zoo
 
@@ -75,13 +74,13 @@ def test_what_the_user_can_mend(tiny_zoo: Zoo, tmp_path: Path, capsys: pytest.Ca
 
 def test_weight_statistics_stand_in_the_order_of_the_runs(tiny_zoo: Zoo) -> None:
     table = run_table(tiny_zoo)
-    described = _statistics(tiny_zoo, table.rows)
-    assert not described.comparable
+    described, comparable = statistics_of_rows(tiny_zoo.batches(table.rows), table.rows)
+    assert not comparable
     rows = table.rows[np.array(table.architectures) == "mlp"]
-    alone = _statistics(tiny_zoo, rows)
+    alone, comparable = statistics_of_rows(tiny_zoo.batches(rows), rows)
     architecture = tiny_zoo.architectures[tiny_zoo.index["header"][rows[0]]]
     expected = weight_statistics(tiny_zoo.flat(rows), architecture)
-    assert alone.comparable
-    assert torch.equal(torch.from_numpy(alone.values).float(), expected)
+    assert comparable
+    assert torch.equal(torch.from_numpy(alone).float(), expected)
     places = np.flatnonzero(np.isin(table.rows, rows))
-    assert np.array_equal(described.values[places, : expected.shape[1]], alone.values)
+    assert np.array_equal(described[places, : expected.shape[1]], alone)

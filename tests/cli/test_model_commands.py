@@ -41,7 +41,8 @@ def test_train_autoencoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_train_joint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[Any] = []
 
-    def train_joint(zoo: Path, output: Path, settings: Any, encoder: Path | None) -> Path:
+    def train_joint(zoo: Path, output: Path, settings: Any, encoder: Path | None, *, allow_pickle: bool) -> Path:
+        assert not allow_pickle
         loop = settings.loop
         called.append((zoo, output, encoder, settings.image_encoder, loop.steps, loop.seed, loop.mixed_precision))
         return output / "joint"
@@ -66,6 +67,28 @@ def test_train_joint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     invoke(*words, *given)
     assert called[0] == (Path("z"), Path("j"), None, "org/one", 40, 5, "auto")
     assert called[2] == (Path("z"), Path("j"), Path("e"), "org/two", 30, 6, "bf16")
+
+
+def test_train_prior(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    called: list[Any] = []
+
+    def train_prior(zoo: Path, output: Path, settings: Any, *, autoencoder: Path, joint: Path) -> Path:
+        called.append((zoo, output, autoencoder, joint, settings.drop, settings.loop.steps, settings.loop.seed))
+        return output
+
+    monkeypatch.setattr("weightspace.training.prior.train_prior", train_prior)
+    for name in ("a", "j"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    (tmp_path / "train.yaml").write_text("drop: 0.25\nloop: {steps: 40, seed: 5}\n")
+    inputs = ("--autoencoder", str(tmp_path / "a"), "--joint", str(tmp_path / "j"))
+    words = ("train", "prior", "--zoo", "z", "--output", "p", "--config", str(tmp_path / "train.yaml"))
+    assert invoke(*words, *inputs) == "prior: p\n"
+    assert json.loads(invoke(*words, *inputs, "--seed", "6", "--json")) == {"prior": "p"}
+    assert called[0] == (Path("z"), Path("p"), tmp_path / "a", tmp_path / "j", 0.25, 40, 5)
+    assert called[1][5:] == (40, 6)
+    assert main([*words, "--autoencoder", str(tmp_path / "a"), "--joint", str(tmp_path / "no")]) == 2
+    assert f"{tmp_path / 'no'}: no joint (there is no config.json)" in capsys.readouterr().err
 
 
 def test_train_autoencoder_refuses_unknown_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

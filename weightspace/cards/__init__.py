@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from weightspace.cards.encoder import EncoderFacts, Measurement, Score, TrainingZoo
-from weightspace.cards.models import ModelFacts, ModelsFacts
+from weightspace.cards.models import ModelFacts, ModelsFacts, SamplingFacts
 from weightspace.cards.record import render_card, write_card
 from weightspace.cards.zoo import ArchitectureCount, LicenceCount, ResultSummary, ZooFacts
 
@@ -15,6 +15,7 @@ __all__ = [
     "ModelFacts",
     "ModelsFacts",
     "ResultSummary",
+    "SamplingFacts",
     "Score",
     "TrainingZoo",
     "ZooFacts",

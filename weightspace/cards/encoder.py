@@ -90,6 +90,7 @@ class EncoderFacts:
         measurements: on test models that it was not trained on.
         limits: what it is not good for, one sentence each.
         decodes: whether its latents can be decoded back to weights.
+        samples: whether it samples weights, and embeds none.
     """
 
     name: str
@@ -104,6 +105,7 @@ class EncoderFacts:
     measurements: tuple[Measurement, ...] = ()
     limits: tuple[str, ...] = ()
     decodes: bool = True
+    samples: bool = False
 
 
 def render_encoder(facts: EncoderFacts) -> str:
@@ -132,7 +134,7 @@ def _metadata(facts: EncoderFacts) -> ModelCardData:
     return ModelCardData(
         model_name=facts.name,
         library_name="weightspace",
-        pipeline_tag="feature-extraction",
+        pipeline_tag=None if facts.samples else "feature-extraction",
         license=facts.licence,
         tags=list(dict.fromkeys(("weightspace", "weight-space-learning", *facts.tags))),
         datasets=[zoo.hub_id] if zoo is not None and zoo.hub_id else None,

@@ -33,6 +33,29 @@ class ModelFacts:
 
 
 @dataclass(frozen=True)
+class SamplingFacts:
+    """How models were sampled in place of trained.
+
+    Attributes:
+        sampler: what drew them, e.g. ``"flow"``.
+        sources: names of what the sampler was made of, e.g. of the joint model, by their role.
+        dataset: what they were asked to be good for, or None.
+        result: which results were asked for, as it was written, or None.
+        edited: the model that they were made from, or None.
+        seed: what everything random was drawn from.
+        settings: how the sampler was used.
+    """
+
+    sampler: str
+    sources: Mapping[str, str] = field(default_factory=dict)
+    dataset: str | None = None
+    result: str | None = None
+    edited: str | None = None
+    seed: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class ModelsFacts:
     """What is known of a folder of models; the card leaves out the section of whatever is empty.
 
@@ -44,6 +67,7 @@ class ModelsFacts:
         models: those that the card lists.
         others: number of models beyond them.
         config: content of ``config.json`` where there is one model.
+        sampling: how they came about if they were sampled.
     """
 
     name: str
@@ -53,6 +77,7 @@ class ModelsFacts:
     models: tuple[ModelFacts, ...] = ()
     others: int = 0
     config: Mapping[str, Any] = field(default_factory=dict)
+    sampling: SamplingFacts | None = None
 
 
 def render_models(facts: ModelsFacts) -> str:
@@ -71,7 +96,8 @@ def render_models(facts: ModelsFacts) -> str:
     ]
     first = facts.models[0].file if facts.models else ""
     example = f"{facts.location}:{first}" if first else facts.location
-    head = ("model", "architecture", "parameters", "stored as", "trained on", *map(text, names))
+    use = "sampled for" if facts.sampling else "trained on"
+    head = ("model", "architecture", "parameters", "stored as", use, *map(text, names))
     return render_template("models", _metadata(facts), facts=facts, head=head, table=table, example=example)
 
 

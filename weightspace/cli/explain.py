@@ -13,9 +13,7 @@ from weightspace.cli.output import print_json, print_list, print_table
 from weightspace.errors import SettingsError
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from weightspace.analysis.explain import Description, Explanation
+    from weightspace.analysis.explain import Explanation
     from weightspace.analysis.resampling import Estimate
     from weightspace.index import Encoder
     from weightspace.zoo.dataset import Zoo
@@ -43,12 +41,16 @@ def explain(zoo: Path, encoder: str, held_out: bool, draws: int, seed: int, as_j
     from weightspace.analysis.explain import explain as explain_runs
     from weightspace.analysis.runs import run_table
     from weightspace.index import embed_zoo, load_encoder
+    from weightspace.probes.representations import statistics_of_rows
     from weightspace.zoo.dataset import load_zoo
 
     opened, loaded = load_zoo(zoo), load_encoder(encoder)
     table = run_table(opened, _held_out(opened, loaded) if held_out else None)
-    embedding = Description("embedding", embed_zoo(loaded, opened, table.rows))
-    answer = explain_runs(table, [embedding, _statistics(opened, table.rows)], draws=draws, seed=seed)
+    descriptions = [
+        Description("embedding", embed_zoo(loaded, opened, table.rows)),
+        Description("s(W)", *statistics_of_rows(opened.batches(table.rows), table.rows)),
+    ]
+    answer = explain_runs(table, descriptions, draws=draws, seed=seed)
     if as_json:
         print_json({"zoo": str(zoo), "encoder": encoder, "runs": len(table), **dataclasses.asdict(answer)})
     else:
@@ -63,21 +65,6 @@ def _held_out(zoo: Zoo, encoder: Encoder) -> list[str]:
     if state is None or state["zoo_digest"] != zoo.digest:
         raise SettingsError(f"--held-out: {encoder.path} was not trained on {zoo.location}; leave the option out")
     return list(state["test_runs"])
-
-
-def _statistics(zoo: Zoo, rows: np.ndarray) -> Description:
-    """Describes models by s(W): tensor by tensor where all architectures have as many, else each in its own columns."""
-    import numpy as np
-
-    from weightspace.analysis.explain import Description
-    from weightspace.probes.representations import weight_statistics
-
-    parts = [(batch.rows, weight_statistics(batch.flat, batch.architecture).numpy()) for batch in zoo.batches(rows)]
-    width = max(values.shape[1] for _, values in parts)
-    matrix = np.zeros((len(rows), width))
-    for members, values in parts:
-        matrix[np.searchsorted(rows, members), : values.shape[1]] = values
-    return Description("s(W)", matrix, comparable=all(values.shape[1] == width for _, values in parts))
 
 
 def _print(answer: Explanation) -> None:

@@ -17,11 +17,13 @@ from weightspace.cli.atlas import atlas
 from weightspace.cli.crawl import crawl
 from weightspace.cli.demo import demo
 from weightspace.cli.embed import embed
+from weightspace.cli.evaluate_samples import evaluate_samples
 from weightspace.cli.explain import explain
 from weightspace.cli.inspect import inspect
 from weightspace.cli.output import printable
 from weightspace.cli.probe import probe
 from weightspace.cli.push import push
+from weightspace.cli.sample import sample
 from weightspace.cli.search import search
 from weightspace.cli.train import train
 from weightspace.cli.zoo import zoo
@@ -46,7 +48,21 @@ def program(debug: bool) -> None:
     """
 
 
-for command in (demo, inspect, crawl, zoo, train, embed, probe, search, explain, atlas, push):
+for command in (
+    demo,
+    inspect,
+    crawl,
+    zoo,
+    train,
+    embed,
+    probe,
+    search,
+    explain,
+    atlas,
+    sample,
+    evaluate_samples,
+    push,
+):
     program.add_command(command)
 
 

@@ -31,22 +31,30 @@ class _Link:
         auto.register(config.model_type if ours is config else config, ours, exist_ok=True)
 
 
-def _links(folder: str, config: str, model: str, extractor: str, extractor_folder: str = "") -> list[_Link]:
-    known_by = (f"{__name__}.{folder}.configuration_{folder}", config)
-    side = extractor_folder or folder
-    input_side = (f"{__name__}.{side}.feature_extraction_{side}", extractor)
+def _links(module: str, config: str, model: str, extractor: str, extractor_module: str = "") -> list[_Link]:
+    """Names the modules of a model by what follows ``configuration_``, with the folder before it if that is another."""
+    known_by = (_module("configuration", module), config)
+    input_side = (_module("feature_extraction", extractor_module or module), extractor)
     return [
         _Link(_AUTO_CONFIG, known_by, known_by),
-        _Link(_AUTO_MODEL, (f"{__name__}.{folder}.modeling_{folder}", model), known_by),
+        _Link(_AUTO_MODEL, (_module("modeling", module), model), known_by),
         _Link(_AUTO_EXTRACTOR, input_side, known_by),
         _Link(_AUTO_PROCESSOR, input_side, known_by),
     ]
+
+
+def _module(part: str, name: str) -> str:
+    folder, _, own = name.rpartition("/")
+    return f"{__name__}.{folder or own}.{part}_{own}"
 
 
 _LINKS = (
     *_links("autoencoder", "WeightAutoencoderConfig", "WeightAutoencoderModel", "WeightFeatureExtractor"),
     *_links("joint", "JointConfig", "JointModel", "JointFeatureExtractor"),
     *_links("prior", "WeightPriorConfig", "WeightPriorModel", "WeightFeatureExtractor", "autoencoder"),
+    *_links(
+        "prior/code_prior", "WeightCodePriorConfig", "WeightCodePriorModel", "WeightFeatureExtractor", "autoencoder"
+    ),
 )
 
 

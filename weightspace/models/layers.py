@@ -14,9 +14,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from weightspace.models.autoencoder.configuration_autoencoder import WeightAutoencoderConfig
+from weightspace.models.prior.configuration_code_prior import WeightCodePriorConfig
 from weightspace.models.prior.configuration_prior import WeightPriorConfig
 
-TokenConfig = WeightAutoencoderConfig | WeightPriorConfig
+TokenConfig = WeightAutoencoderConfig | WeightPriorConfig | WeightCodePriorConfig
 
 
 def eager_attention(

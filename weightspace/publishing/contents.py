@@ -35,6 +35,7 @@ from weightspace.zoo.storage import COPY_OF, read_state
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
+_PLACES = ("zoo", "encoder", "autoencoder", "joint")
 _TRAINING, _METADATA = "training.json", "metadata.jsonl"
 _TEXTS = ("LICENSE*", "LICENCE*", "NOTICE*", "CITATION.cff")
 _ENCODER = (*WEIGHTS, *_TEXTS, "config.json", "preprocessor_config.json", "processor_config.json")
@@ -122,7 +123,8 @@ def encoder_contents(folder: Path, repo_id: str, settings: PushSettings, options
         files.append(text_file(_TRAINING, json.dumps(_without_place(training), indent=2, sort_keys=True) + "\n"))
     notices = [] if facts.licence else [_NO_LICENCE]
     if not facts.measurements:
-        notices.append("nothing was measured of this encoder, and its card says so")
+        noun = "prior" if facts.samples else "encoder"
+        notices.append(f"nothing was measured of this {noun}, and its card says so")
     return Contents(facts, tuple(files), tuple(left_out), tuple(notices))
 
 
@@ -151,9 +153,12 @@ def _zoo_on_hub(zoo: TrainingZoo | None, location: str, options: HubOptions) -> 
 
 
 def _without_place(training: Mapping[str, Any]) -> dict[str, Any]:
-    """The training record without where on this machine the zoo lies."""
-    place = str(training.get("zoo", ""))
-    return {**training, "zoo": place if is_repo_id(place.partition("@")[0]) and "@" in place else Path(place).name}
+    """The training record without where on this machine the zoo and other inputs lie."""
+    return {name: _placeless(str(value)) if name in _PLACES and value else value for name, value in training.items()}
+
+
+def _placeless(place: str) -> str:
+    return place if is_repo_id(place.partition("@")[0]) and "@" in place else Path(place).name
 
 
 def zoo_contents(folder: Path, repo_id: str, settings: PushSettings, workspace: Path) -> Contents:
@@ -230,6 +235,7 @@ def models_contents(folder: Path, repo_id: str, settings: PushSettings) -> Conte
         models=tuple(described[:_LISTED_MODELS]),
         others=len(described[_LISTED_MODELS:]),
         config=config,
+        sampling=known.sampling if isinstance(known := known_facts(folder), ModelsFacts) else None,
     )
     files, left_out = _selected(folder, folder.rglob("*"), _MODELS)
     notices = [] if facts.licence else [_NO_LICENCE]

@@ -9,13 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from weightspace.errors import SettingsError, WeightspaceError
+from weightspace.errors import SettingsError
 from weightspace.index import Encoder
-from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
-from weightspace.models.prior.modeling_prior import Guidance, PriorCondition, WeightPriorModel
+from weightspace.models.prior.modeling_prior import Guidance, WeightPriorModel
 from weightspace.sampling.conditions import Blueprint, Condition
 from weightspace.sampling.decoding import LatentCodec
-from weightspace.training.autoencoder import read_training
+from weightspace.sampling.priors import load_prior, told
 
 SOLVERS = ("euler", "heun")
 _TOGETHER = 256
@@ -25,6 +24,9 @@ _TOGETHER = 256
 class FlowSettings:
     """How the flow is followed.
 
+    A prior that was trained with the behaviour loss has learned what its guesses do, and not what becomes of them after
+    many small steps: with priors on small networks 4 steps gave models as good as 10 steps that look twice, or better.
+
     Attributes:
         dataset_guidance: how much the dataset counts; 1 is what the model says.
         result_guidance: how much the results count, given the dataset.
@@ -33,9 +35,9 @@ class FlowSettings:
     """
 
     dataset_guidance: float = 2.0
-    result_guidance: float = 2.0
-    steps: int = 20
-    solver: str = "heun"
+    result_guidance: float = 3.0
+    steps: int = 4
+    solver: str = "euler"
 
     def __post_init__(self) -> None:
         """Refuses solvers that there are not."""
@@ -66,17 +68,7 @@ class FlowSampler:
         Raises:
             WeightspaceError: there is no prior, or it was trained with another joint model.
         """
-        if not (Path(folder) / "config.json").is_file():
-            raise WeightspaceError(f"{folder}: no prior (there is no config.json); train one or check the path")
-        prior = WeightPriorModel.from_pretrained(folder).eval()
-        record = read_training(joint.path)
-        if record is None or prior.config.joint_identity != record["identity"]:
-            raise SettingsError(
-                f"joint model {joint.name}: the prior {folder} was trained with another one "
-                f"({prior.config.joint_identity}); give that"
-            )
-        extractor = WeightFeatureExtractor.from_pretrained(folder)
-        return cls(prior, LatentCodec(prior.autoencoder, extractor), joint, settings or FlowSettings())
+        return cls(*load_prior(folder, joint, WeightPriorModel), joint, settings or FlowSettings())
 
     def latents(
         self, condition: Condition, blueprint: Blueprint, count: int, generator: torch.Generator
@@ -119,12 +111,9 @@ class FlowSampler:
         start: Float[Tensor, "models n latent"] | None = None,
         begin: float = 0.0,
     ) -> Float[Tensor, "count n latent"]:
-        dataset, result = condition.embedded(self.joint)
-        family = blueprint.family
-        activation = self.prior.activation_number(None if family is None else family.activation)
         settings = self.settings
         return self.prior.sample(
-            PriorCondition(dataset.expand(count, -1), result.expand(count, -1), torch.full((count,), activation)),
+            told(self.prior, condition, blueprint, count, self.joint),
             **self.codec.extractor.places(blueprint.architecture, count),
             generator=generator,
             guidance=Guidance(settings.dataset_guidance, settings.result_guidance),

@@ -1,15 +1,16 @@
-"""Trains the prior of weights given datasets and results on a zoo."""
+"""Trains priors of weights given datasets and results on a zoo: by flow matching on latents, or of codes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from weightspace.architectures.alignment import align
@@ -21,7 +22,9 @@ from weightspace.models.autoencoder.feature_extraction_autoencoder import Weight
 from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel
 from weightspace.models.joint.configuration_joint import ResultTowerConfig
 from weightspace.models.joint.modeling_joint import JointModel, unit
+from weightspace.models.prior.configuration_code_prior import WeightCodePriorConfig
 from weightspace.models.prior.configuration_prior import WeightPriorConfig
+from weightspace.models.prior.modeling_code_prior import WeightCodePriorModel
 from weightspace.models.prior.modeling_prior import WeightPriorModel
 from weightspace.schema import Architecture
 from weightspace.training.autoencoder import (
@@ -42,7 +45,6 @@ from weightspace.zoo.splits import split_by_run
 
 _CHUNK = 512
 _VALIDATION_MODELS = 256
-_NOISIEST = 0.2  # before this time a guess says little of the sample, and what it does is no lesson
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class PriorSettings:
     Attributes:
         shape: shape of the model.
         behaviour: the behaviour loss on what the guessed latents decode to, for models that the library can run.
+        behaviour_from: time of the flow, 0 (noise) to 1, from which guesses get the behaviour loss; the earlier, the
+            better are samples of few steps, and the less the flow alone decides. A prior of codes has no time.
         drop: share of rows whose dataset, and of those whose results, are kept from the model, each by itself.
         loop: the training loop.
         split_seed: number of the split over runs; the test runs are never seen in training.
@@ -74,6 +78,7 @@ class PriorSettings:
 
     shape: PriorShape = field(default_factory=PriorShape)
     behaviour: BehaviourSettings = field(default_factory=lambda: BehaviourSettings(weight=0.5, images=24))
+    behaviour_from: float = 0.2
     drop: float = 0.1
     loop: LoopSettings = field(default_factory=lambda: LoopSettings(steps=1600, batch_size=128, learning_rate=2e-3))
     split_seed: int = 0
@@ -82,6 +87,26 @@ class PriorSettings:
         """Refuses shares that are none."""
         if not 0 <= self.drop < 1:
             raise SettingsError(f"drop: {self.drop} is no share of the rows, give 0 to below 1")
+        if not 0 <= self.behaviour_from < 1:
+            raise SettingsError(f"behaviour_from: {self.behaviour_from} is no time, give 0 to below 1")
+
+
+@dataclass(frozen=True)
+class CodePriorSettings(PriorSettings):
+    """Everything that determines a trained prior of codes, a `WeightCodePriorModel`, besides what it is trained on.
+
+    Attributes:
+        unknown: largest share of a model's tokens whose codes are kept from the prior; the share is drawn for each
+            model, from 0 on.
+    """
+
+    unknown: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuses shares that are none."""
+        super().__post_init__()
+        if not 0 <= self.unknown <= 1:
+            raise SettingsError(f"unknown: {self.unknown} is no share of the tokens, give 0 to 1")
 
 
 def train_prior(
@@ -98,8 +123,8 @@ def train_prior(
     Args:
         zoo: the zoo, as `load_zoo` takes it.
         output: folder of the prior.
-        settings: see `PriorSettings`.
-        autoencoder: folder of the trained autoencoder whose latents are modelled.
+        settings: see `PriorSettings`; of a `WeightPriorModel`, or as `CodePriorSettings` of a `WeightCodePriorModel`.
+        autoencoder: folder of the trained autoencoder whose latents or codes are modelled.
         joint: folder of the trained joint model that datasets and results are embedded with; datasets that it held out
             are held out here, too.
 
@@ -122,6 +147,9 @@ def train_prior(
         )
     if state is not None and state["complete"]:
         return output
+    method = _method(settings)
+    if method.codes and records["autoencoder"]["settings"]["encoder"].get("code_levels") is None:
+        raise SettingsError(f"autoencoder: {autoencoder} has no codes; train one with `encoder.code_levels` set")
     split = split_by_run(opened.index["run_id"].to_numpy(), settings.split_seed)
     runs = opened.index["run_id"].to_numpy()
     for name, record in records.items():
@@ -149,22 +177,25 @@ def train_prior(
     joint_model = JointModel.from_pretrained(folders["joint"]).eval()
     extractor = WeightFeatureExtractor.from_pretrained(folders["autoencoder"])
     own = WeightAutoencoderModel.from_pretrained(folders["autoencoder"]).eval()
+    own.config.name_or_path = ""  # where it lies on this machine is nothing that a card should say
     seen = ~opened.index["dataset"].isin(held_out).to_numpy()
     conditions = _Conditions.of(opened, joint_model, records["joint"]["settings"])
     training = _Models.of(opened, split.train[seen[split.train]], extractor, own)
     torch.manual_seed(settings.loop.seed)
-    model = WeightPriorModel(
-        _config(settings, own, joint_model, str(records["joint"]["identity"]), conditions.activations)
+    model = method.model(
+        _config(method, settings, own, joint_model, str(records["joint"]["identity"]), conditions.activations)
     )
     model.autoencoder.load_state_dict(own.state_dict())
-    model.scaler.fit(training.tokens())
-    batches = PriorBatches(training, conditions, settings.drop, settings.loop.batch_size, settings.loop.seed)
+    if isinstance(model, WeightPriorModel):
+        model.scaler.fit(training.tokens())
+    loop = settings.loop
+    batches = PriorBatches(training, conditions, settings.drop, loop.batch_size, loop.seed, method.draw)
     validation = split.validation[seen[split.validation]]
     chosen = np.random.default_rng(settings.loop.seed).permutation(validation)[:_VALIDATION_MODELS]
     aligned = _Models.of(opened, np.sort(chosen), extractor, own, references=training.references)
     objective = PriorObjective(opened, aligned, conditions, extractor, settings)
     trained = fit(model, batches, objective, settings.loop, output)
-    assert isinstance(trained, WeightPriorModel)
+    assert isinstance(trained, method.model)
     if writes:
         trained.save_pretrained(output)
         extractor.save_pretrained(output)
@@ -184,15 +215,16 @@ def _record(folder: Path, what: str) -> dict[str, Any]:
 
 
 def _config(
+    method: _Method,
     settings: PriorSettings,
     autoencoder: WeightAutoencoderModel,
     joint: JointModel,
     joint_identity: str,
     activations: list[str],
-) -> WeightPriorConfig:
+) -> WeightPriorConfig | WeightCodePriorConfig:
     shape = settings.shape
     try:
-        return WeightPriorConfig(
+        return method.config(
             autoencoder_config=autoencoder.config,
             condition_size=joint.embedding_size,
             joint_identity=joint_identity,
@@ -204,6 +236,58 @@ def _config(
         )
     except Exception as error:  # strict configs raise their own family of errors
         raise SettingsError(f"shape: {' '.join(str(error).split())}") from error
+
+
+@dataclass(frozen=True)
+class _Method:
+    """What is particular to the training of one kind of prior.
+
+    Attributes:
+        loss: name of what is minimised besides the behaviour loss.
+        config: class of the configuration.
+        model: class of the model.
+        draw: draws further arguments of the model's forward for a batch.
+        telling: the rows of a batch whose guess should do what the original does.
+    """
+
+    loss: str
+    config: type[WeightPriorConfig | WeightCodePriorConfig]
+    model: type[WeightPriorModel | WeightCodePriorModel]
+    draw: Callable[[Mapping[str, Tensor], torch.Generator], dict[str, Tensor]]
+    telling: Callable[[Mapping[str, Tensor]], Bool[Tensor, " batch"]]
+
+    @property
+    def codes(self) -> bool:
+        """Whether it takes an autoencoder with codes."""
+        return self.model is WeightCodePriorModel
+
+
+def _method(settings: PriorSettings) -> _Method:
+    if isinstance(settings, CodePriorSettings):
+        draw = functools.partial(_known_tokens, unknown=settings.unknown)
+        return _Method("codes", WeightCodePriorConfig, WeightCodePriorModel, draw, _all_rows)
+    telling = functools.partial(_from_time, begin=settings.behaviour_from)
+    return _Method("flow", WeightPriorConfig, WeightPriorModel, _noise_and_times, telling)
+
+
+def _noise_and_times(inputs: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    latents = inputs["latents"]
+    noise = torch.randn(latents.shape, generator=generator)
+    return {"noise": noise, "times": torch.rand(len(latents), generator=generator)}
+
+
+def _from_time(inputs: Mapping[str, Tensor], begin: float) -> Bool[Tensor, " batch"]:
+    return inputs["times"] >= begin
+
+
+def _known_tokens(inputs: Mapping[str, Tensor], generator: torch.Generator, unknown: float) -> dict[str, Tensor]:
+    batch, length, _ = inputs["latents"].shape
+    shares = unknown * torch.rand(batch, 1, generator=generator)
+    return {"known": torch.rand(batch, length, generator=generator) >= shares}
+
+
+def _all_rows(inputs: Mapping[str, Tensor]) -> Bool[Tensor, " batch"]:
+    return torch.ones(len(inputs["latents"]), dtype=torch.bool)
 
 
 @dataclass(frozen=True, eq=False)
@@ -378,7 +462,7 @@ class PriorBatch:
     """Models as latents, with what is asked of them.
 
     Attributes:
-        inputs: arguments of `WeightPriorModel.forward`.
+        inputs: arguments of the model's forward.
         members: what the behaviour loss needs, one entry an architecture.
         rows: of the models in the zoo.
         number: running number of the micro-batch.
@@ -399,6 +483,7 @@ class PriorBatches:
     drop: float
     batch_size: int
     seed: int
+    draw: Callable[[Mapping[str, Tensor], torch.Generator], dict[str, Tensor]] = _noise_and_times
 
     def __call__(self, start: int, process: int, processes: int) -> Iterator[PriorBatch]:
         """Yields the micro-batches of one process from number ``start`` on."""
@@ -411,17 +496,16 @@ class PriorBatches:
             number += 1
 
     def batch(self, places: Int[np.ndarray, "batch"], number: int, generator: torch.Generator) -> PriorBatch:
-        """Puts models together and draws what is asked of them, noise and times."""
+        """Puts models together, and draws what is asked of them and what else the model is given."""
         inputs, members = self.models.batch(places)
         rows = self.models.rows[places]
         inputs |= self.conditions.asked(rows, self.drop, generator)
-        inputs["noise"] = torch.randn(inputs["latents"].shape, generator=generator)
-        inputs["times"] = torch.rand(len(places), generator=generator)
+        inputs |= self.draw(inputs, generator)
         return PriorBatch(inputs, members, rows, number)
 
 
 class PriorObjective(Objective):
-    """Flow matching, mixed with what the models do that the guessed latents decode to."""
+    """Flow matching or the likelihood of codes, mixed with what the models do that the guessed latents decode to."""
 
     def __init__(
         self,
@@ -432,30 +516,32 @@ class PriorObjective(Objective):
         settings: PriorSettings,
     ) -> None:
         self._extractor, self._behaviour, self._seed = extractor, settings.behaviour, settings.loop.seed
+        self._method = _method(settings)
         queries = QueryImages(zoo) if settings.behaviour.weight else None
         self._queries = queries if queries is not None and queries.runnable else None
-        batches = PriorBatches(validation, conditions, settings.drop, len(validation.rows), self._seed)
-        self._validation = batches.batch(np.arange(len(validation.rows)), 0, torch.Generator().manual_seed(self._seed))
+        models = len(validation.rows)
+        batches = PriorBatches(validation, conditions, settings.drop, models, self._seed, self._method.draw)
+        self._validation = batches.batch(np.arange(models), 0, torch.Generator().manual_seed(self._seed))
 
     def losses(self, model: nn.Module, batch: PriorBatch) -> Mapping[str, Tensor]:
-        """``loss``, ``flow`` and, where functions can be run, ``behaviour``."""
+        """``loss``, ``flow`` or ``codes`` and, where functions can be run, ``behaviour``."""
         device = next(model.parameters()).device
         inputs = {name: value.to(device) for name, value in batch.inputs.items()}
         output = model(**inputs, decode=self._queries is not None)
-        losses = {"loss": output.loss, "flow": output.loss}
+        losses = {"loss": output.loss, self._method.loss: output.loss}
         if self._queries is not None:
             weight, behaviour = self._behaviour.weight, self._behaviour_of(output.reconstruction.float(), batch)
             losses |= {"loss": (1 - weight) * output.loss + weight * behaviour, "behaviour": behaviour}
         return losses
 
     def validate(self, model: nn.Module) -> Mapping[str, float]:
-        """The losses of unseen models, always with the same noise."""
+        """The losses of unseen models, always with the same draws."""
         return {name: float(value) for name, value in self.losses(model, self._validation).items()}
 
     def _behaviour_of(self, tokens: Float[Tensor, "batch n d"], batch: PriorBatch) -> Float[Tensor, ""]:
-        """The behaviour loss of rows that know their dataset and are not mere noise; 0 where there is none."""
+        """The behaviour loss of rows that know their dataset and whose guess tells something; 0 where there is none."""
         assert self._queries is not None
-        telling = (batch.inputs["times"] > _NOISIEST) & batch.inputs["dataset_embeds"].any(-1)
+        telling = self._method.telling(batch.inputs) & batch.inputs["dataset_embeds"].any(-1)
         generator = torch.Generator().manual_seed(self._seed + batch.number)
         values, count = [tokens.new_zeros(())], 0
         for members in batch.members:

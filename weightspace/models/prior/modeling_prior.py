@@ -14,7 +14,7 @@ from transformers.utils.generic import ModelOutput
 from weightspace.cards import EncoderFacts
 from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel
 from weightspace.models.card import PushedWithCard
-from weightspace.models.layers import PositionEmbedding, TokenAttention, initialize_linear
+from weightspace.models.layers import PositionEmbedding, TokenAttention, TokenConfig, initialize_linear
 from weightspace.models.prior.configuration_prior import WeightPriorConfig
 
 _FASTEST = 100.0
@@ -75,7 +75,66 @@ class Guidance:
     result: float = 1.0
 
 
-class WeightPriorModel(PushedWithCard):
+class ConditionedPrior(PushedWithCard):
+    """What priors of weights share: a frozen autoencoder, and what datasets, results and activations are told as."""
+
+    autoencoder: WeightAutoencoderModel
+    dataset_in: nn.Linear
+    result_in: nn.Linear
+    absent: nn.Embedding
+    activation: nn.Embedding
+    mix: nn.Sequential
+    layers: nn.ModuleList
+    causal = False
+
+    def card_facts(self) -> EncoderFacts:
+        """Returns what the model itself knows."""
+        return replace(super().card_facts(), samples=True)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            initialize_linear(module, scale=getattr(module, "initial_scale", 1.0))
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight)
+
+    def activation_number(self, activation: str | None) -> int:
+        """Number of an activation in a `PriorCondition`; 0 for one that the model does not know."""
+        known = self.config.activations
+        return 1 + known.index(activation) if activation in known else 0
+
+    def _asked(self, condition: PriorCondition, besides: Tensor | None = None) -> Float[Tensor, "batch width"]:
+        """Mixes the parts of a condition, and what else is told of each row, to what the layers are modulated by."""
+        asked = self.activation(condition.activation)
+        asked = asked if besides is None else besides + asked
+        parts = (condition.dataset, self.dataset_in), (condition.result, self.result_in)
+        for number, (values, enter) in enumerate(parts):
+            # Entries of embeddings of length 1 are small: at this scale the layer starts with outputs of variance 1.
+            scaled = values.to(asked.dtype) * values.shape[-1] ** 0.5
+            asked = asked + torch.where(values.any(-1, keepdim=True), enter(scaled), self.absent.weight[number])
+        mixed: Tensor = self.mix(asked)
+        return mixed
+
+    def _in_windows(self, hidden: Tensor, asked: Tensor, attention_mask: Tensor) -> Tensor:
+        """Runs the layers on the windows that the autoencoder sees, so that cost grows with the sequence's length."""
+        batch, length, width = hidden.shape
+        window = min(length, self.autoencoder.config.window)
+        missing = -length % window
+        hidden = F.pad(hidden, (0, 0, 0, missing)).view(-1, window, width)
+        blocked = ~F.pad(attention_mask, (0, missing)).view(-1, 1, 1, window)
+        if self.causal:
+            blocked = blocked | torch.ones(window, window, dtype=torch.bool, device=blocked.device).triu(1)
+        additive = torch.zeros_like(blocked, dtype=hidden.dtype).masked_fill(blocked, torch.finfo(hidden.dtype).min)
+        asked = asked.repeat_interleave(len(hidden) // batch, 0)
+        for layer in self.layers:
+            hidden = layer(hidden, asked, additive)
+        return hidden.view(batch, -1, width)[:, :length]
+
+
+class WeightPriorModel(ConditionedPrior):
     r"""p(W | D, R) by conditional flow matching (Lipman et al., 2023) over the latents of a weight autoencoder.
 
     A transformer learns the velocity :math:`v(z_t, t, D, R)` that carries noise :math:`z_0` on straight lines to
@@ -122,25 +181,6 @@ class WeightPriorModel(PushedWithCard):
         self.post_init()
         self.autoencoder.requires_grad_(False)
 
-    def card_facts(self) -> EncoderFacts:
-        """Returns what the model itself knows."""
-        return replace(super().card_facts(), samples=True)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
-            initialize_linear(module, scale=getattr(module, "initial_scale", 1.0))
-        elif isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight)
-
-    def activation_number(self, activation: str | None) -> int:
-        """Number of an activation in a `PriorCondition`; 0 for one that the model does not know."""
-        known = self.config.activations
-        return 1 + known.index(activation) if activation in known else 0
-
     def velocity(
         self,
         noisy: Float[Tensor, "batch n latent"],
@@ -161,15 +201,9 @@ class WeightPriorModel(PushedWithCard):
             attention_mask: true where there is a token.
         """
         kind = self.latent_in.weight.dtype
-        asked = self.time_in(_waves(times, self.config.time_size).to(kind)) + self.activation(condition.activation)
-        absent = self.absent.weight
-        parts = (condition.dataset, self.dataset_in), (condition.result, self.result_in)
-        for number, (values, enter) in enumerate(parts):
-            # Entries of embeddings of length 1 are small: at this scale the layer starts with outputs of variance 1.
-            scaled = values.to(kind) * values.shape[-1] ** 0.5
-            asked = asked + torch.where(values.any(-1, keepdim=True), enter(scaled), absent[number])
+        asked = self._asked(condition, self.time_in(_waves(times, self.config.time_size).to(kind)))
         hidden = self.latent_in(noisy.to(kind)) + self.positions(position_ids) + self.mask_in(weight_mask.to(kind))
-        hidden = self._in_windows(hidden, self.mix(asked), attention_mask)
+        hidden = self._in_windows(hidden, asked, attention_mask)
         velocity: Tensor = self.velocity_out(self.norm(hidden))
         return velocity * attention_mask.unsqueeze(-1)
 
@@ -267,19 +301,6 @@ class WeightPriorModel(PushedWithCard):
             state = state + step * velocity
         return self.scaler.inverse(state)
 
-    def _in_windows(self, hidden: Tensor, asked: Tensor, attention_mask: Tensor) -> Tensor:
-        """Runs the layers on the windows that the autoencoder sees, so that cost grows with the sequence's length."""
-        batch, length, width = hidden.shape
-        window = min(length, self.autoencoder.config.window)
-        missing = -length % window
-        hidden = F.pad(hidden, (0, 0, 0, missing)).view(-1, window, width)
-        mask = F.pad(attention_mask, (0, missing)).view(-1, window)
-        additive = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill(~mask, torch.finfo(hidden.dtype).min)
-        asked = asked.repeat_interleave(len(hidden) // batch, 0)
-        for layer in self.layers:
-            hidden = layer(hidden, asked, additive[:, None, None, :])
-        return hidden.view(batch, -1, width)[:, :length]
-
     def _guided(
         self,
         state: Tensor,
@@ -327,7 +348,7 @@ class LatentScaler(nn.Module):
 class ConditionedLayer(nn.Module):
     """Transformer layer whose norms are scaled and shifted by the condition (adaLN-Zero, Peebles and Xie, 2023)."""
 
-    def __init__(self, config: WeightPriorConfig) -> None:
+    def __init__(self, config: TokenConfig) -> None:
         super().__init__()
         width, eps = config.hidden_size, config.layer_norm_eps
         self.attention_norm = nn.LayerNorm(width, eps=eps, elementwise_affine=False)
@@ -360,4 +381,4 @@ def _waves(times: Float[Tensor, " batch"], size: int) -> Float[Tensor, "batch si
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
-__all__ = ["Guidance", "PriorCondition", "WeightPriorModel", "WeightPriorOutput"]
+__all__ = ["ConditionedPrior", "Guidance", "PriorCondition", "WeightPriorModel", "WeightPriorOutput"]

@@ -1,0 +1,126 @@
+"""``weightspace evaluate-samples``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from weightspace.cli.options import hub_options, json_option
+from weightspace.cli.output import print_json, print_table
+
+if TYPE_CHECKING:
+    from weightspace.io.hub import HubOptions
+    from weightspace.sampling.proof import ProofRow
+
+
+@click.command("evaluate-samples")
+@click.argument("zoo")
+@click.option("--model", "--joint", "joint", required=True, help="Joint model: a folder, or org/name of the Hub.")
+@click.option("--prior", "priors", multiple=True, help="Trained prior: a folder, or org/name of the Hub; repeatable.")
+@click.option("--encoder", show_default="that of the prior", help="Trained weight autoencoder, which kde needs.")
+@click.option(
+    "--sampler",
+    "samplers",
+    multiple=True,
+    show_default="kde and those of the priors",
+    help="e.g. kde+bootstrapped+refined; repeatable.",
+)
+@click.option("--datasets", type=click.IntRange(min=1), default=8, help="Datasets of each kind.")
+@click.option("-n", "count", type=click.IntRange(min=1), default=16, help="Models of each condition.")
+@click.option(
+    "--request",
+    "requests",
+    type=click.FloatRange(0, 1),
+    multiple=True,
+    show_default="bins of the joint model",
+    help="Test accuracy to ask for; repeatable.",
+)
+@click.option("--seed", "seeds", type=int, multiple=True, default=(0,), help="Seed of samples; repeatable.")
+@click.option("--epochs", type=click.IntRange(min=0), multiple=True, default=(0, 1, 10), help="Budget of fine-tuning.")
+@click.option("--unseen", is_flag=True, help="Also sample for the datasets that the joint model held out.")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="JSON file of the proof.")
+@hub_options
+@json_option
+def evaluate_samples(
+    zoo: str,
+    joint: str,
+    priors: tuple[str, ...],
+    encoder: str | None,
+    samplers: tuple[str, ...],
+    datasets: int,
+    count: int,
+    requests: tuple[float, ...],
+    seeds: tuple[int, ...],
+    epochs: tuple[int, ...],
+    unseen: bool,
+    output: Path,
+    options: HubOptions,
+    as_json: bool,
+) -> None:
+    """Prove samplers: what their models are worth, and whether they are new.
+
+    ZOO is the zoo that the joint model was trained on.
+
+    Models are sampled for datasets and results of the zoo, fine-tuned, and compared with the zoo's own, with training
+    from scratch and with other models that need no generator. Intervals (95 %) are over datasets.
+    """
+    from weightspace.index import load_encoder
+    from weightspace.sampling.evaluating import EvaluationSettings, evaluate_samplers
+    from weightspace.sampling.finetuning import FineTuning
+    from weightspace.sampling.opening import Sources, open_sampler, prior_kind
+    from weightspace.sampling.proof import ProofSettings
+    from weightspace.zoo.dataset import load_zoo
+    from weightspace.zoo.storage import write_text
+
+    settings = EvaluationSettings(
+        datasets=datasets,
+        count=count,
+        requests=requests,
+        seeds=seeds,
+        unseen=unseen,
+        proof=ProofSettings(FineTuning(epochs=epochs)),
+    )
+    loaded, opened_zoo = load_encoder(joint, options), load_zoo(zoo)
+    sources = Sources(loaded, priors, opened_zoo, encoder, options)
+    names = samplers or (*(prior_kind(prior, options) for prior in priors), "kde")
+    opened = {name: open_sampler(name, sources) for name in names}
+    rows = evaluate_samplers({name: one.sampler for name, one in opened.items()}, opened_zoo, loaded, settings)
+    record = {
+        "zoo": opened_zoo.location,
+        "samplers": {name: {"sources": one.sources, "settings": one.settings} for name, one in opened.items()},
+        "settings": asdict(settings),
+        "rows": [asdict(row) for row in rows],
+    }
+    write_text(output, json.dumps(record, indent=1) + "\n")
+    if as_json:
+        print_json(record)
+    else:
+        _print(rows, list(opened))
+        click.echo(f"proof: {output}")
+
+
+def _print(rows: Sequence[ProofRow], samplers: list[str]) -> None:
+    """Prints a line for each measure and subject, the samplers side by side."""
+    for group in dict.fromkeys(row.datasets for row in rows):
+        own = [row for row in rows if row.datasets == group]
+        count = max(len(row.values) for row in own)
+        click.echo(f"{group} datasets: {count}")
+        cells = {(row.measure, row.subject, row.sampler): _cell(row) for row in own}
+        lines: list[Any] = []
+        shown = ""
+        for measure, subject in dict.fromkeys((row.measure, row.subject) for row in own):
+            values = [cells.get((measure, subject, name), "") for name in samplers]
+            lines.append(("" if measure == shown else measure, subject, *values))
+            shown = measure
+        print_table(("measure", "of", *samplers), lines, indent="  ")
+
+
+def _cell(row: ProofRow) -> str:
+    if row.low is None or row.high is None:
+        return f"{row.value:.3f}"
+    return f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]"

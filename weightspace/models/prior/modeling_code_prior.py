@@ -1,0 +1,233 @@
+"""The prior of codes: samples the codes of a quantised autoencoder one after the other."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.utils.generic import ModelOutput
+
+from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel
+from weightspace.models.layers import PositionEmbedding
+from weightspace.models.prior.configuration_code_prior import WeightCodePriorConfig
+from weightspace.models.prior.modeling_prior import ConditionedLayer, ConditionedPrior, Guidance, PriorCondition
+
+
+@dataclass
+class WeightCodePriorOutput(ModelOutput):
+    """What [`WeightCodePriorModel`] returns.
+
+    Attributes:
+        loss: cross-entropy in nats, the mean over the numbers that codes stand for.
+        logits: `(batch, n, latent_size, levels)` of every number's level given what comes before it.
+        expected: `(batch, n, latent_size)` latents, each number at its mean under these logits.
+        reconstruction: `(batch, n, token_size)` what the autoencoder decodes the expected latents to.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    expected: Tensor | None = None
+    reconstruction: Tensor | None = None
+
+
+class WeightCodePriorModel(ConditionedPrior):
+    r"""p(W | D, R) as an autoregressive model of the codes of a quantised weight autoencoder.
+
+    A causal transformer reads the tokens of a model in order. At each token it knows the tokens before it, and the
+    place and shape of the token itself. A code is the joint level of a few numbers of the token's latent; a masked
+    network on top of the transformer's state (Germain et al., 2015) predicts the level of one number after the other,
+    so that nothing is taken to be independent and no codebook is too large:
+
+    .. math:: p(c \mid D, R) = \prod_t \prod_j p(c_{tj} \mid c_{<t}, c_{t,<j}, D, R)
+
+    Datasets and results are told, dropped in training and guided as in [`WeightPriorModel`]; what is guided are the
+    logits. In training, codes of some tokens may be kept from the model: then it has to say what the condition alone
+    asks for, as it must for the first tokens of a sample.
+    """
+
+    config: WeightCodePriorConfig
+    base_model_prefix = "code_prior"
+    main_input_name = "latents"
+    input_modalities = "weight"
+    causal = True
+    supports_gradient_checkpointing = False
+    _no_split_modules = ["ConditionedLayer"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: WeightCodePriorConfig) -> None:
+        super().__init__(config)
+        assert config.autoencoder_config is not None
+        self.autoencoder = WeightAutoencoderModel._from_config(config.autoencoder_config)
+        levels = self.autoencoder.config.code_levels * self.autoencoder.codes_per_token
+        self.levels = tuple(int(count) for count in levels)
+        latent, width = len(self.levels), config.hidden_size
+        self.latent_in = nn.Linear(latent, width)
+        self.unknown = nn.Embedding(1, width)
+        self.mask_in = nn.Linear(self.autoencoder.config.token_size, width, bias=False)
+        self.positions = PositionEmbedding(config)
+        self.dataset_in = nn.Linear(config.condition_size, width, bias=False)
+        self.result_in = nn.Linear(config.condition_size, width, bias=False)
+        self.absent = nn.Embedding(2, width)
+        self.activation = nn.Embedding(1 + len(config.activations), width)
+        self.mix = nn.Sequential(nn.GELU(), nn.Linear(width, width), nn.GELU())
+        self.layers = nn.ModuleList(ConditionedLayer(config) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.number_from_state = nn.Linear(width, latent * config.number_size)
+        self.number_from_numbers = nn.Linear(latent, latent * config.number_size, bias=False)
+        self.level_out = nn.Linear(config.number_size, max(self.levels))
+        self.post_init()
+        self.autoencoder.requires_grad_(False)
+
+    def forward(
+        self,
+        latents: Float[Tensor, "batch n latent"],
+        weight_mask: Bool[Tensor, "batch n d"],
+        position_ids: Int[Tensor, "batch n 3"],
+        dataset_embeds: Float[Tensor, "batch size"],
+        result_embeds: Float[Tensor, "batch size"],
+        activation: Int[Tensor, " batch"],
+        known: Bool[Tensor, "batch n"] | None = None,
+        attention_mask: Bool[Tensor, "batch n"] | None = None,
+        decode: bool = False,
+        return_loss: bool = True,
+    ) -> WeightCodePriorOutput:
+        """Scores the codes of models.
+
+        Args:
+            latents: of the autoencoder; rounded to codes here.
+            weight_mask: true where an entry of a token is a weight.
+            position_ids: columns token, layer, channel.
+            dataset_embeds: as in `PriorCondition`.
+            result_embeds: as in `PriorCondition`.
+            activation: as in `PriorCondition`.
+            known: tokens whose codes later tokens, and later numbers of the same token, may look at; all if left out.
+            attention_mask: true where there is a token, all padding at the end; all true if left out.
+            decode: also decode the latents that are expected.
+            return_loss: leave out the loss if false.
+        """
+        tokens = torch.ones_like(position_ids[..., 0], dtype=torch.bool)
+        tokens = tokens if attention_mask is None else attention_mask.bool()
+        known = torch.ones_like(tokens) if known is None else known
+        numbers = self.autoencoder.from_codes(self.autoencoder.to_codes(latents))
+        asked = self._asked(PriorCondition(dataset_embeds, result_embeds, activation))
+        hidden = self._entered(numbers, known, weight_mask, position_ids)
+        states = self.norm(self._in_windows(hidden, asked, tokens))
+        logits = self._possible(self._logits(states, numbers * known.unsqueeze(-1)).float())
+        output = WeightCodePriorOutput(logits=logits, expected=self._expected(logits))
+        if decode:
+            output["reconstruction"] = self.autoencoder.decode(output["expected"], weight_mask, position_ids, tokens)
+        if return_loss:
+            output["loss"] = F.cross_entropy(logits[tokens].flatten(0, 1), self._levels_of(numbers[tokens]).flatten())
+        return output
+
+    @torch.no_grad()
+    def sample(
+        self,
+        condition: PriorCondition,
+        weight_mask: Bool[Tensor, "batch n d"],
+        position_ids: Int[Tensor, "batch n 3"],
+        generator: torch.Generator,
+        attention_mask: Bool[Tensor, "batch n"] | None = None,
+        guidance: Guidance | None = None,
+        temperature: float = 1.0,
+    ) -> Int[Tensor, "batch n codes"]:
+        """Draws the codes of whole models, token by token and number by number.
+
+        Args:
+            condition: what is asked for, a row a sample.
+            weight_mask: as in `forward`.
+            position_ids: as in `forward`.
+            generator: draws, on the CPU; the same one gives the same samples.
+            attention_mask: as in `forward`.
+            guidance: see `Guidance`; 1 and 1 if left out.
+            temperature: share that is kept of what a draw differs by from the expected number: 1 samples the model as
+                it is, 0 takes what is expected. (Most of a model is noise of its initialisation, so that the likeliest
+                of many levels says little, while levels are in order and have a mean.)
+
+        Raises:
+            ValueError: the temperature is negative.
+        """
+        if temperature < 0:
+            raise ValueError(f"temperature {temperature} is negative; give 0 or more")
+        tokens = torch.ones_like(position_ids[..., 0], dtype=torch.bool)
+        tokens = tokens if attention_mask is None else attention_mask.bool()
+        asked = [(share, self._asked(part)) for share, part in _parts(condition, guidance or Guidance())]
+        kind = self.latent_in.weight.dtype
+        numbers = torch.zeros(*tokens.shape, len(self.levels), dtype=kind, device=self.device)
+        for place in range(tokens.shape[1]):
+            window = slice(place - place % self.autoencoder.config.window, place + 1)
+            hidden = self._entered(numbers, torch.ones_like(tokens), weight_mask, position_ids)[:, window]
+            states = [
+                (share, self.norm(self._in_windows(hidden, part, tokens[:, window])[:, -1:])) for share, part in asked
+            ]
+            for number, middles in enumerate(self._middles()):
+                given = numbers[:, place : place + 1]
+                logits = torch.stack([share * self._logits(state, given)[:, 0].float() for share, state in states])
+                chances = self._possible(logits.sum(0))[:, number].softmax(-1)
+                numbers[:, place, number] = _drawn(chances, middles, temperature, generator).to(kind)
+        return self.autoencoder.to_codes(numbers)
+
+    def _entered(
+        self, numbers: Tensor, known: Tensor, weight_mask: Tensor, position_ids: Tensor
+    ) -> Float[Tensor, "batch n width"]:
+        """What the layers see at each token: the token before it if that is known, and its own place and shape."""
+        kind = self.latent_in.weight.dtype
+        before, known = F.pad(numbers[:, :-1], (0, 0, 1, 0)), F.pad(known[:, :-1], (1, 0))
+        entered = torch.where(known.unsqueeze(-1), self.latent_in(before), self.unknown.weight)
+        hidden: Tensor = entered + self.positions(position_ids) + self.mask_in(weight_mask.to(kind))
+        return hidden
+
+    def _logits(
+        self, states: Float[Tensor, "batch n width"], numbers: Float[Tensor, "batch n latent"]
+    ) -> Float[Tensor, "batch n latent levels"]:
+        """Scores the levels of every number of tokens given the numbers before it."""
+        count = len(self.levels)
+        before = torch.ones(count, count, device=numbers.device).tril(-1)
+        weight = self.number_from_numbers.weight * before.repeat_interleave(self.config.number_size, 0)
+        inner = F.gelu(self.number_from_state(states) + F.linear(numbers, weight.to(numbers.dtype)))
+        logits: Tensor = self.level_out(inner.unflatten(-1, (count, -1)))
+        return logits
+
+    def _possible(self, logits: Float[Tensor, "*batch latent levels"]) -> Float[Tensor, "*batch latent levels"]:
+        """Rules out levels that a number does not have."""
+        return logits.masked_fill(self._middles().isnan(), torch.finfo(logits.dtype).min)
+
+    def _expected(self, logits: Float[Tensor, "batch n latent levels"]) -> Float[Tensor, "batch n latent"]:
+        return (logits.softmax(-1) * self._middles().nan_to_num()).sum(-1)
+
+    def _levels_of(self, numbers: Float[Tensor, "*batch latent"]) -> Int[Tensor, "*batch latent"]:
+        return (numbers.float().unsqueeze(-1) - self._middles()).abs().nan_to_num(nan=torch.inf).argmin(-1)
+
+    def _middles(self) -> Float[Tensor, "latent levels"]:
+        """The number that each level stands for; NaN where a number has fewer levels than the longest."""
+        counts = torch.tensor(self.levels, device=self.device).unsqueeze(-1)
+        levels = torch.arange(max(self.levels), device=self.device)
+        return ((2 * levels + 1) / counts - 1).masked_fill(levels >= counts, torch.nan)
+
+
+def _parts(condition: PriorCondition, guidance: Guidance) -> list[tuple[float, PriorCondition]]:
+    """What guided logits are a sum of; see `WeightPriorModel`."""
+    parts = [
+        (guidance.result, condition),
+        (guidance.dataset - guidance.result, condition.without(result=True)),
+        (1 - guidance.dataset, condition.without(dataset=True, result=True)),
+    ]
+    return [(share, part) for share, part in parts if share]
+
+
+def _drawn(
+    chances: Float[Tensor, "batch levels"],
+    middles: Float[Tensor, " levels"],
+    temperature: float,
+    generator: torch.Generator,
+) -> Float[Tensor, " batch"]:
+    """Draws levels, moves them towards their mean, and returns the numbers that the nearest levels stand for."""
+    chosen = torch.multinomial(chances.cpu(), 1, generator=generator).to(middles.device)
+    expected = (chances * middles.nan_to_num()).sum(-1, keepdim=True)
+    moved = expected + temperature * (middles[chosen] - expected)
+    return middles[(moved - middles).abs().nan_to_num(nan=torch.inf).argmin(-1)]
+
+
+__all__ = ["WeightCodePriorModel", "WeightCodePriorOutput"]
