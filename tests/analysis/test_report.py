@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import re
-import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from chromium import CHROMIUM, open_chromium
 from PIL import Image
 
 from weightspace.analysis import (
@@ -24,11 +24,16 @@ from weightspace.analysis import (
     ZooMap,
     write_report,
 )
+from weightspace.analysis.clustering import MEASURES
+from weightspace.analysis.explain import ACROSS, ALL, ClusterRow, Explanation, VarianceRow
+from weightspace.analysis.resampling import Estimate
+from weightspace.analysis.variance import VarianceShare
 from weightspace.errors import ZooError
+from weightspace.probes.probe import ProbeRow, rows_to_records
+from weightspace.sampling import proof
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 HOSTILE = '"><script>alert("$x_1$")</script>'
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 class Page(HTMLParser):
@@ -69,7 +74,8 @@ class Page(HTMLParser):
 
 def probe(representation: str, target: str, r2: float | None, **changes: Any) -> dict[str, Any]:
     around = (None, None) if r2 is None else (r2 - 0.0312345, r2 + 0.0298765)
-    row = {
+    (row,) = rows_to_records([ProbeRow("", "", "", (), 0, 0)])
+    row |= {
         "representation": representation,
         "estimator": "ridge",
         "target": target,
@@ -88,6 +94,90 @@ def probe(representation: str, target: str, r2: float | None, **changes: Any) ->
         "note": "",
     }
     return {**row, **changes}
+
+
+def label_probe(representation: str, auc: float | None, **changes: Any) -> dict[str, Any]:
+    around = (None, None) if auc is None else (auc - 0.0212345, auc + 0.0198765)
+    row = {
+        **dict.fromkeys(("kendall_tau", "tau_low", "tau_high", "permuted_tau")),
+        "auc": auc,
+        "auc_low": around[0],
+        "auc_high": around[1],
+        "permuted_auc": None if auc is None else auc - 0.0011111,
+        "balanced_accuracy": 0.6712345,
+        "balanced_accuracy_low": 0.6512345,
+        "balanced_accuracy_high": 0.6912345,
+        "permuted_balanced_accuracy": 0.6612345,
+        "chance": 0.2512345,
+        "labels": ["0", HOSTILE],
+        "unseen_datasets": 7,
+    }
+    return probe(representation, "classes", None, **{**row, **changes})
+
+
+def explanation() -> Explanation:
+    """Numbers that differ from each other, so that none can stand for another."""
+    rng = np.random.default_rng(5)
+
+    def estimate(tested: bool = True) -> Estimate:
+        null = rng.random(4).tolist() if tested else [None] * 4
+        return Estimate(*rng.random(3).tolist(), *null)
+
+    described = ("joint", HOSTILE)
+    clusters = [
+        ClusterRow(one, scope, label, 31, 171, measure, estimate())
+        for one in described
+        for scope in ("mlp", ACROSS)
+        for label in ("dataset", "polarity")
+        for measure in MEASURES
+    ]
+    shares = [
+        ("learning_rate", "training", "factor", 2),
+        ("classes", "data", "factor", 3),
+        ("data x data", "data", "interactions", 20),
+        ("all of data", "data", "together", 23),
+        ("residual", "", "residual", 99),
+    ]
+    variance = [
+        VarianceRow(one, scope, 181, VarianceShare(*share, estimate(share[2] != "residual")))  # type: ignore[arg-type]
+        for one in described
+        for scope in ("mlp", ALL)
+        for share in shares
+    ]
+    return Explanation(tuple(clusters), (), tuple(variance), (f"A note {HOSTILE}.",))
+
+
+def proof_rows(sampler: str, zero_shot: float, datasets: proof.Group = "seen") -> list[dict[str, Any]]:
+    """What a proof says of one sampler: the controls are those of every sampler but for the noise."""
+    names = ("digits", "digits?rotation=90")
+
+    def row(measure: str, subject: str, value: float) -> dict[str, Any]:
+        values = tuple(zip(names, (value - 0.0101, value + 0.0101), strict=True))
+        low, high = value - 0.0212345, value + 0.0312345
+        return dataclasses.asdict(proof.ProofRow(sampler, datasets, measure, subject, value, low, high, values))
+
+    subjects = {
+        proof.SAMPLES: zero_shot,
+        proof.SCRATCH: 0.1012345,
+        proof.ZOO: 0.9312345,
+        proof.BEST: 0.5012345,
+        proof.NOISE: zero_shot - 0.3,
+        proof.AVERAGE: 0.4012345,
+    }
+    return [
+        *(
+            row(proof.accuracy_after(epochs), subject, value + epochs / 1000)
+            for epochs in (0, 1)
+            for subject, value in subjects.items()
+        ),
+        row(proof.DISTANCE, proof.SAMPLES, 9.1012345),
+        row(proof.DISTANCE, proof.HELD_OUT, 8.4012345),
+        row(proof.OVERLAP, proof.SAMPLES, 0.5312345),
+        row(proof.OVERLAP, proof.INDEPENDENT, 0.5112345),
+        row(proof.SPEARMAN, proof.SAMPLES, 0.8712345),
+        row(proof.ERROR, proof.SAMPLES, 0.0312345),
+        row(proof.ERROR, proof.ANY, 0.0812345),
+    ]
 
 
 def reconstruction(method: str, architecture: str, kept: float) -> ReconstructionRow:
@@ -114,6 +204,8 @@ def report() -> Report:
             probe("W", "test_accuracy", -123456.789, permuted_r2=None, permuted_tau=None, note=f"why {HOSTILE}"),
             probe("autoencoder", "test_accuracy", 0.7123456, permuted_r2=0.6912345),
             probe("autoencoder", "step", None, kendall_tau=math.nan, note="R2 and tau are undefined here"),
+            label_probe("s(W)", 0.6123456),
+            label_probe("autoencoder", 0.8123456),
         ],
         reconstruction=[
             reconstruction("autoencoder", ALL_ARCHITECTURES, 0.9324),
@@ -123,6 +215,12 @@ def report() -> Report:
         retrieval=[
             RetrievalRow("D → W", f"question {HOSTILE}", "R@1", 0.9612345, 0.9123456, 0.9812345, 0.0312345, 32, 540),
             RetrievalRow("R → W", "question", "Spearman", 0.8912345, 0.8123456, 0.9412345, 0.0, 41, 541),
+        ],
+        explanation=explanation(),
+        samples=[
+            *proof_rows("kde", 0.9012345),
+            *proof_rows(HOSTILE, 0.8012345),
+            *proof_rows("kde", 0.6012345, "unseen"),
         ],
         curves=[
             Curve("loss", [0, 10, 20], [1.0, 0.1, 0.01]),
@@ -196,6 +294,18 @@ def test_every_number_of_the_records_is_on_the_page_with_all_its_digits(page: Pa
     for part in ("facts", "probes", "reconstruction", "retrieval", "settings"):
         assert numbers(records[part])
         assert {repr(number) for number in numbers(records[part])} <= shown, part
+    for row in records["samples"]:
+        assert {repr(row[name]) for name in ("value", "low", "high")} <= shown, row
+    for row in records["explanation"]["clusters"]:
+        if row["label"] == "dataset":
+            kept = [value for name, value in row["estimate"].items() if name not in ("null_low", "null_high")]
+            assert {repr(number) for number in (*kept, row["runs"], row["groups"])} <= shown, row
+    for row in records["explanation"]["variance"]:
+        if (row["models"], row["share"]["part"] != "residual") == (ALL, True):
+            kept = [row["share"]["share"][name] for name in ("value", "low", "high", "p_value")]
+            assert {repr(number) for number in (*kept, row["runs"])} <= shown, row
+    for answers in records["explanation"]["answers"].values():
+        assert answers and all(answer in page.text for answer in answers)
     assert {repr(len(records["map"]["x"])), repr(records["map"]["models"])} <= shown
     for verdict in records["verdicts"]:
         assert verdict["text"] in page.text and verdict["outcome"] in page.text
@@ -208,6 +318,10 @@ def test_the_json_has_the_numbers_that_were_given(report: Report, records: dict[
         "compression": 2464.5 / 616,
     }
     assert records["retrieval"][0] == dataclasses.asdict(report.retrieval[0])
+    assert records["samples"][0]["values"] == [list(pair) for pair in report.samples[0]["values"]]
+    assert records["explanation"]["clusters"][0]["estimate"] == dataclasses.asdict(
+        report.explanation.clusters[0].estimate  # type: ignore[union-attr]
+    )
     assert records["predictions"][0]["true"] == report.predictions[0].true.tolist()
     assert records["settings"]["zoo"] == {"rates": [0.25, 0.00125], "base": HOSTILE, "out": "zoo"}
     assert records["map"]["left_out"] == 1 and len(records["map"]["x"]) == 59
@@ -277,6 +391,33 @@ def test_the_best_of_a_column_is_marked(report: Report, tmp_path: Path) -> None:
     assert re.findall(r'<td class="best"><data value="([^"]+)">', text) == ["0.05"]
 
 
+def test_labels_are_judged_by_auc_and_balanced_accuracy_with_chance_beside(page: Page) -> None:
+    table = page.text[page.text.index("Classes 98,765 models") : page.text.index("Decoded models, judged")]
+    assert "tested on 7 unseen datasets, 2 labels (0, " in table and HOSTILE in table
+    assert "AUC from ½ to 1, ○ permuted AUC Balanced accuracy AUC permuted Balanced accuracy permuted" in table
+    assert "0.812 (best) [ 0.791 , 0.832 ] 0.671 [ 0.651 , 0.691 ] 0.811 (best) 0.661" in table
+    assert "by chance always one answer 0.500 0.251 0.500 0.251" in table
+    assert "R²" not in table and "n/a" not in table
+
+
+def test_a_bar_of_labels_begins_at_one_half(tmp_path: Path) -> None:
+    rows = [label_probe("autoencoder", 0.75, auc_low=0.4, auc_high=1.0, permuted_auc=0.625)]
+    text = write_report(Report("labels", probes=rows), tmp_path).read_text(encoding="utf-8")
+    assert '<line x1="0.0" x2="100.0" y1="6"' in text
+    assert '<circle cx="50.0" cy="6" r="2"' in text and '<circle cx="25.0" cy="6" r="3.6"' in text
+
+
+def test_numbers_that_are_not_known_have_their_place_in_the_new_tables(tmp_path: Path) -> None:
+    rows = [label_probe("autoencoder", None, note="the AUC is undefined here")]
+    single = [{**row, "low": None, "high": None, "values": row["values"][:1]} for row in proof_rows("kde", 0.9)]
+    text = write_report(Report("gaps", probes=rows, samples=single), tmp_path).read_text(encoding="utf-8")
+    page = Page(text)
+    assert "the AUC is undefined here" in page.values("title")
+    assert "Test accuracy on seen datasets 1 dataset " in page.text
+    # Spearman has no reference.
+    assert page.text[page.text.index("Novelty and fidelity") :].count("n/a") == 2
+
+
 def test_a_bare_report_has_no_empty_sections(tmp_path: Path) -> None:
     page = Page(write_report(Report("bare"), tmp_path).read_text(encoding="utf-8"))
     assert [attrs["id"] for tag, attrs in page.tags if tag == "h2"] == ["glossary"]
@@ -309,3 +450,20 @@ def test_a_browser_shows_the_page_in_light_and_dark(written: Path, tmp_path: Pat
     background = int(np.median(pixels))
     assert (background > 200) if bright else (background < 60)
     assert (np.abs(pixels.astype(int) - background) > 60).mean() > 0.005
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_nothing_overflows_and_nothing_is_asked_for(written: Path, tmp_path: Path) -> None:
+    with open_chromium(tmp_path) as page:
+        for width in (1280, 390):
+            page.open(written.as_uri(), width)
+            assert page.run("document.documentElement.scrollWidth") <= width
+            # A table that is too wide scrolls within its frame.
+            outside = "(one) => one.getBoundingClientRect().right > innerWidth && !one.closest('.scroll, pre')"
+            assert (
+                page.run(f"[...document.querySelectorAll('main *')].filter({outside}).map((one) => one.outerHTML)")
+                == []
+            )
+            assert page.complaints == []
+            assert [one for one in page.requests if not one.startswith("data:")] == [written.as_uri()]
+        assert page.run("document.querySelectorAll('table.measures').length") == 6

@@ -1,12 +1,23 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weightspace.analysis.verdicts import probe_verdicts, reconstruction_verdicts, retrieval_verdicts
+from weightspace.analysis import clustering, verdicts
+from weightspace.analysis.explain import ACROSS, ALL
+from weightspace.analysis.verdicts import (
+    clustering_answers,
+    probe_verdicts,
+    reconstruction_verdicts,
+    retrieval_verdicts,
+    sample_verdicts,
+    variance_answers,
+)
+from weightspace.sampling import proof
 
 
 def probe(representation: str, r2: float | None, half: float | None = 0.05, **changes: Any) -> dict[str, Any]:
@@ -19,8 +30,61 @@ def probe(representation: str, r2: float | None, half: float | None = 0.05, **ch
         "r2_low": r2 - half if known else None,  # type: ignore[operator]
         "r2_high": r2 + half if known else None,  # type: ignore[operator]
         "permuted_r2": r2,
+        "labels": [],
     }
     return {**row, **changes}
+
+
+def label_probe(representation: str, auc: float | None, half: float = 0.02, **changes: Any) -> dict[str, Any]:
+    known = auc is not None
+    row = {
+        "target": "classes",
+        "labels": ["0", "1"],
+        "auc": auc,
+        "auc_low": auc - half if known else None,  # type: ignore[operator]
+        "auc_high": auc + half if known else None,  # type: ignore[operator]
+        "permuted_auc": auc,
+    }
+    return probe(representation, None, **{**row, **changes})
+
+
+def proven(sampler: str, measure: str, subject: str, values: Sequence[float], datasets: str = "seen") -> dict[str, Any]:
+    """The record of a proof row whose interval is a tenth wide; a single value has none."""
+    value = sum(values) / len(values)
+    single = len(values) == 1
+    return {
+        "sampler": sampler,
+        "datasets": datasets,
+        "measure": measure,
+        "subject": subject,
+        "value": value,
+        "low": None if single else value - 0.05,
+        "high": None if single else value + 0.05,
+        "values": [[f"dataset {number}", one] for number, one in enumerate(values)],
+    }
+
+
+def clustered(description: str, value: float, models: str = ACROSS, **changes: Any) -> dict[str, Any]:
+    estimate = {
+        "value": value,
+        "low": value - 0.02,
+        "high": value + 0.02,
+        "null_mean": 0.03,
+        "null_low": 0.01,
+        "null_high": 0.06,
+        "p_value": 0.005,
+    }
+    row = {"description": description, "models": models, "label": "dataset", "measure": "nearest neighbour"}
+    return {**row, "estimate": estimate, **changes}
+
+
+def share(description: str, name: str, value: float, part: str = "factor", models: str = ALL) -> dict[str, Any]:
+    estimate = {"value": value, "low": value, "high": value, "p_value": 0.005}
+    return {
+        "description": description,
+        "models": models,
+        "share": {"name": name, "kind": "data", "part": part, "share": estimate},
+    }
 
 
 def kept(method: str, share: float | None, architecture: str = "all", latent_size: int = 512) -> dict[str, Any]:
@@ -161,3 +225,137 @@ def test_more_than_chance_is_claimed_only_outside_of_the_interval(row: dict[str,
     (verdict,) = retrieval_verdicts([found("D → W", 0.9), row])
     assert verdict.outcome == outcome
     assert "For W → D that is not shown to be more than chance." in verdict.text and "finds more" not in verdict.text
+
+
+def test_labels_are_compared_by_auc_and_what_is_left_above_one_half() -> None:
+    rows = [label_probe("s(W)", 0.6), label_probe("autoencoder", 0.8, permuted_auc=0.65)]
+    (verdict,) = probe_verdicts(rows)
+    assert (verdict.subject, verdict.outcome) == ("Classes", "ahead")
+    assert verdict.text == (
+        "With ridge on both, AUC is 0.800 [0.780, 0.820] for the autoencoder's embedding and 0.600 [0.580, 0.620] for "
+        "s(W). The autoencoder is ahead. On neuron-permuted models the embedding keeps 50 % of its AUC above 0.5."
+    )
+
+
+@pytest.mark.parametrize(
+    ("auc", "permuted", "words"),
+    [
+        (0.45, 0.9, "no better than guessing"),
+        (0.8, 0.4, "nothing of the embedding's AUC above 0.5 is left (0.400)"),
+        (0.52, 0.51, "too little to say"),
+        (0.8, None, "What is left of the embedding's AUC on neuron-permuted models is not known."),
+    ],
+)
+def test_no_share_of_an_auc_is_claimed_that_means_nothing(auc: float, permuted: float | None, words: str) -> None:
+    (verdict,) = probe_verdicts([label_probe("s(W)", 0.55), label_probe("autoencoder", auc, permuted_auc=permuted)])
+    assert words in verdict.text and "keeps" not in verdict.text
+
+
+def test_an_auc_that_is_missing_is_said() -> None:
+    (verdict,) = probe_verdicts([label_probe("s(W)", 0.6), label_probe("autoencoder", None)])
+    assert verdict.outcome == "unclear"
+    assert verdict.text == (
+        "AUC is undefined for the autoencoder's embedding; it is 0.600 [0.580, 0.620] for the best baseline, s(W) "
+        "(ridge)."
+    )
+
+
+ZERO, ONE = proof.accuracy_after(0), proof.accuracy_after(1)
+
+
+def test_records_of_proofs_are_read_by_the_names_that_they_have() -> None:
+    assert ZERO.startswith(verdicts.ACCURACY)
+    for name in ("SAMPLES", "ZOO", "SCRATCH", "INDEPENDENT", "OVERLAP", "SPEARMAN"):
+        assert getattr(verdicts, name) == getattr(proof, name)
+    assert verdicts._CLOSEST in clustering.MEASURES
+
+
+def test_the_best_sampler_is_compared_with_the_zoo_on_seen_datasets() -> None:
+    rows = [
+        proven("flow", ZERO, proof.SAMPLES, (0.6, 0.7)),
+        proven("kde", ZERO, proof.SAMPLES, (0.8, 0.9)),
+        proven("kde", ZERO, proof.ZOO, (0.9, 0.98)),
+        proven("kde", ZERO, proof.BEST, (0.99, 0.99)),
+        proven("kde", ONE, proof.SAMPLES, (0.9, 0.7)),
+        proven("kde", ONE, proof.SCRATCH, (0.5, 0.8)),
+        proven("kde", proof.OVERLAP, proof.SAMPLES, (0.4, 0.4)),
+        proven("kde", proof.OVERLAP, proof.INDEPENDENT, (0.5, 0.5)),
+        proven("kde", proof.SPEARMAN, proof.SAMPLES, (0.9,)),
+    ]
+    (verdict,) = sample_verdicts(rows)
+    assert (verdict.subject, verdict.outcome) == ("Sampled models, seen datasets", "level")
+    assert verdict.text == (
+        "For kde, the best of 2 samplers, accuracy after 0 epochs is 0.850 [0.800, 0.900], for zoo models of the "
+        "condition 0.940 [0.890, 0.990]. The baseline's mean is higher, but the intervals overlap. By accuracy after 1 "
+        "epoch the samples are above models from scratch on 1 of 2 datasets. Their errors overlap with a training "
+        "model's by up to 0.400 [0.350, 0.450], those of independent zoo models with as many errors by 0.500 "
+        "[0.450, 0.550], which is no less. Requested and obtained accuracy have a Spearman correlation of 0.900."
+    )
+
+
+def test_on_unseen_datasets_the_strongest_control_counts_and_not_the_zoo() -> None:
+    rows = [
+        proven("kde", ZERO, proof.SAMPLES, (0.5, 0.5), "unseen"),
+        proven("kde", ZERO, proof.ZOO, (0.9, 0.9), "unseen"),
+        proven("kde", ZERO, proof.AVERAGE, (0.2, 0.2), "unseen"),
+        proven("kde", ZERO, proof.BEST, (0.3, 0.3), "unseen"),
+    ]
+    (verdict,) = sample_verdicts(rows)
+    assert verdict.outcome == "ahead"
+    assert "0.500 [0.450, 0.550], for best model of the nearest dataset 0.300" in verdict.text
+    assert "epoch the samples" not in verdict.text and "overlap with" not in verdict.text
+    rows[3] = proven("kde", ZERO, proof.BEST, (0.8, 0.8), "unseen")
+    assert sample_verdicts(rows)[0].outcome == "behind"
+
+
+@pytest.mark.parametrize(
+    ("samples", "independent", "words"),
+    [(0.9, 0.5, "the samples repeat training models."), (0.55, 0.5, "which is less, but not clearly.")],
+)
+def test_samples_that_repeat_errors_are_said_to(samples: float, independent: float, words: str) -> None:
+    rows = [
+        proven("kde", ZERO, proof.SAMPLES, (0.5, 0.5)),
+        proven("kde", proof.OVERLAP, proof.SAMPLES, (samples, samples)),
+        proven("kde", proof.OVERLAP, proof.INDEPENDENT, (independent, independent)),
+    ]
+    (verdict,) = sample_verdicts(rows)
+    assert verdict.outcome == "unclear" and "with nothing to compare it with." in verdict.text
+    assert verdict.text.endswith(words)
+
+
+def test_samples_without_accuracies_or_intervals_are_not_judged() -> None:
+    assert sample_verdicts([]) == []
+    assert sample_verdicts([proven("kde", proof.SPEARMAN, proof.SAMPLES, (0.9,))]) == []
+    rows = [proven("kde", ZERO, proof.SAMPLES, (0.9,)), proven("kde", ZERO, proof.ZOO, (0.1,))]
+    (verdict,) = sample_verdicts(rows)
+    assert verdict.outcome == "unclear" and "cannot be judged" in verdict.text
+
+
+def test_clusters_across_architectures_count_where_they_are_known() -> None:
+    other = clustered("joint", 0.1, label="polarity")
+    rows = [clustered("joint", 0.9), clustered("s(W)", 0.07), clustered("joint", 0.5, "mlp"), other]
+    assert clustering_answers(rows) == [
+        "joint: the nearest run of another architecture was trained on the same dataset for 90.0 % [88.0, 92.0] of the "
+        "runs, by chance 3.0 %: more than chance.",
+        "s(W): the nearest run of another architecture was trained on the same dataset for 7.0 % [5.0, 9.0] of the "
+        "runs, by chance 3.0 %: not shown to be more than chance.",
+    ]
+    (alone,) = clustering_answers(rows[2:])
+    assert alone.startswith("joint (mlp): the nearest run was trained on")
+
+
+def test_the_largest_factors_are_named_with_what_data_and_training_do_together() -> None:
+    rows = [
+        share("joint", "polarity", 0.01),
+        share("joint", "learning_rate", 0.2),
+        share("joint", "classes", 0.3),
+        share("joint", "steps", 0.1),
+        share("joint", "data x data", 0.4, "interactions"),
+        share("joint", "all of data", 0.6, "together"),
+        share("joint", "classes", 0.9, models="mlp"),
+    ]
+    assert variance_answers(rows) == [
+        "joint: the largest factors are classes 30.0 %, learning rate 20.0 %, steps 10.0 %; all of data 60.0 %."
+    ]
+    assert variance_answers(rows[-1:]) == ["joint (mlp): the largest factors are classes 90.0 %."]
+    assert clustering_answers([]) == variance_answers([]) == []

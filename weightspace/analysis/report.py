@@ -17,21 +17,44 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from weightspace.analysis import plots
+from weightspace.analysis.explain import Explanation
 from weightspace.analysis.legend import Legend, dataset_legend
+from weightspace.analysis.tables import Grid, cluster_tables, sample_tables, variance_tables
 from weightspace.analysis.verdicts import (
+    clustering_answers,
     decimals,
+    is_learned,
     probe_verdicts,
     readable,
     reconstruction_verdicts,
     retrieval_verdicts,
+    sample_verdicts,
     signed,
+    variance_answers,
 )
 from weightspace.zoo.storage import write_text
 
 ALL_ARCHITECTURES = "all"
 _UNKNOWN_DATASET = "unknown"
 _SPLITS = ("train", "validation", "eval", "test")
-_PROBE_NUMBERS = ("r2", "kendall_tau", "permuted_r2", "permuted_tau")
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """A measure of probes: its field, and the name within those of its interval and its permuted value."""
+
+    name: str
+    column: str
+    short: str
+
+    @property
+    def permuted(self) -> str:
+        return f"permuted_{self.short}"
+
+
+_OF_NUMBERS = (_Measure("R²", "r2", "r2"), _Measure("Kendall's τ", "kendall_tau", "tau"))
+_OF_LABELS = (_Measure("AUC", "auc", "auc"), _Measure("Balanced accuracy", *2 * ("balanced_accuracy",)))
+_PROBE_NUMBERS = [name for one in (*_OF_NUMBERS, *_OF_LABELS) for name in (one.column, one.permuted)]
 
 
 @dataclass(frozen=True)
@@ -131,6 +154,8 @@ class Report:
         probes: records of probe rows: their fields by name, None for NaN.
         reconstruction: rows in the order to show; those of ``ALL_ARCHITECTURES`` decide the verdict.
         retrieval: what a joint model finds.
+        explanation: whether models of one dataset cluster, and what determines the weights.
+        samples: records of proof rows: their fields by name.
         curves: training history.
         predictions: scatter plots to show.
         zoo_map: embeddings to draw as a map.
@@ -144,6 +169,8 @@ class Report:
     probes: Sequence[Mapping[str, Any]] = ()
     reconstruction: Sequence[ReconstructionRow] = ()
     retrieval: Sequence[RetrievalRow] = ()
+    explanation: Explanation | None = None
+    samples: Sequence[Mapping[str, Any]] = ()
     curves: Sequence[Curve] = ()
     predictions: Sequence[PredictedTrue] = ()
     zoo_map: ZooMap | None = None
@@ -188,10 +215,18 @@ def _records(report: Report, points: plots.MapPoints | None) -> dict[str, Any]:
         for row in report.reconstruction
     ]
     retrieval = [_plain(dataclasses.asdict(row)) for row in report.retrieval]
+    samples = [_plain(row) for row in report.samples]
+    explanation = None if report.explanation is None else _plain(dataclasses.asdict(report.explanation))
+    if explanation is not None:
+        explanation["answers"] = {
+            "clusters": clustering_answers(explanation["clusters"]),
+            "variance": variance_answers(explanation["variance"]),
+        }
     verdicts = [
         *probe_verdicts(probes),
         *reconstruction_verdicts(reconstruction, ALL_ARCHITECTURES),
         *retrieval_verdicts(retrieval),
+        *sample_verdicts(samples),
     ]
     zoo_map = None
     if report.zoo_map is not None and points is not None and len(points.rows):
@@ -212,6 +247,8 @@ def _records(report: Report, points: plots.MapPoints | None) -> dict[str, Any]:
             "probes": probes,
             "reconstruction": reconstruction,
             "retrieval": retrieval,
+            "explanation": explanation,
+            "samples": samples,
             "map": zoo_map,
             "predictions": [
                 {"title": one.title, "true": one.true, "predicted": one.predicted} for one in report.predictions
@@ -260,9 +297,13 @@ def _page(records: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": _number, "place": _place, "readable": readable}
+    environment.tests["learned"] = is_learned
     legend = dataset_legend(records["map"]["dataset"]) if records["map"] else None
     page: str = environment.get_template("report.html").render(
         records,
+        measures={True: _OF_LABELS, False: _OF_NUMBERS},
+        questions=_questions(records["explanation"]),
+        sample_tables=sample_tables(records["samples"]),
         probe_tables=_tables(records["probes"], "target", _PROBE_NUMBERS, ()),
         reconstruction_tables=_tables(
             records["reconstruction"], "architecture", ("decoded_accuracy", "kept", "agreement"), ("relative_mse",)
@@ -303,6 +344,26 @@ def _tables(
                 notes.setdefault(row["note"], []).append(f"{row['representation']} with {row['estimator']}")
         tables.append(_Table(name, same, best, notes))
     return tables
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A question about the zoo with its answers."""
+
+    text: str
+    answers: list[str]
+    tables: list[Grid]
+
+
+def _questions(explanation: Mapping[str, Any] | None) -> list[_Question]:
+    if explanation is None:
+        return []
+    answers, clusters, variance = explanation["answers"], explanation["clusters"], explanation["variance"]
+    asked = [
+        _Question("Do models trained on the same dataset cluster?", answers["clusters"], cluster_tables(clusters)),
+        _Question("What determines the weights most?", answers["variance"], variance_tables(variance)),
+    ]
+    return [question for question in asked if question.tables]
 
 
 def _mark_best(
@@ -387,7 +448,7 @@ def _plain_number(value: int | float) -> str:
 
 _STYLES: dict[str, Callable[[int | float], str]] = {
     "decimals": decimals,
-    "percent": lambda value: signed(f"{100 * value:.1f} %"),
+    "percent": lambda value: signed(f"{100 * value:z.1f} %"),
     "times": lambda value: f"{value:.1f} \N{MULTIPLICATION SIGN}",
     "plain": _plain_number,
     "exact": lambda value: signed(repr(value)),
@@ -404,6 +465,6 @@ def _number(value: Any, style: str = "decimals", reason: str = "not measured") -
     return Markup('<data value="{}">{}</data>').format(repr(value), shown)
 
 
-def _place(value: int | float, width: int = 100) -> str:
-    """Turns a share into a place on an axis from 0 to 1; what lies outside stands at its ends."""
-    return f"{width * min(max(value, 0.0), 1.0):.1f}"
+def _place(value: int | float, start: float = 0.0, width: int = 100) -> str:
+    """Turns a number into a place on an axis from ``start`` to 1; what lies outside stands at its ends."""
+    return f"{width * min(max((value - start) / (1 - start), 0.0), 1.0):.1f}"

@@ -7,12 +7,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from weightspace.analysis.explain import ACROSS, ALL
+
 OURS = "autoencoder"
 JOINT = "joint"
 BAR = "s(W)"
 _LEARNED = {OURS: OURS, JOINT: "joint model"}
-# Below this R2, the share that is left after a permutation is a ratio of two noises.
-_LEAST_R2 = 0.05
+SAMPLES = "samples"
+# What records of sampled models call the zoo's own models and the others that samples are compared with.
+ZOO = "zoo models of the condition"
+SCRATCH = "from scratch"
+INDEPENDENT = "independent zoo models with as many errors"
+OVERLAP, SPEARMAN = "overlap of errors", "requested-obtained Spearman"
+ACCURACY = "accuracy after "
+_CLOSEST = "nearest neighbour"
+_SHOWN_FACTORS = 3
 # From here on three decimals say nothing; a probe of raw weights can be off by powers of ten.
 _MANY = 100
 _RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -33,6 +42,39 @@ class Verdict:
     subject: str
     outcome: Outcome
     text: str
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """What a probe is judged by.
+
+    Attributes:
+        name: as sentences print it.
+        column: its field in a record; ``_low``, ``_high`` and ``permuted_`` go with it.
+        nothing: its value for a probe that has learned nothing.
+        least: less above ``nothing`` is too little for a share: a ratio of two noises.
+        idle: what such a probe does no better than.
+    """
+
+    name: str
+    column: str
+    nothing: float
+    least: float
+    idle: str
+
+    @property
+    def gain(self) -> str:
+        """Names what a probe has above nothing."""
+        return f"{self.name} above {self.nothing:g}" if self.nothing else self.name
+
+    def of(self, row: Mapping[str, Any]) -> _Estimate:
+        """Reads the measure of a probe."""
+        value, low, high = (_number(row[f"{self.column}{end}"]) for end in ("", "_low", "_high"))
+        return _Estimate(value, low, high)
+
+
+_R2 = _Measure("R²", "r2", 0.0, 0.05, "predicting the mean")
+_AUC = _Measure("AUC", "auc", 0.5, 0.025, "guessing")
 
 
 @dataclass(frozen=True)
@@ -57,7 +99,7 @@ class _Estimate:
 def decimals(value: int | float) -> str:
     """Formats with three decimals, with a power of ten from 100 on."""
     if abs(value) < _MANY:
-        return signed(f"{value:.3f}")
+        return signed(f"{value:z.3f}")
     mantissa, exponent = f"{value:.1e}".split("e")
     return signed(f"{mantissa}\N{MULTIPLICATION SIGN}10{str(int(exponent)).translate(_RAISED)}")
 
@@ -72,12 +114,17 @@ def readable(name: str) -> str:
     return name.replace("_", " ")
 
 
+def is_learned(representation: str) -> bool:
+    """Tells the learned descriptions of weights from the baselines."""
+    return representation in _LEARNED
+
+
 def probe_verdicts(probes: Sequence[Mapping[str, Any]]) -> list[Verdict]:
     """Compares the autoencoder, and the joint model where it was probed, with the baselines, target by target.
 
-    First like with like: ridge on the embedding against ridge on the weight statistics s(W), and what the embedding's
-    R2 becomes on neuron-permuted test models. Then the best estimator on the embedding against the best baseline,
-    where that is another pair. A lead counts where the 95 % intervals do not overlap.
+    First like with like: ridge on the embedding against ridge on the weight statistics s(W), by R2 for numbers and by
+    AUC for labels, and what becomes of it on neuron-permuted test models. Then the best estimator on the embedding
+    against the best baseline, where that is another pair. A lead counts where the 95 % intervals do not overlap.
 
     Args:
         probes: records with the fields of a probe row; None stands for NaN.
@@ -136,49 +183,99 @@ def retrieval_verdicts(rows: Sequence[Mapping[str, Any]]) -> list[Verdict]:
     return [Verdict("Retrieval by the joint model", outcome, f"{numbers}. {finding}")]
 
 
+def sample_verdicts(rows: Sequence[Mapping[str, Any]]) -> list[Verdict]:
+    """Judges the sampler whose models do best without training; one verdict for seen and one for unseen datasets.
+
+    On seen datasets they are compared with the zoo's own models of the condition, on unseen ones with the strongest
+    control. Then with training from scratch at equal budget, dataset by dataset, and their errors with those of
+    independent zoo models.
+
+    Args:
+        rows: records of proof rows.
+    """
+    groups = dict.fromkeys(str(row["datasets"]) for row in rows)
+    return [
+        verdict
+        for group in groups
+        for verdict in _sample_verdict(group, [row for row in rows if row["datasets"] == group])
+    ]
+
+
+def clustering_answers(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Says of each description whether the nearest run shares the dataset, across architectures where that is known.
+
+    Args:
+        rows: records of cluster rows.
+    """
+    own = [row for row in rows if (row["label"], row["measure"]) == ("dataset", _CLOSEST)]
+    across = [row for row in own if row["models"] == ACROSS]
+    return [_clustering_answer(row) for row in across or own]
+
+
+def variance_answers(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of each description the factors that determine it most, and what all of a kind do together.
+
+    Args:
+        rows: records of variance rows.
+    """
+    chosen = [row for row in rows if row["models"] == ALL] or rows
+    return [
+        _variance_answer(
+            description if scope == ALL else f"{description} ({scope})",
+            [row["share"] for row in chosen if (row["models"], row["description"]) == (scope, description)],
+        )
+        for scope, description in dict.fromkeys((row["models"], row["description"]) for row in chosen)
+    ]
+
+
 def _target_verdicts(
     target: str, name: str, rows: Sequence[Mapping[str, Any]], baselines: Sequence[Mapping[str, Any]]
 ) -> list[Verdict]:
     who, subject = _LEARNED[name], readable(target).capitalize()
     subject = subject if name == OURS else f"{subject}, {who}"
-    ours, others = ([row for row in side if row["r2"] is not None] for side in (rows, baselines))
+    measure = _AUC if any(row["labels"] for row in (*rows, *baselines)) else _R2
+    ours, others = ([row for row in side if row[measure.column] is not None] for side in (rows, baselines))
     if not ours or not others:
-        return [Verdict(subject, "unclear", _alone(who, rows, ours, others))]
+        return [Verdict(subject, "unclear", _alone(who, measure, rows, ours, others))]
     verdicts = []
     ridge = next((row for row in ours if row["estimator"] == "ridge"), None)
     bar = next((row for row in others if (row["representation"], row["estimator"]) == (BAR, "ridge")), None)
     if ridge is not None and bar is not None:
-        numbers = f"With ridge on both, R² is {_r2(ridge)} for the {who}'s embedding and {_r2(bar)} for {BAR}."
-        outcome, finding = _compared(who, _r2(ridge), _r2(bar))
-        verdicts.append(Verdict(subject, outcome, f"{numbers} {finding} {_after_permutation(ridge)}"))
-    best, other = _best(ours), _best(others)
+        numbers = (
+            f"With ridge on both, {measure.name} is {measure.of(ridge)} for the {who}'s embedding and "
+            f"{measure.of(bar)} for {BAR}."
+        )
+        outcome, finding = _compared(who, measure.of(ridge), measure.of(bar))
+        verdicts.append(Verdict(subject, outcome, f"{numbers} {finding} {_after_permutation(measure, ridge)}"))
+    best, other = _best(measure, ours), _best(measure, others)
     if best is not ridge or other is not bar:
         numbers = (
-            f"With the best estimator of each, R² is {_r2(best)} for the {who}'s embedding ({best['estimator']}) "
-            f"and {_r2(other)} for {other['representation']} ({other['estimator']})."
+            f"With the best estimator of each, {measure.name} is {measure.of(best)} for the {who}'s embedding "
+            f"({best['estimator']}) and {measure.of(other)} for {other['representation']} ({other['estimator']})."
         )
-        outcome, finding = _compared(who, _r2(best), _r2(other))
-        rest = "" if verdicts and best is ridge else f" {_after_permutation(best)}"
+        outcome, finding = _compared(who, measure.of(best), measure.of(other))
+        rest = "" if verdicts and best is ridge else f" {_after_permutation(measure, best)}"
         verdicts.append(Verdict(subject, outcome, f"{numbers} {finding}{rest}"))
     return verdicts
 
 
 def _alone(
     who: str,
+    measure: _Measure,
     rows: Sequence[Mapping[str, Any]],
     ours: Sequence[Mapping[str, Any]],
     others: Sequence[Mapping[str, Any]],
 ) -> str:
     """Says what is known where one side of the comparison is missing."""
     if ours:
-        best = _best(ours)
-        numbers = f"R² is {_r2(best)} for the {who}'s embedding ({best['estimator']})"
-        return f"{numbers}, with no baseline to compare it with. {_after_permutation(best)}"
-    why = f"R² is undefined for the {who}'s embedding" if rows else f"The {who}'s embedding was not probed"
+        best = _best(measure, ours)
+        numbers = f"{measure.name} is {measure.of(best)} for the {who}'s embedding ({best['estimator']})"
+        return f"{numbers}, with no baseline to compare it with. {_after_permutation(measure, best)}"
+    why = f"{measure.name} is undefined for the {who}'s embedding" if rows else f"The {who}'s embedding was not probed"
     if not others:
-        return f"{why}, nor is R² known for a baseline."
-    best = _best(others)
-    return f"{why}; it is {_r2(best)} for the best baseline, {best['representation']} ({best['estimator']})."
+        return f"{why}, nor is {measure.name} known for a baseline."
+    best = _best(measure, others)
+    return f"{why}; it is {measure.of(best)} for the best baseline, {best['representation']} ({best['estimator']})."
 
 
 def _kept_verdict(subject: str, rows: Sequence[Mapping[str, Any]]) -> Verdict:
@@ -197,6 +294,83 @@ def _kept_verdict(subject: str, rows: Sequence[Mapping[str, Any]]) -> Verdict:
     return Verdict(subject, outcome, f"{share}; {best['method']} with {size} keeps {_kept(best)}. {finding}")
 
 
+def _sample_verdict(group: str, rows: Sequence[Mapping[str, Any]]) -> list[Verdict]:
+    budgets = [name for name in dict.fromkeys(str(row["measure"]) for row in rows) if name.startswith(ACCURACY)]
+    ours = [row for row in rows if row["measure"] in budgets[:1] and row["subject"] == SAMPLES]
+    if not ours:
+        return []
+    best = max(ours, key=lambda row: float(row["value"]))
+    own = {(row["measure"], row["subject"]): row for row in rows if row["sampler"] == best["sampler"]}
+    subject, sampler = f"Sampled models, {group} datasets", best["sampler"]
+    among = f", the best of {len(ours)} samplers" if len(ours) > 1 else ""
+    text = f"For {sampler}{among}, {budgets[0]} is {_proven(best)}"
+    rivals = [row for (measure, other), row in own.items() if measure == budgets[0] and other != SAMPLES]
+    rivals = [row for row in rivals if (row["subject"] == ZOO) == (group == "seen")]
+    if rivals:
+        rival = max(rivals, key=lambda row: float(row["value"]))
+        outcome, finding = _compared("sampler", _proven(best), _proven(rival))
+        text = f"{text}, for {rival['subject']} {_proven(rival)}. {finding}"
+    else:
+        outcome, text = "unclear", f"{text}, with nothing to compare it with."
+    more = (_against_scratch(own, budgets[1:2]), _repeated_errors(own), _obtained(own))
+    return [Verdict(subject, outcome, " ".join((text, *filter(None, more))))]
+
+
+_Proofs = Mapping[tuple[str, str], Mapping[str, Any]]
+
+
+def _against_scratch(own: _Proofs, budgets: Sequence[str]) -> str:
+    """Counts datasets rather than compare means: a dataset on which samples do harm must not be averaged away."""
+    for budget in budgets:
+        if (ours := own.get((budget, SAMPLES))) and (theirs := own.get((budget, SCRATCH))):
+            scratch = dict(theirs["values"])
+            pairs = [(value, scratch[dataset]) for dataset, value in ours["values"] if dataset in scratch]
+            above = sum(one > other for one, other in pairs)
+            return f"By {budget} the samples are above models from scratch on {above} of {len(pairs)} datasets."
+    return ""
+
+
+def _repeated_errors(own: _Proofs) -> str:
+    ours, theirs = own.get((OVERLAP, SAMPLES)), own.get((OVERLAP, INDEPENDENT))
+    if ours is None or theirs is None:
+        return ""
+    one, other = _proven(ours), _proven(theirs)
+    numbers = f"Their errors overlap with a training model's by up to {one}, those of {INDEPENDENT} by {other}"
+    if one.low > other.high:
+        return f"{numbers}: the samples repeat training models."
+    if one.value > other.value:
+        return f"{numbers}, which is less, but not clearly."
+    return f"{numbers}, which is no less."
+
+
+def _obtained(own: _Proofs) -> str:
+    row = own.get((SPEARMAN, SAMPLES))
+    return "" if row is None else f"Requested and obtained accuracy have a Spearman correlation of {_proven(row)}."
+
+
+def _clustering_answer(row: Mapping[str, Any]) -> str:
+    across, estimate = row["models"] == ACROSS, row["estimate"]
+    name = row["description"] if across else f"{row['description']} ({row['models']})"
+    share = _Estimate(estimate["value"], estimate["low"], estimate["high"], percent=True)
+    more = "more than chance" if estimate["low"] > estimate["null_high"] else "not shown to be more than chance"
+    return (
+        f"{name}: the nearest run{' of another architecture' if across else ''} was trained on the same dataset for "
+        f"{share} of the runs, by chance {100 * estimate['null_mean']:.1f} %: {more}."
+    )
+
+
+def _variance_answer(name: str, shares: Sequence[Mapping[str, Any]]) -> str:
+    factors = sorted((one for one in shares if one["part"] == "factor"), key=lambda one: -float(one["share"]["value"]))
+    sums = [one for one in shares if one["part"] == "together"]
+    largest = ", ".join(f"{readable(one['name'])} {_percent(one)}" for one in factors[:_SHOWN_FACTORS])
+    together = "".join(f"; {one['name']} {_percent(one)}" for one in sums)
+    return f"{name}: the largest factors are {largest}{together}."
+
+
+def _percent(share: Mapping[str, Any]) -> str:
+    return signed(f"{100 * share['share']['value']:.1f} %")
+
+
 def _compared(who: str, ours: _Estimate, theirs: _Estimate) -> tuple[Outcome, str]:
     if math.isnan(ours.low + ours.high + theirs.low + theirs.high):
         return "unclear", "Without both intervals the difference cannot be judged."
@@ -210,25 +384,26 @@ def _compared(who: str, ours: _Estimate, theirs: _Estimate) -> tuple[Outcome, st
     return "level", f"The {higher}'s mean is higher, but the intervals overlap."
 
 
-def _after_permutation(row: Mapping[str, Any]) -> str:
-    before, after = _number(row["r2"]), _number(row["permuted_r2"])
+def _after_permutation(measure: _Measure, row: Mapping[str, Any]) -> str:
+    after = _number(row[f"permuted_{measure.column}"])
+    before, left = measure.of(row).value - measure.nothing, after - measure.nothing
     if before <= 0:
-        return "The embedding does no better than predicting the mean."
-    if math.isnan(after):
-        return "What is left of the embedding's R² on neuron-permuted models is not known."
-    if after <= 0:
-        return f"On neuron-permuted models nothing of the embedding's R² is left ({decimals(after)})."
-    if before < _LEAST_R2:
+        return f"The embedding does no better than {measure.idle}."
+    if math.isnan(left):
+        return f"What is left of the embedding's {measure.name} on neuron-permuted models is not known."
+    if left <= 0:
+        return f"On neuron-permuted models nothing of the embedding's {measure.gain} is left ({decimals(after)})."
+    if before < measure.least:
         return "That is too little to say what a neuron permutation leaves of it."
-    return f"On neuron-permuted models the embedding keeps {100 * after / before:.0f} % of its R²."
+    return f"On neuron-permuted models the embedding keeps {100 * left / before:.0f} % of its {measure.gain}."
 
 
-def _best(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    return max(rows, key=lambda row: float(row["r2"]))
+def _best(measure: _Measure, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    return max(rows, key=lambda row: float(row[measure.column]))
 
 
-def _r2(row: Mapping[str, Any]) -> _Estimate:
-    return _Estimate(_number(row["r2"]), _number(row["r2_low"]), _number(row["r2_high"]))
+def _proven(row: Mapping[str, Any]) -> _Estimate:
+    return _Estimate(_number(row["value"]), _number(row["low"]), _number(row["high"]))
 
 
 def _kept(row: Mapping[str, Any]) -> _Estimate:

@@ -451,6 +451,26 @@ def collect_weights(batches: Iterable[WeightBatch], generator: torch.Generator) 
     return blocks
 
 
+def statistics_of_rows(
+    batches: Iterable[WeightBatch], rows: Int[np.ndarray, "rows"]
+) -> tuple[Float[np.ndarray, "rows stats"], bool]:
+    """Describes models by s(W): tensor by tensor where all architectures have as many, else each in its own columns.
+
+    Args:
+        batches: of the rows, as ``Zoo.batches`` gives them.
+        rows: ascending.
+
+    Returns:
+        The statistics, in the order of the rows, and whether columns mean the same for all of them.
+    """
+    parts = [(batch.rows, weight_statistics(batch.flat, batch.architecture).numpy()) for batch in batches]
+    width = max(values.shape[1] for _, values in parts)
+    matrix = np.zeros((len(rows), width))
+    for members, values in parts:
+        matrix[np.searchsorted(rows, members), : values.shape[1]] = values
+    return matrix, all(values.shape[1] == width for _, values in parts)
+
+
 def baselines(blocks: Sequence[WeightBlock], *, code_size: int = 64) -> dict[str, Representation]:
     """Builds the representations that an encoder is compared with, by the names that tables print.
 
