@@ -22,7 +22,7 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[str]:
-    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    lines = [line for block in blocks("bash") for line in block.replace("\\\n", "").splitlines()]
     return [line.removeprefix("weightspace ") for line in lines if line.startswith("weightspace ")]
 
 
@@ -45,24 +45,39 @@ def test_snippets(
 
 
 def test_commands_run_one_after_another(
-    tmp_path: Path, tiny_zoo: Any, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    tiny_zoo: Any,
+    tiny_encoder: Path,
+    tiny_clip_joint: Path,
+    hub: LoopbackHub,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from weightspace.zoo.exporting import export_folder
 
     card = "---\nlicense: apache-2.0\npipeline_tag: image-classification\n---\n"
     hub.create("microsoft/resnet-18", {"model.safetensors": tiny_zoo.blob(0), "README.md": card})
     export_folder(tiny_zoo, tmp_path / "models")
+    for name, folder in {"zoo": tiny_zoo.path, "encoder": tiny_encoder, "joint": tiny_clip_joint}.items():
+        shutil.copytree(folder, tmp_path / "demo" / name)
+    first = next(path for path in sorted((tmp_path / "models").iterdir()) if path.is_dir())
+    shutil.copytree(first, tmp_path / "demo" / "models" / "000000-run-000000-step-000100")
     monkeypatch.chdir(tmp_path)
     # One split is enough to see that a probe runs. Accelerate rebuilds a model's output under mixed precision in a way
     # that transformers allows and the type checks of the tests do not.
-    quicker = {"probe": ["--seed", "0"], "train": ["--mixed-precision", "no"]}
+    quicker = {
+        "probe": ["--seed", "0"],
+        "train": ["--mixed-precision", "no"],
+        "evaluate-samples": ["--datasets", "2", "-n", "2", "--epochs", "0"],
+    }
     done = []
     for line in commands():
-        words = shlex.split(re.sub(r"--steps \d+", "--steps 2", line))
+        line = re.sub(r"--steps \d+", "--steps 2", line).replace("--result 0.95", "--result 0..1")
+        words = shlex.split(line)
         words += quicker.get(words[0], [])
         assert main(words) == 0, line
         done.append(words[0])
-    assert done == ["inspect", "zoo", "train", "embed", "probe", "inspect", "embed", "crawl", "push"]
+    wanted = "inspect zoo train embed probe inspect embed crawl push train sample evaluate-samples"
+    assert done == wanted.split()
     assert (tmp_path / "embeddings.parquet").exists()
     assert hub.repository("your-name/encoder").private
 

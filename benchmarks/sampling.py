@@ -1,0 +1,143 @@
+"""Sampled models on datasets that were trained on and on datasets that nothing has ever seen.
+
+For each seed, 8 of the demo's 32 variants of digits are held out of everything: a zoo without their models is made, and
+an autoencoder and a joint model are trained on it with the demo's settings, and a prior with its own defaults. Samplers
+are then asked for models of 8 seen and of the 8 unseen datasets, and judged as `weightspace evaluate-samples` does.
+
+    python benchmarks/sampling.py --demo demo --output sampling --seeds 0 1 2
+
+Everything is kept in the output folder; a run that was interrupted goes on. ``--table`` prints what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from weightspace.demo import DemoSettings
+from weightspace.files import write_whole
+from weightspace.index import dataset_for, load_encoder
+from weightspace.index.queries import dataset_query
+from weightspace.sampling.controls import nearest_datasets
+from weightspace.sampling.evaluating import EvaluationSettings, Trials, plan_trials, sample_trials
+from weightspace.sampling.opening import Sources, open_sampler, training_rows
+from weightspace.sampling.proof import prove
+from weightspace.training.autoencoder import train_autoencoder
+from weightspace.training.joint import train_joint
+from weightspace.training.prior import PriorSettings, train_prior
+from weightspace.zoo.dataset import Zoo, load_zoo
+from weightspace.zoo.exporting import export_folder
+from weightspace.zoo.importing import import_folder
+
+FOLDS = 4
+SAMPLERS = ("flow", "flow+selected", "flow+refined", "kde", "kde+selected", "kde+refined")
+SETTINGS = EvaluationSettings(datasets=8, count=4, activations=1)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Models that have not seen the held-out datasets."""
+
+    zoo: Zoo
+    held_out: tuple[str, ...]
+    autoencoder: Path
+    joint: Path
+    prior: Path
+
+
+def folds(datasets: Sequence[str]) -> list[tuple[str, ...]]:
+    """Returns parts of the datasets, drawn once."""
+    shuffled = np.random.default_rng(0).permutation(sorted(datasets))
+    return [tuple(str(name) for name in part) for part in np.array_split(shuffled, FOLDS)]
+
+
+def trained(demo: Path, output: Path, seed: int, steps: int | None) -> Trained:
+    """Trains everything on the zoo without the datasets of a fold; what is there already is opened."""
+    whole, settings = load_zoo(demo / "zoo"), DemoSettings()
+    held_out = folds(whole.index["dataset"].unique())[seed % FOLDS]
+    folder = output / f"seed-{seed}"
+    models = folder / "models"
+    if not (models / "metadata.jsonl").exists():
+        export_folder(whole, models, np.flatnonzero(~whole.index["dataset"].isin(held_out).to_numpy()))
+    import_folder(models, folder / "zoo", on_problem="error")
+    zoo = load_zoo(folder / "zoo")
+    one = replace(settings.autoencoder, split_seed=seed, loop=replace(settings.autoencoder.loop, seed=seed))
+    autoencoder = train_autoencoder(zoo.path, folder / "autoencoder", one)
+    two = replace(settings.joint, split_seed=seed, loop=replace(settings.joint.loop, seed=seed))
+    joint = train_joint(zoo.path, folder / "joint", two)
+    loop = PriorSettings().loop
+    three = PriorSettings(split_seed=seed, loop=replace(loop, seed=seed, steps=steps or loop.steps))
+    prior = train_prior(zoo.path, folder / "prior", three, autoencoder=autoencoder, joint=joint)
+    return Trained(zoo, held_out, autoencoder, joint, prior)
+
+
+def proved(models: Trained) -> list[dict[str, Any]]:
+    """Asks every sampler for models of seen and unseen datasets; returns records of proof rows."""
+    joint = load_encoder(models.joint)
+    sources = Sources(joint, (str(models.prior),), models.zoo, str(models.autoencoder))
+    seen = plan_trials(models.zoo, joint, SETTINGS)
+    features = {name: dataset_for(joint, name) for name in sorted(models.zoo.index["dataset"].unique())}
+    unseen = {name: dataset_for(joint, name) for name in models.held_out}
+    queries = [{name: dataset_query(joint, one) for name, one in part.items()} for part in (unseen, features)]
+    # All variants have the same architectures.
+    usual = next(iter(seen.blueprints.values()))
+    trials = Trials(
+        (*seen.datasets, *unseen.values()),
+        {**seen.blueprints, **dict.fromkeys(unseen, usual)},
+        seen.requests,
+        nearest_datasets(*queries),
+    )
+    sampled = {
+        name: sample_trials(open_sampler(name, sources).sampler, trials, SETTINGS.count, seed=0) for name in SAMPLERS
+    }
+    rows = prove(sampled, models.zoo, training_rows(models.zoo, joint), SETTINGS.proof, trials.nearest)
+    return [asdict(row) for row in rows]
+
+
+def table(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
+    """Yields the table of all seeds: the mean, and in brackets the least and the most of the seeds."""
+    keys = dict.fromkeys((row["datasets"], row["measure"], row["subject"]) for rows in found.values() for row in rows)
+    yield f"| datasets | measure | of | {' | '.join(SAMPLERS)} |"
+    yield "|---" * (3 + len(SAMPLERS)) + "|"
+    for key in sorted(keys, key=lambda key: key[0]):
+        cells = []
+        for sampler in SAMPLERS:
+            values = [
+                row["value"]
+                for rows in found.values()
+                for row in rows
+                if (row["sampler"], row["datasets"], row["measure"], row["subject"]) == (sampler, *key)
+            ]
+            spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.3f}{spread}" if values else "")
+        yield f"| {' | '.join((*key, *cells))} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder of everything")
+    parser.add_argument("--demo", type=Path, help="folder of a finished demo")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, help="training steps of the prior; its default if left out")
+    parser.add_argument("--table", action="store_true", help="print what the output has, and do nothing else")
+    options = parser.parse_args()
+    if not options.table and options.demo is None:
+        parser.error("--demo: name the folder of a finished demo")
+    results = {seed: options.output / f"seed-{seed}" / "proof.json" for seed in options.seeds}
+    for seed, path in results.items():
+        if not options.table and not path.exists():
+            rows = proved(trained(options.demo, options.output, seed, options.steps))
+            write_whole(path, json.dumps(rows) + "\n")
+    print(
+        "\n".join(table({str(seed): json.loads(path.read_text()) for seed, path in results.items() if path.exists()}))
+    )
+
+
+if __name__ == "__main__":
+    main()
