@@ -71,9 +71,11 @@ def test_train_joint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_train_prior(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     called: list[Any] = []
+    kinds: list[str] = []
 
     def train_prior(zoo: Path, output: Path, settings: Any, *, autoencoder: Path, joint: Path) -> Path:
         called.append((zoo, output, autoencoder, joint, settings.drop, settings.loop.steps, settings.loop.seed))
+        kinds.append(type(settings).__name__)
         return output
 
     monkeypatch.setattr("weightspace.training.prior.train_prior", train_prior)
@@ -87,6 +89,8 @@ def test_train_prior(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert json.loads(invoke(*words, *inputs, "--seed", "6", "--json")) == {"prior": "p"}
     assert called[0] == (Path("z"), Path("p"), tmp_path / "a", tmp_path / "j", 0.25, 40, 5)
     assert called[1][5:] == (40, 6)
+    invoke(*words, *inputs, "--codes")
+    assert kinds == ["PriorSettings", "PriorSettings", "CodePriorSettings"]
     assert main([*words, "--autoencoder", str(tmp_path / "a"), "--joint", str(tmp_path / "no")]) == 2
     assert f"{tmp_path / 'no'}: no joint (there is no config.json)" in capsys.readouterr().err
 

@@ -52,6 +52,22 @@ TINY["weightspace_joint"] = {
     "projection_dim": 8,
     "reconstruction_weight": 0.1,
 }
+ENCODERS = sorted(TINY)
+_PRIOR = {
+    "condition_size": 4,
+    "activations": ["relu"],
+    "hidden_size": 16,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "position_size": 4,
+}
+TINY["weight_prior"] = {"autoencoder_config": TINY["weight_autoencoder"], **_PRIOR, "time_size": 4}
+TINY["weight_code_prior"] = {
+    "autoencoder_config": {**TINY["weight_autoencoder"], "latent_size": 4, "code_levels": [4, 3]},
+    **_PRIOR,
+    "number_size": 8,
+}
 
 
 def registered() -> list[str]:
@@ -103,6 +119,18 @@ def for_loss(model_type: str, batch: dict[str, Tensor]) -> dict[str, Any]:
     if model_type == "weight_autoencoder":
         return {**batch, "views": 2}
     models, generator = len(batch["weight_values"]), torch.Generator().manual_seed(7)
+    if model_type not in ENCODERS:
+        latent = TINY[model_type]["autoencoder_config"]["latent_size"]
+        latents = torch.randn(*batch["attention_mask"].shape, latent, generator=generator)
+        noise = {"noise": latents.flip(0), "times": torch.rand(models, generator=generator)}
+        return {
+            **{name: batch[name] for name in ("weight_mask", "position_ids", "attention_mask")},
+            "latents": latents,
+            "dataset_embeds": torch.eye(models, 4) * torch.arange(models).ne(0)[:, None],
+            "result_embeds": torch.eye(models, 4) * torch.arange(models).ne(1)[:, None],
+            "activation": torch.arange(models).remainder(2),
+            **(noise if model_type == "weight_prior" else {}),
+        }
     return {
         **batch,
         "dataset_features": torch.randn(models, 6, 5, generator=generator),
@@ -130,26 +158,6 @@ def test_every_configuration_is_registered_and_tried_here() -> None:
 
 @pytest.mark.parametrize("model_type", sorted(TINY))
 class TestEveryModel:
-    def test_embeddings_survive_saving_to_the_bit(self, model_type: str, tmp_path: Path) -> None:
-        model = build(model_type)
-        model.save_pretrained(tmp_path / "model")
-        batch = together(inputs(SMALL, 2), inputs(LARGE, 2))
-        save_file({**batch, "expected": embedded(model, batch)}, tmp_path / "batch.safetensors")
-        code = """
-import sys, torch, weightspace
-from safetensors.torch import load_file
-from transformers import AutoModel
-model = AutoModel.from_pretrained(sys.argv[1] + "/model").eval()
-batch = load_file(sys.argv[1] + "/batch.safetensors")
-expected = batch.pop("expected")
-with torch.no_grad():
-    print(torch.equal(model.get_weight_features(**batch).pooler_output, expected))
-"""
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False, timeout=120
-        )
-        assert done.stdout == "True\n", done.stderr
-
     def test_loading_overwrites_nothing(self, model_type: str, tmp_path: Path) -> None:
         model = build(model_type)
         model.save_pretrained(tmp_path)
@@ -175,6 +183,45 @@ with torch.no_grad():
         assert float(state[missing].std()) == pytest.approx(float(fresh.std()), rel=0.3)
         assert float(state[missing].std()) < 0.75 * float(stored[missing.replace(".out.", ".qkv.")].std())
 
+    def test_both_attentions_agree(self, model_type: str) -> None:
+        batch = together(inputs(SMALL, 2), inputs(LARGE, 2))
+        eager, fused = build(model_type), build(model_type, attention="sdpa")
+        assert fused.config._attn_implementation == "sdpa"
+        with torch.no_grad():
+            outputs = (model(**for_loss(model_type, batch)) for model in (eager, fused))
+            for one, other in zip(*map(tensors, outputs), strict=True):
+                torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+    def test_every_parameter_matters(self, model_type: str) -> None:
+        model = build(model_type)
+        model(**for_loss(model_type, together(inputs(SMALL, 2), inputs(LARGE, 2)))).loss.backward()
+        trained = {name: value.grad for name, value in model.named_parameters() if value.requires_grad}
+        silent = [name for name, gradient in trained.items() if gradient is None or not gradient.any()]
+        assert silent == []
+
+
+@pytest.mark.parametrize("model_type", ENCODERS)
+class TestEveryEncoder:
+    def test_embeddings_survive_saving_to_the_bit(self, model_type: str, tmp_path: Path) -> None:
+        model = build(model_type)
+        model.save_pretrained(tmp_path / "model")
+        batch = together(inputs(SMALL, 2), inputs(LARGE, 2))
+        save_file({**batch, "expected": embedded(model, batch)}, tmp_path / "batch.safetensors")
+        code = """
+import sys, torch, weightspace
+from safetensors.torch import load_file
+from transformers import AutoModel
+model = AutoModel.from_pretrained(sys.argv[1] + "/model").eval()
+batch = load_file(sys.argv[1] + "/batch.safetensors")
+expected = batch.pop("expected")
+with torch.no_grad():
+    print(torch.equal(model.get_weight_features(**batch).pooler_output, expected))
+"""
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False, timeout=120
+        )
+        assert done.stdout == "True\n", done.stderr
+
     @pytest.mark.parametrize("architecture", [SMALL, LARGE], ids=["one window", "three windows"])
     def test_padding_changes_nothing(self, model_type: str, architecture: Architecture) -> None:
         model, batch = build(model_type), inputs(architecture, 3)
@@ -187,15 +234,6 @@ with torch.no_grad():
         torch.testing.assert_close(embedded(model, together(small, large)), expected)
         alone = [embedded(model, {k: v[i : i + 1] for k, v in small.items()}) for i in range(3)]
         torch.testing.assert_close(torch.cat(alone), expected[:3])
-
-    def test_both_attentions_agree(self, model_type: str) -> None:
-        batch = together(inputs(SMALL, 2), inputs(LARGE, 2))
-        eager, fused = build(model_type), build(model_type, attention="sdpa")
-        assert fused.config._attn_implementation == "sdpa"
-        with torch.no_grad():
-            outputs = (model(**for_loss(model_type, batch)) for model in (eager, fused))
-            for one, other in zip(*map(tensors, outputs), strict=True):
-                torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
     def test_gradient_checkpointing_runs_layers_again_and_changes_nothing(self, model_type: str) -> None:
         batch, gradients, calls = together(inputs(SMALL, 2), inputs(LARGE, 2)), [], []
@@ -226,12 +264,6 @@ with torch.no_grad():
             loss = half(**{**for_loss(model_type, batch), **({"views": 1} if "auto" in model_type else {})}).loss
         assert loss.isfinite()
         assert torch.nn.functional.cosine_similarity(embedded(half, batch), embedded(model, batch)).min() > 0.98
-
-    def test_every_parameter_matters(self, model_type: str) -> None:
-        model = build(model_type)
-        model(**for_loss(model_type, together(inputs(SMALL, 2), inputs(LARGE, 2)))).loss.backward()
-        silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-        assert silent == []
 
 
 class TestConfig:

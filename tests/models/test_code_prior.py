@@ -15,7 +15,7 @@ from weightspace.architectures.families import MLPConfig, config_mapping
 from weightspace.errors import SettingsError
 from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
 from weightspace.models.prior.configuration_code_prior import WeightCodePriorConfig
-from weightspace.models.prior.modeling_code_prior import WeightCodePriorModel
+from weightspace.models.prior.modeling_code_prior import WeightCodePriorModel, _drawn
 from weightspace.models.prior.modeling_prior import Guidance, PriorCondition
 from weightspace.sampling.conditions import blueprint_of
 from weightspace.schema import Architecture
@@ -159,15 +159,16 @@ def test_samples_follow_from_the_generator_alone() -> None:
     assert not torch.equal(sampled(model, condition(), seed=1), sampled(model, condition(), seed=2))
 
 
-@torch.no_grad()
-def test_lower_temperatures_stay_closer_to_what_is_likely() -> None:
-    model, asked = build(), condition(64)
-    losses = []
+def test_lower_temperatures_stay_closer_to_what_is_expected() -> None:
+    middles = (2 * torch.arange(40) + 1) / 40 - 1
+    chances = torch.linspace(1, 3, 40).div(80).expand(4000, -1)
+    mean, spread = (chances[0] * middles).sum(), (chances[0] * middles.square()).sum().sqrt()
     for temperature in (0.0, 0.5, 1.0):
-        latents = model.autoencoder.from_codes(sampled(model, asked, temperature=temperature))
-        losses.append(float(model(**{**inputs(64), "latents": latents}).loss))
-    assert losses == sorted(losses)
-    assert losses[2] > losses[0] + 0.05
+        drawn = _drawn(chances, middles, temperature, torch.Generator().manual_seed(0))
+        assert set(drawn.tolist()) <= set(middles.tolist())
+        torch.testing.assert_close(drawn.mean(), mean, atol=0.03, rtol=0)
+        expected = temperature * (spread.square() - mean.square()).sqrt()
+        torch.testing.assert_close(drawn.std(), expected, atol=0.02, rtol=0)
 
 
 @pytest.mark.parametrize("part", ["dataset", "result", "activation"])

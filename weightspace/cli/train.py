@@ -112,6 +112,7 @@ def joint(
 @zoo_option
 @click.option("--autoencoder", required=True, help="Autoencoder whose latents are sampled: a folder, or org/name.")
 @click.option("--joint", required=True, help="Joint model of datasets and results: a folder, or org/name.")
+@click.option("--codes", is_flag=True, help="Model the codes of an autoencoder that has code_levels.")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder of the prior.")
 @loop_options
 @json_option
@@ -119,6 +120,7 @@ def prior(
     zoo: Path,
     autoencoder: str,
     joint: str,
+    codes: bool,
     output: Path,
     config: Path | None,
     steps: int | None,
@@ -131,10 +133,10 @@ def prior(
     After an interruption, the same command goes on.
     """
     from weightspace.index.embedding import saved_folder
-    from weightspace.training.prior import PriorSettings, train_prior
+    from weightspace.training.prior import CodePriorSettings, PriorSettings, train_prior
 
     overrides = {"loop.steps": steps, "loop.seed": seed, "loop.mixed_precision": mixed_precision}
-    settings = settings_from(PriorSettings, config, overrides)
+    settings = settings_from(CodePriorSettings if codes else PriorSettings, config, overrides)
     folders = {kind: saved_folder(at, kind=kind)[0] for kind, at in (("autoencoder", autoencoder), ("joint", joint))}
     model = train_prior(zoo, output, settings, **folders)
     if as_json:

@@ -31,9 +31,9 @@ class CodeSettings:
             says, 0 takes what is expected, which gives one model only.
     """
 
-    dataset_guidance: float = 2.0
-    result_guidance: float = 2.0
-    temperature: float = 0.5
+    dataset_guidance: float = 1.0
+    result_guidance: float = 1.5
+    temperature: float = 0.25
 
     def __post_init__(self) -> None:
         """Refuses temperatures that there are not."""

@@ -33,6 +33,7 @@ def load_prior(folder: str | Path, joint: Encoder, kind: type[P]) -> tuple[P, La
     if not (Path(folder) / "config.json").is_file():
         raise WeightspaceError(f"{folder}: no prior (there is no config.json); train one or check the path")
     found = load_json_object((Path(folder) / "config.json").read_bytes(), where=str(folder)).get("model_type")
+    assert kind.config_class is not None
     wanted = kind.config_class.model_type
     if found != wanted:
         raise SettingsError(f"{folder}: holds a model of type {shown(found)}; give a prior of type {wanted}")

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from transformers.configuration_utils import PreTrainedConfig
 
 from weightspace.architectures.alignment import align
 from weightspace.architectures.families import run_flat
@@ -25,7 +26,7 @@ from weightspace.models.joint.modeling_joint import JointModel, unit
 from weightspace.models.prior.configuration_code_prior import WeightCodePriorConfig
 from weightspace.models.prior.configuration_prior import WeightPriorConfig
 from weightspace.models.prior.modeling_code_prior import WeightCodePriorModel
-from weightspace.models.prior.modeling_prior import WeightPriorModel
+from weightspace.models.prior.modeling_prior import ConditionedPrior, WeightPriorModel
 from weightspace.schema import Architecture
 from weightspace.training.autoencoder import (
     BehaviourSettings,
@@ -95,11 +96,16 @@ class PriorSettings:
 class CodePriorSettings(PriorSettings):
     """Everything that determines a trained prior of codes, a `WeightCodePriorModel`, besides what it is trained on.
 
+    Most of what codes tell is the noise of an initialisation, of which their likelihood says nothing; so it is the
+    behaviour loss that counts most here.
+
     Attributes:
         unknown: largest share of a model's tokens whose codes are kept from the prior; the share is drawn for each
             model, from 0 on.
     """
 
+    behaviour: BehaviourSettings = field(default_factory=lambda: BehaviourSettings(weight=0.9, images=24))
+    loop: LoopSettings = field(default_factory=lambda: LoopSettings(steps=720, batch_size=64, learning_rate=2e-3))
     unknown: float = 1.0
 
     def __post_init__(self) -> None:
@@ -221,7 +227,7 @@ def _config(
     joint: JointModel,
     joint_identity: str,
     activations: list[str],
-) -> WeightPriorConfig | WeightCodePriorConfig:
+) -> PreTrainedConfig:
     shape = settings.shape
     try:
         return method.config(
@@ -251,8 +257,8 @@ class _Method:
     """
 
     loss: str
-    config: type[WeightPriorConfig | WeightCodePriorConfig]
-    model: type[WeightPriorModel | WeightCodePriorModel]
+    config: Callable[..., PreTrainedConfig]
+    model: type[ConditionedPrior]
     draw: Callable[[Mapping[str, Tensor], torch.Generator], dict[str, Tensor]]
     telling: Callable[[Mapping[str, Tensor]], Bool[Tensor, " batch"]]
 

@@ -34,10 +34,10 @@ class WeightCodePriorOutput(ModelOutput):
 class WeightCodePriorModel(ConditionedPrior):
     r"""p(W | D, R) as an autoregressive model of the codes of a quantised weight autoencoder.
 
-    A causal transformer reads the tokens of a model in order. At each token it knows the tokens before it, and the
-    place and shape of the token itself. A code is the joint level of a few numbers of the token's latent; a masked
-    network on top of the transformer's state (Germain et al., 2015) predicts the level of one number after the other,
-    so that nothing is taken to be independent and no codebook is too large:
+    A causal transformer reads the tokens of a model in order. At each token it knows the tokens before it in the
+    autoencoder's window, and the place and shape of the token itself. A code is the joint level of a few numbers of the
+    token's latent; a masked network on top of the transformer's state (Germain et al., 2015) predicts the level of one
+    number after the other, so that no codebook is too large:
 
     .. math:: p(c \mid D, R) = \prod_t \prod_j p(c_{tj} \mid c_{<t}, c_{t,<j}, D, R)
 
@@ -60,8 +60,7 @@ class WeightCodePriorModel(ConditionedPrior):
         super().__init__(config)
         assert config.autoencoder_config is not None
         self.autoencoder = WeightAutoencoderModel._from_config(config.autoencoder_config)
-        levels = self.autoencoder.config.code_levels * self.autoencoder.codes_per_token
-        self.levels = tuple(int(count) for count in levels)
+        self.levels = tuple(self.autoencoder.config.code_levels or ()) * self.autoencoder.codes_per_token
         latent, width = len(self.levels), config.hidden_size
         self.latent_in = nn.Linear(latent, width)
         self.unknown = nn.Embedding(1, width)
