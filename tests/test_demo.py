@@ -13,9 +13,8 @@ from weightspace.errors import SettingsError
 from weightspace.sampling.evaluating import EvaluationSettings
 from weightspace.sampling.finetuning import FineTuning
 from weightspace.sampling.proof import SAMPLES, ProofSettings, accuracy_after
-from weightspace.training.autoencoder import AutoencoderSettings, BehaviourSettings, EncoderSettings, read_training
+from weightspace.training.autoencoder import AutoencoderSettings, EncoderSettings, read_training
 from weightspace.training.joint import JointSettings, TowerSettings
-from weightspace.training.prior import PriorSettings, PriorShape
 from weightspace.training.settings import LoopSettings
 from weightspace.zoo.image_encoders import OFFLINE_ENCODER
 from weightspace.zoo.training import ZooSettings
@@ -28,17 +27,13 @@ TARGET = "test_accuracy"
 def settings(tiny_zoo_settings: ZooSettings, tiny_encoder_settings: AutoencoderSettings, tiny_clip: Path) -> Any:
     towers = TowerSettings(encoder=EncoderSettings(hidden_size=16, layers=1, heads=2, window=16), hidden_size=16)
     joint = JointSettings(towers=towers, image_encoder=str(tiny_clip), sample=20, images=20, loop=LOOP)
-    prior = PriorSettings(
-        shape=PriorShape(hidden_size=16, layers=1, heads=2), behaviour=BehaviourSettings(images=4), loop=LOOP
-    )
     proof = ProofSettings(FineTuning(epochs=(0, 1)), checkpoints=2)
     samples = EvaluationSettings(datasets=2, count=2, activations=1, bins=2, proof=proof)
     return DemoSettings(
         tiny_zoo_settings,
         tiny_encoder_settings,
         joint,
-        prior,
-        ("flow", "kde+selected"),
+        ("kde", "kde+selected"),
         samples,
         targets=(TARGET,),
         seeds=(0,),
@@ -118,19 +113,3 @@ class TestSamples:
         assert {row["sampler"] for row in rows} == set(settings.samplers)
         assert {row["subject"] for row in rows} > {SAMPLES, "from scratch"}
         assert all(0 <= row["value"] <= 1 for row in rows)
-
-    def test_are_on_the_card_of_the_prior(self, output: Path, report: dict[str, Any]) -> None:
-        record = read_record(output / "prior")
-        assert record is not None and isinstance(record.facts, EncoderFacts)
-        (measured,) = record.facts.measurements
-        (row,) = (
-            row
-            for row in report["samples"]
-            if (row["sampler"], row["measure"], row["subject"]) == ("flow", accuracy_after(0), SAMPLES)
-        )
-        assert measured.score.value == row["value"] and measured.baselines
-
-    def test_hold_out_the_runs_of_the_autoencoder(self, output: Path) -> None:
-        states = [read_training(output / name) for name in ("encoder", "prior")]
-        assert states[0] is not None and states[1] is not None
-        assert states[0]["test_runs"] == states[1]["test_runs"]

@@ -36,24 +36,21 @@ from weightspace.cards import EncoderFacts, Measurement, Score, write_card
 from weightspace.errors import SettingsError
 from weightspace.evaluation import FunctionComparison, compare_functions
 from weightspace.index import Encoder, embed_zoo, load_encoder
-from weightspace.models.prior.modeling_prior import WeightPriorModel
 from weightspace.probes.probe import ProbeRow, rows_to_records
 from weightspace.probes.representations import LinearCodes, statistics_of_rows
 from weightspace.probes.zoo import ENCODER, JOINT, probe_zoo
 from weightspace.sampling.evaluating import EvaluationSettings, evaluate_samplers
 from weightspace.sampling.opening import Sources, open_sampler
-from weightspace.sampling.proof import ALIGNED_AVERAGE, SAMPLES, SCRATCH, ZOO, ProofRow, accuracy_after
+from weightspace.sampling.proof import ProofRow
 from weightspace.schema import Architecture
 from weightspace.training.autoencoder import (
     AutoencoderSettings,
-    BehaviourSettings,
     EncoderSettings,
     read_training,
     train_autoencoder,
 )
 from weightspace.training.joint import JointSettings, TowerSettings, train_joint
 from weightspace.training.loop import read_history
-from weightspace.training.prior import PriorSettings, train_prior
 from weightspace.training.settings import LoopSettings
 from weightspace.zoo.dataset import Zoo, load_zoo
 from weightspace.zoo.describing import training_zoo
@@ -81,15 +78,6 @@ def _joint_settings() -> JointSettings:
     )
 
 
-def _prior_settings() -> PriorSettings:
-    """What two cores train in less than a minute: as little of the flow as few steps of its solver need."""
-    return PriorSettings(
-        behaviour=BehaviourSettings(weight=0.8, images=16),
-        behaviour_from=0.0,
-        loop=LoopSettings(steps=450, batch_size=128, validate_every=150),
-    )
-
-
 def _sample_settings() -> EvaluationSettings:
     return EvaluationSettings(datasets=8, count=4, activations=1)
 
@@ -110,29 +98,26 @@ class DemoSettings:
     zoo: ZooSettings = field(default_factory=ZooSettings)
     autoencoder: AutoencoderSettings = field(default_factory=AutoencoderSettings)
     joint: JointSettings = field(default_factory=_joint_settings)
-    prior: PriorSettings = field(default_factory=_prior_settings)
-    samplers: tuple[str, ...] = ("flow", "kde", "kde+selected")
+    samplers: tuple[str, ...] = ("kde", "kde+selected", "kde+refined")
     samples: EvaluationSettings = field(default_factory=_sample_settings)
     targets: tuple[str, ...] = _TARGETS
     seeds: tuple[int, ...] = (0, 1, 2)
 
     def __post_init__(self) -> None:
         """Refuses encoders that were trained on each other's test runs."""
-        for name in ("joint", "prior"):
-            seed = getattr(self, name).split_seed
-            if seed != self.autoencoder.split_seed:
-                raise SettingsError(
-                    f"{name}: split_seed {seed} holds out other runs than the {self.autoencoder.split_seed} of the "
-                    "autoencoder; give both the same"
-                )
+        if self.joint.split_seed != self.autoencoder.split_seed:
+            raise SettingsError(
+                f"joint: split_seed {self.joint.split_seed} holds out other runs than the "
+                f"{self.autoencoder.split_seed} of the autoencoder; give both the same"
+            )
 
 
 def run_demo(output: Path | str, settings: DemoSettings) -> Path:
     """Runs the main job; what is there already and unchanged is reused.
 
     ``output`` gets ``trained`` (the zoo as it was trained), ``models`` (the same models as plain safetensors files with
-    ``metadata.jsonl``), ``zoo`` (imported from these files, as a user's own models would be), ``encoder``, ``joint``
-    and ``prior`` (`save_pretrained` folders with their cards), ``report.html`` and ``report.json``.
+    ``metadata.jsonl``), ``zoo`` (imported from these files, as a user's own models would be), ``encoder`` and ``joint``
+    (`save_pretrained` folders with their cards), ``report.html`` and ``report.json``.
 
     Args:
         output: folder of everything.
@@ -147,25 +132,22 @@ def run_demo(output: Path | str, settings: DemoSettings) -> Path:
     """
     output = Path(output)
     open_image_encoder(settings.joint.image_encoder)  # what is not there is missed before minutes of training
-    with _timed(output, "1/8 train the zoo"):
+    with _timed(output, "1/7 train the zoo"):
         trained = train_zoo(settings.zoo, output / "trained")
-    with _timed(output, "2/8 open it as files"):
+    with _timed(output, "2/7 open it as files"):
         if not (output / "models" / "metadata.jsonl").exists():
             export_folder(trained, output / "models")
         import_folder(output / "models", output / "zoo", on_problem="error")
         zoo = load_zoo(output / "zoo")
-    with _timed(output, "3/8 train the autoencoder"):
+    with _timed(output, "3/7 train the autoencoder"):
         encoder_path = train_autoencoder(zoo.path, output / "encoder", settings.autoencoder)
-    with _timed(output, "4/8 train the joint model"):
+    with _timed(output, "4/7 train the joint model"):
         joint_path = train_joint(zoo.path, output / "joint", settings.joint)
-    with _timed(output, "5/8 train the prior"):
-        prior_path = train_prior(zoo.path, output / "prior", settings.prior, autoencoder=encoder_path, joint=joint_path)
     report = output / "report.html"
-    state, joint_state, prior_state = (_trained(path) for path in (encoder_path, joint_path, prior_path))
+    state, joint_state = _trained(encoder_path), _trained(joint_path)
     identity = {
         "encoder": state["identity"],
         "joint": joint_state["identity"],
-        "prior": prior_state["identity"],
         "samplers": list(settings.samplers),
         "samples": json.loads(json.dumps(asdict(settings.samples))),
         "targets": list(settings.targets),
@@ -174,24 +156,22 @@ def run_demo(output: Path | str, settings: DemoSettings) -> Path:
     if report.exists() and _read_identity(output) == identity:
         return report
     encoder, joint = load_encoder(encoder_path), load_encoder(joint_path)
-    with _timed(output, "6/8 reconstruct, probe, retrieve and explain"):
+    with _timed(output, "5/7 reconstruct, probe, retrieve and explain"):
         reconstruction = reconstruction_table(zoo, encoder, state)
         probes = probe_zoo(zoo, [encoder, joint], settings.targets, seeds=settings.seeds)
         retrieval = retrieval_table(zoo, joint, joint_state)
         explanation = explain_test_runs(zoo, {ENCODER: encoder, JOINT: joint}, state)
-    with _timed(output, "7/8 sample models and judge them"):
-        sources = Sources(joint, (str(prior_path),), zoo, str(encoder_path))
+    with _timed(output, "6/7 sample models and judge them"):
+        sources = Sources(joint, zoo=zoo, encoder=str(encoder_path))
         samplers = {name: open_sampler(name, sources).sampler for name in settings.samplers}
         samples = evaluate_samplers(samplers, zoo, joint, settings.samples)
     tables = _Tables(reconstruction, probes, retrieval, explanation, samples)
-    with _timed(output, "8/8 write the report"):
+    with _timed(output, "7/7 write the report"):
         measured = _probe_measurements(probes, ENCODER) + _kept_measurements(reconstruction)
         write_card(encoder_path, _card(zoo, encoder.model.card_facts(), state, measured))
         measured = _probe_measurements(probes, JOINT) + _retrieval_measurements(retrieval)
         write_card(joint_path, _card(zoo, joint.model.card_facts(), joint_state, measured))
-        prior = WeightPriorModel.from_pretrained(prior_path)
-        write_card(prior_path, _card(zoo, prior.card_facts(), prior_state, _sample_measurements(samples)))
-        write_report(_report(zoo, encoder, joint, prior, settings, tables, _seconds(output)), output)
+        write_report(_report(zoo, encoder, joint, settings, tables, _seconds(output)), output)
         write_text(output / _IDENTITY_FILE, json.dumps(identity) + "\n")
     return report
 
@@ -331,7 +311,6 @@ def _report(
     zoo: Zoo,
     encoder: Encoder,
     joint: Encoder,
-    prior: WeightPriorModel,
     settings: DemoSettings,
     tables: _Tables,
     seconds: Mapping[str, float],
@@ -362,7 +341,6 @@ def _report(
         "encoder parameters": encoder.model.num_parameters(),
         "numbers in an embedding": encoder.embedding_size,
         "joint model parameters": joint.model.num_parameters(),
-        "prior parameters": prior.num_parameters(only_trainable=True),
         "image encoder": settings.joint.image_encoder,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
         **{f"seconds to {name.partition(' ')[2]}": round(value, 1) for name, value in seconds.items()},
@@ -389,7 +367,7 @@ def _report(
             "The joint model was trained on the results of its training models as well, which the other descriptions "
             "of weights in the probe tables were not.",
             "The map and the training curves are the autoencoder's.",
-            "Sampled models are for datasets that were trained on, and kde+selected chooses by 128 training images.",
+            "Sampled models are for datasets that were trained on; what chooses or refines them sees up to 192 training images.",
             "PCA and IncrementalPCA are fitted on all other runs; the autoencoder was trained on 70 % of all runs.",
         ],
     )
@@ -433,23 +411,6 @@ def _retrieval_measurements(retrieval: Sequence[RetrievalRow]) -> list[Measureme
             (Score("chance", row.chance),),
         )
         for row in retrieval
-    ]
-
-
-def _sample_measurements(samples: Sequence[ProofRow]) -> list[Measurement]:
-    """What the prior's own samples are worth at once, beside what needs no prior."""
-    rows = [row for row in samples if row.measure == accuracy_after(0)]
-    own = [row for row in rows if (row.sampler, row.subject) == ("flow", SAMPLES)]
-    others = [row for row in rows if row.sampler == "flow" and row.subject in (SCRATCH, ZOO, ALIGNED_AVERAGE)]
-    return [
-        Measurement(
-            f"sampled models for {row.datasets} datasets at the highest accuracy asked for, without training",
-            "accuracy",
-            "test accuracy",
-            Score("prior", row.value, row.low, row.high),
-            tuple(Score(other.subject, other.value, other.low, other.high) for other in others),
-        )
-        for row in own
     ]
 
 

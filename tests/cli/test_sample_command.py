@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import ResNetConfig, ResNetForImageClassification
 
 from weightspace.architectures.families import config_mapping
 from weightspace.architectures.flat import flatten, unflatten
@@ -301,3 +302,44 @@ class TestRefusals:
         said = refusal(capsys, *words, "--guidance-result", "1e38", "--output", tmp_path / "out")
         assert "3 of 3 sampled models have weights that are not finite; follow the condition less" in said
         assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def resnet(tmp_path: Path) -> Path:
+    """Folder of a classifier with running statistics, for images of one channel."""
+    config = ResNetConfig(num_channels=1, embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic")
+    config.num_labels = 5
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        ResNetForImageClassification(config).save_pretrained(tmp_path / "resnet")
+    return tmp_path / "resnet"
+
+
+def test_running_statistics_are_those_of_the_dataset(
+    words: list[str], resnet: Path, tiny_zoo: Zoo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*without(words, "--architecture"), "--architecture", str(resnet)]
+    record = answer(capsys, *words, "--output", tmp_path / "made")
+    assert record["mean"] is None and "cannot run models of this architecture" in record["not_evaluated"]
+    images = load_images(str(tiny_zoo.index["dataset"][0])).train_images[:512]
+    for folder in sorted((tmp_path / "made").glob("sample-*")):
+        model = ResNetForImageClassification.from_pretrained(folder)
+        norm = model.resnet.embedder.embedder.normalization
+        assert int(norm.num_batches_tracked) == len(images.split(128))
+        with torch.no_grad():
+            maps = [model.resnet.embedder.embedder.convolution(part) for part in images.split(128)]
+            means = torch.stack([value.mean((0, 2, 3)) for value in maps]).mean(0)
+            torch.testing.assert_close(norm.running_mean, means, rtol=1e-4, atol=1e-5)
+            assert model.eval()(images[:4]).logits.isfinite().all()
+
+
+def test_running_statistics_need_images_that_fit(
+    words: list[str], resnet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*without(words, "--architecture"), "--architecture", str(resnet), "--output", str(tmp_path / "made")]
+    said = refusal(capsys, *without(words, "--dataset"))
+    assert "running statistics" in said and "give a dataset" in said
+    (resnet / "config.json").write_text(json.dumps({"model_type": "resnet", "num_channels": 3}))
+    said = refusal(capsys, *words)
+    assert "images have 1 channels, the architecture expects 3" in said
+    assert not (tmp_path / "made").exists()

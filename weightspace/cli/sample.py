@@ -95,7 +95,7 @@ def sample(
     opened = open_sampler(_named(base, candidates, refine), sources, settings)
     made = make_models(order, blueprint, opened, loaded, options, allow_pickle=allow_pickle)
     obtained = [] if made.accuracies is None else [{"test_accuracy": float(value)} for value in made.accuracies]
-    written = write_models(output, made.flat, blueprint, made.sampling, obtained)
+    written = write_models(output, made.flat, blueprint, made.sampling, obtained, made.statistics)
     if as_json:
         print_json(_record(output, made, written))
     else:

@@ -23,6 +23,8 @@ from weightspace.io.hub import HubOptions
 from weightspace.schema import Architecture, TensorSpec
 from weightspace.zoo.features import DatasetFeatures
 
+_COUNTER = "num_batches_tracked"
+
 
 @dataclass(frozen=True, eq=False)
 class Condition:
@@ -62,6 +64,11 @@ class Blueprint:
     config: Mapping[str, Any] | None = None
 
     @property
+    def counters(self) -> tuple[str, ...]:
+        """Names of the counters beside running statistics, which are no weights; empty where there are none."""
+        return tuple(exclusion.tensor for exclusion in self.architecture.exclusions)
+
+    @property
     def family(self) -> FamilyConfig | None:
         """The config of a network that the library can run; None for any other."""
         return None if self.config is None else family_config(self.config)
@@ -82,10 +89,10 @@ def open_blueprint(location: str, options: HubOptions | None = None) -> Blueprin
         return blueprint_of(load_json_object(Path(location).read_bytes(), where=location), location)
     checkpoint = open_checkpoint(location, options=options)
     architecture = infer_architecture(checkpoint.specs.values(), config=checkpoint.config, aliases=checkpoint.aliases)
-    if architecture.exclusions:
-        excluded = architecture.exclusions[0]
+    strange = next((one for one in architecture.exclusions if not one.tensor.endswith(_COUNTER)), None)
+    if strange is not None:
         raise ArchitectureError(
-            f"{location}: {excluded.tensor} cannot be sampled ({excluded.reason}); give an architecture of floating "
+            f"{location}: {strange.tensor} cannot be sampled ({strange.reason}); give an architecture of floating "
             "point tensors"
         )
     return Blueprint(architecture, checkpoint.config)

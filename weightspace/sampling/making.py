@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from weightspace.architectures.flat import flatten
+from weightspace.architectures.flat import flatten, unflatten
 from weightspace.cards import SamplingFacts
 from weightspace.errors import SettingsError
 from weightspace.index import Encoder, dataset_for, parse_results
@@ -19,9 +20,12 @@ from weightspace.sampling.conditions import Blueprint, Condition, open_blueprint
 from weightspace.sampling.finetuning import Trial, accuracy, fits, predictions
 from weightspace.sampling.flow import FlowSampler
 from weightspace.sampling.opening import OpenedSampler
+from weightspace.sampling.running_statistics import running_statistics
 from weightspace.sampling.samplers import sample
 from weightspace.zoo.copying import without_folders
 from weightspace.zoo.images import load_images
+
+_STATISTICS_IMAGES, _STATISTICS_BATCH = 512, 128
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,8 @@ class Made:
         unknown: why they were not; empty if they were.
         chance: accuracy of guessing; None where they were not evaluated.
         before: accuracy of the edited model; None if none was.
+        statistics: running statistics of each model's normalisation layers, from images of the dataset; empty where the
+            architecture has none.
     """
 
     flat: Float[Tensor, "models params"]
@@ -76,6 +82,7 @@ class Made:
     unknown: str = ""
     chance: float | None = None
     before: float | None = None
+    statistics: tuple[Mapping[str, Tensor], ...] = ()
 
 
 def check_order(order: Order, options: HubOptions | None = None) -> Blueprint:
@@ -91,6 +98,12 @@ def check_order(order: Order, options: HubOptions | None = None) -> Blueprint:
     assert location is not None
     blueprint = open_blueprint(location, options)
     family = blueprint.family
+    if blueprint.counters and (order.dataset is None or blueprint.config is None):
+        missing = "a dataset" if order.dataset is None else "a config.json beside it"
+        raise SettingsError(
+            f"{location}: its normalisation layers have running statistics, which are no weights but estimated on "
+            f"images; give {missing}"
+        )
     if order.dataset is not None:
         images = load_images(order.dataset)
         if family is not None and not fits(family, images):
@@ -137,8 +150,25 @@ def make_models(
         flat = _edited(order, original, condition, blueprint, opened, generator)
     settings = dict(opened.settings) if name is None else {**opened.settings, "strength": order.strength}
     sampling = SamplingFacts(opened.name, opened.sources, order.dataset, order.result, name, order.seed, settings)
-    made = Made(flat, blueprint, sampling)
+    made = Made(flat, blueprint, sampling, statistics=_statistics(flat, blueprint, order.dataset))
     return _evaluated(made, original)
+
+
+def _statistics(
+    flat: Float[Tensor, "models params"], blueprint: Blueprint, dataset: str | None
+) -> tuple[Mapping[str, Tensor], ...]:
+    if not blueprint.counters:
+        return ()
+    assert dataset is not None and blueprint.config is not None
+    images = load_images(dataset).train_images[:_STATISTICS_IMAGES]
+    expected = blueprint.config.get("num_channels", images.shape[1])
+    if expected != images.shape[1]:
+        raise SettingsError(
+            f"{dataset}: images have {images.shape[1]} channels, the architecture expects {expected}; choose another "
+            "dataset or architecture"
+        )
+    parts = images.split(_STATISTICS_BATCH)
+    return tuple(running_statistics(blueprint.config, unflatten(one, blueprint.architecture), parts) for one in flat)
 
 
 def _opened(location: str, blueprint: Blueprint, options: HubOptions | None) -> tuple[Float[Tensor, "one params"], str]:

@@ -63,6 +63,7 @@ def write_models(
     blueprint: Blueprint,
     sampling: SamplingFacts,
     results: Sequence[Mapping[str, float]] = (),
+    statistics: Sequence[Mapping[str, Tensor]] = (),
 ) -> list[WrittenModel]:
     """Writes sampled models into a folder that `weightspace.zoo.importing.import_folder` and a push take.
 
@@ -75,6 +76,7 @@ def write_models(
         blueprint: what they are.
         sampling: how they were sampled.
         results: of each model, by name; nothing if they were not evaluated.
+        statistics: running statistics of each model that take the place of sampled ones, by tensor name.
 
     Raises:
         ZooError: the folder is not empty or cannot be written.
@@ -89,7 +91,8 @@ def write_models(
         )
     there = folder.is_dir()
     try:
-        return _written(folder, flat, blueprint, sampling, results or [{}] * len(flat))
+        nothing: list[Mapping[str, Any]] = [{}] * len(flat)
+        return _written(folder, flat, blueprint, sampling, results or nothing, statistics or nothing)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         if there:
@@ -103,12 +106,14 @@ def _written(
     blueprint: Blueprint,
     sampling: SamplingFacts,
     results: Sequence[Mapping[str, float]],
+    statistics: Sequence[Mapping[str, Tensor]],
 ) -> list[WrittenModel]:
     config = blueprint.config
     written = []
-    for number, (weights, obtained) in enumerate(zip(flat, results, strict=True)):
+    for number, (weights, obtained, estimated) in enumerate(zip(flat, results, statistics, strict=True)):
         name = f"sample-{number:04d}"
-        blob = checkpoint_bytes(restore(weights, blueprint.architecture))
+        counters = {name: estimated[name] for name in blueprint.counters}
+        blob = checkpoint_bytes({**restore(weights, blueprint.architecture, counters), **estimated})
         with replacing(folder / name / "model.safetensors") as partial:
             partial.write_bytes(blob)
         if config is not None:
