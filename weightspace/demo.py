@@ -367,7 +367,7 @@ def _report(
             "The joint model was trained on the results of its training models as well, which the other descriptions "
             "of weights in the probe tables were not.",
             "The map and the training curves are the autoencoder's.",
-            "Sampled models are for datasets that were trained on; what chooses or refines them sees up to 192 training images.",
+            "Sampled models are for datasets that were trained on; selecting and refining take 192 training images.",
             "PCA and IncrementalPCA are fitted on all other runs; the autoencoder was trained on 70 % of all runs.",
         ],
     )
