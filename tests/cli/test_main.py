@@ -161,9 +161,11 @@ def test_a_full_disk_under_standard_output(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_ends_with_one_line() -> None:
+    # Shells start commands in the background with Ctrl-C ignored, and tests in them would inherit it.
     code = """
-import sys, time, types
+import signal, sys, time, types
 from weightspace.cli.main import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
 stand_in = types.ModuleType("weightspace.inspection")
 def inspect_location(*arguments, **options):
     print("ready", flush=True)
