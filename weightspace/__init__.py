@@ -23,10 +23,15 @@ if TYPE_CHECKING:
     from weightspace.models.joint.configuration_joint import JointConfig
     from weightspace.models.joint.feature_extraction_joint import JointFeatureExtractor
     from weightspace.models.joint.modeling_joint import JointModel
+    from weightspace.models.prior.configuration_code_prior import WeightCodePriorConfig
+    from weightspace.models.prior.configuration_prior import WeightPriorConfig
+    from weightspace.models.prior.modeling_code_prior import WeightCodePriorModel
+    from weightspace.models.prior.modeling_prior import WeightPriorModel
     from weightspace.publishing import push_folder
     from weightspace.tokenizers import get_tokenizer
     from weightspace.training.autoencoder import train_autoencoder
     from weightspace.training.joint import train_joint
+    from weightspace.training.prior import train_prior
     from weightspace.zoo.dataset import load_zoo
     from weightspace.zoo.exporting import export_folder
     from weightspace.zoo.importing import import_folder
@@ -41,7 +46,11 @@ _HOMES = {
     "JointModel": "weightspace.models.joint.modeling_joint",
     "WeightAutoencoderConfig": "weightspace.models.autoencoder.configuration_autoencoder",
     "WeightAutoencoderModel": "weightspace.models.autoencoder.modeling_autoencoder",
+    "WeightCodePriorConfig": "weightspace.models.prior.configuration_code_prior",
+    "WeightCodePriorModel": "weightspace.models.prior.modeling_code_prior",
     "WeightFeatureExtractor": "weightspace.models.autoencoder.feature_extraction_autoencoder",
+    "WeightPriorConfig": "weightspace.models.prior.configuration_prior",
+    "WeightPriorModel": "weightspace.models.prior.modeling_prior",
     "WeightspaceError": "weightspace.errors",
     "embed": "weightspace.index",
     "export_folder": "weightspace.zoo.exporting",
@@ -55,6 +64,7 @@ _HOMES = {
     "save_checkpoint": "weightspace.io.checkpoint",
     "train_autoencoder": "weightspace.training.autoencoder",
     "train_joint": "weightspace.training.joint",
+    "train_prior": "weightspace.training.prior",
     "train_zoo": "weightspace.zoo.training",
 }
 
@@ -65,7 +75,11 @@ __all__ = [
     "JointModel",
     "WeightAutoencoderConfig",
     "WeightAutoencoderModel",
+    "WeightCodePriorConfig",
+    "WeightCodePriorModel",
     "WeightFeatureExtractor",
+    "WeightPriorConfig",
+    "WeightPriorModel",
     "WeightspaceError",
     "__version__",
     "embed",
@@ -80,6 +94,7 @@ __all__ = [
     "save_checkpoint",
     "train_autoencoder",
     "train_joint",
+    "train_prior",
     "train_zoo",
 ]
 
