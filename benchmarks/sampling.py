@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -73,6 +74,7 @@ def trained(demo: Path, output: Path, seed: int, steps: int | None) -> Trained:
     folder = output / f"seed-{seed}"
     models = folder / "models"
     if not (models / "metadata.jsonl").exists():
+        shutil.rmtree(models, ignore_errors=True)  # of an export that was interrupted
         export_folder(whole, models, np.flatnonzero(~whole.index["dataset"].isin(held_out).to_numpy()))
     import_folder(models, folder / "zoo", on_problem="error")
     zoo = load_zoo(folder / "zoo")
