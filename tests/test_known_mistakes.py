@@ -26,7 +26,6 @@ from weightspace.models.autoencoder.configuration_autoencoder import WeightAutoe
 from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
 from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel, WeightAutoencoderOutput
 from weightspace.sampling.conditions import Blueprint, Condition, blueprint_of
-from weightspace.sampling.decoding import LatentCodec
 from weightspace.sampling.judging import task_of
 from weightspace.sampling.kde import KdeSampler, KdeSettings
 from weightspace.sampling.selecting import BootstrappedSampler, SelectionSettings, SubsampledSampler
@@ -91,7 +90,7 @@ Asked = tuple[KdeSampler, Condition, Blueprint]
 def asked(tiny_zoo: Zoo, tiny_encoder: Path, tiny_clip_joint: Path) -> Asked:
     """A kernel density over the zoo, and what samples of it are to be good for."""
     joint, encoder = load_encoder(tiny_clip_joint), load_encoder(tiny_encoder)
-    codec = LatentCodec(encoder.autoencoder, encoder.extractor)
+    codec = encoder.codec
     sampler = KdeSampler(tiny_zoo, np.arange(len(tiny_zoo)), codec, joint, KdeSettings(anchors=1))
     condition = Condition(dataset_for(joint, tiny_zoo.index["dataset"][0]), parse_results("<=0.2"))
     return sampler, condition, blueprint_of(json.loads(tiny_zoo.index["config"][0]))

@@ -9,8 +9,8 @@ import pytest
 
 from weightspace.architectures.families import FamilyConfig, config_mapping
 from weightspace.index import Encoder, dataset_for, load_encoder, parse_results
+from weightspace.models.codec import LatentCodec
 from weightspace.sampling.conditions import Blueprint, Condition, blueprint_of
-from weightspace.sampling.decoding import LatentCodec
 from weightspace.sampling.kde import KdeSampler
 from weightspace.zoo.dataset import Zoo
 
@@ -25,7 +25,7 @@ def tiny_joint(tiny_clip_joint: Path) -> Encoder:
 def tiny_codec(tiny_encoder: Path) -> LatentCodec:
     """An autoencoder, loaded."""
     encoder = load_encoder(tiny_encoder)
-    return LatentCodec(encoder.autoencoder, encoder.extractor)
+    return encoder.codec
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,8 @@ from weightspace.architectures.families import FamilyConfig, config_mapping
 from weightspace.architectures.permutation import permute, random_permutations
 from weightspace.errors import SettingsError
 from weightspace.index import Encoder, embed_zoo, joint_query
+from weightspace.models.codec import LatentCodec
 from weightspace.sampling.conditions import Blueprint, Condition, blueprint_of
-from weightspace.sampling.decoding import LatentCodec
 from weightspace.sampling.kde import Anchors, KdeSampler, KdeSettings, noise, picked
 from weightspace.sampling.samplers import sample
 from weightspace.zoo.dataset import Zoo

@@ -14,8 +14,10 @@ from transformers import AutoFeatureExtractor, AutoModel
 from weightspace.architectures.permutation import permute, random_permutations
 from weightspace.errors import SettingsError, WeightspaceError, ZooError
 from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel
+from weightspace.models.codec import LatentCodec
 from weightspace.models.joint.modeling_joint import JointModel
 from weightspace.training import prior
+from weightspace.training.aligned import AlignedModels
 from weightspace.training.autoencoder import BehaviourSettings, read_training
 from weightspace.training.loop import read_history
 from weightspace.training.prior import PriorSettings, PriorShape, train_prior
@@ -119,7 +121,7 @@ def test_the_order_of_neurons_that_models_come_in_does_not_matter(
 ) -> None:
     model, extractor, _ = opened(folders, tiny_zoo)
     rows = np.arange(len(tiny_zoo))
-    plain = prior._Models.of(tiny_zoo, rows, extractor, model)
+    plain = AlignedModels.of(tiny_zoo, rows, LatentCodec(model, extractor))
     flat = Zoo.flat
     generator = torch.Generator().manual_seed(0)
 
@@ -133,14 +135,14 @@ def test_the_order_of_neurons_that_models_come_in_does_not_matter(
         return permute(values, permutations, architecture)
 
     monkeypatch.setattr(Zoo, "flat", shuffled)
-    again = prior._Models.of(tiny_zoo, rows, extractor, model)
+    again = AlignedModels.of(tiny_zoo, rows, LatentCodec(model, extractor))
     for one, other in zip(plain.parts, again.parts, strict=True):
         assert torch.equal(one.flat, other.flat)
 
 
 def test_a_batch_holds_each_models_own_latents_and_condition(tiny_zoo: Zoo, folders: dict[str, Path]) -> None:
     model, extractor, conditions = opened(folders, tiny_zoo)
-    models = prior._Models.of(tiny_zoo, np.arange(len(tiny_zoo)), extractor, model)
+    models = AlignedModels.of(tiny_zoo, np.arange(len(tiny_zoo)), LatentCodec(model, extractor))
     batches = prior.PriorBatches(models, conditions, 0.0, 8, 0)
     batch = next(batches(3, 0, 1))
     assert batch.number == 3 and torch.equal(next(batches(3, 0, 1)).inputs["noise"], batch.inputs["noise"])

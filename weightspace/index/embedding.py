@@ -23,6 +23,7 @@ from weightspace.io.hub import HubOptions, open_repo
 from weightspace.io.refs import is_repo_id, parse_ref
 from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
 from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel
+from weightspace.models.codec import LatentCodec
 from weightspace.models.joint.modeling_joint import JointModel
 from weightspace.schema import Architecture, ModelRef
 from weightspace.zoo.dataset import Zoo, load_zoo
@@ -104,18 +105,17 @@ class Encoder:
         """The model, or the part of a joint model that encodes to latents and decodes them."""
         return self.model.weight_model.encoder if isinstance(self.model, JointModel) else self.model
 
+    @property
+    def codec(self) -> LatentCodec:
+        """The autoencoder with the input side, between weights and latents."""
+        return LatentCodec(self.autoencoder, self.extractor)
+
     @torch.no_grad()
     def reconstruct(
         self, flat: Float[Tensor, "models params"], architecture: Architecture
     ) -> Float[Tensor, "models params"]:
         """Encodes models to latents and decodes them again, which a joint model learns only if it is asked to."""
-        parts = []
-        for part in flat.split(_CHUNK):
-            inputs = self.extractor.batch(part, architecture)
-            needed = {name: inputs[name] for name in WeightFeatureExtractor.model_input_names}
-            tokens = self.autoencoder(**needed, return_loss=False).reconstruction
-            parts.append(self.extractor.restore(tokens, architecture))
-        return torch.cat(parts)
+        return self.codec.decode(self.codec.encode(flat, architecture), architecture)
 
     @property
     def embedding_size(self) -> int:

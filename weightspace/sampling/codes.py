@@ -11,10 +11,10 @@ from torch import Tensor
 
 from weightspace.errors import SettingsError
 from weightspace.index import Encoder
+from weightspace.models.codec import LatentCodec
 from weightspace.models.prior.modeling_code_prior import WeightCodePriorModel
 from weightspace.models.prior.modeling_prior import Guidance
 from weightspace.sampling.conditions import Blueprint, Condition
-from weightspace.sampling.decoding import LatentCodec
 from weightspace.sampling.priors import load_prior, told
 
 _TOGETHER = 256

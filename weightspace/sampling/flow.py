@@ -11,9 +11,9 @@ from torch import Tensor
 
 from weightspace.errors import SettingsError
 from weightspace.index import Encoder
+from weightspace.models.codec import LatentCodec
 from weightspace.models.prior.modeling_prior import Guidance, WeightPriorModel
 from weightspace.sampling.conditions import Blueprint, Condition
-from weightspace.sampling.decoding import LatentCodec
 from weightspace.sampling.priors import load_prior, told
 
 SOLVERS = ("euler", "heun")

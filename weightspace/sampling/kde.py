@@ -15,8 +15,8 @@ from weightspace.architectures.alignment import align
 from weightspace.architectures.families import FamilyConfig, config_mapping
 from weightspace.errors import SettingsError
 from weightspace.index import Encoder, joint_query
+from weightspace.models.codec import LatentCodec
 from weightspace.sampling.conditions import Blueprint, Condition
-from weightspace.sampling.decoding import LatentCodec
 from weightspace.schema import Architecture
 from weightspace.zoo.dataset import Zoo
 

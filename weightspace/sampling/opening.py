@@ -22,7 +22,6 @@ from weightspace.io.folders import LocalFolder
 from weightspace.io.header import shown
 from weightspace.io.hub import HubOptions
 from weightspace.sampling.codes import CodeSampler, CodeSettings
-from weightspace.sampling.decoding import LatentCodec
 from weightspace.sampling.flow import FlowSampler, FlowSettings
 from weightspace.sampling.kde import KdeSampler, KdeSettings
 from weightspace.sampling.refining import RefinedSampler, RefinementSettings
@@ -190,7 +189,7 @@ def _kde(name: str, sources: Sources, settings: SamplerSettings) -> tuple[KdeSam
         raise SettingsError(f"sampler {name}: needs a zoo of models to sample around; give one")
     if sources.encoder is not None:
         encoder = load_encoder(sources.encoder, sources.options)
-        codec = LatentCodec(encoder.autoencoder, encoder.extractor)
+        codec = encoder.codec
         used = {"autoencoder": _named(encoder.name, encoder.path)}
     elif sources.priors:
         sampler, used = _of_prior(name, prior_kind(sources.priors[0], sources.options), sources, settings)

@@ -11,9 +11,9 @@ from weightspace.errors import SettingsError, WeightspaceError
 from weightspace.index import Encoder
 from weightspace.io.header import load_json_object, shown
 from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
+from weightspace.models.codec import LatentCodec
 from weightspace.models.prior.modeling_prior import ConditionedPrior, PriorCondition
 from weightspace.sampling.conditions import Blueprint, Condition
-from weightspace.sampling.decoding import LatentCodec
 from weightspace.training.autoencoder import read_training
 
 P = TypeVar("P", bound=ConditionedPrior)

@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from weightspace.errors import SettingsError
+from weightspace.models.codec import LatentCodec
 from weightspace.sampling.conditions import Blueprint, Condition
-from weightspace.sampling.decoding import LatentCodec
 from weightspace.sampling.judging import Task, task_of
 from weightspace.sampling.samplers import Sampler
 

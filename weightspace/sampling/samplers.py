@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from weightspace.models.codec import LatentCodec
 from weightspace.sampling.conditions import Blueprint, Condition
-from weightspace.sampling.decoding import LatentCodec
 
 
 @runtime_checkable

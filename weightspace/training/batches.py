@@ -22,6 +22,12 @@ VIEWS = 2
 _BLOCK_BYTES = 256 * 2**20
 
 
+def seeded_generator(*seeds: int) -> torch.Generator:
+    """Makes a generator that follows from all of the numbers: any micro-batch can be drawn without the others."""
+    state = np.random.SeedSequence([int(seed) for seed in seeds]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> 1))
+
+
 @dataclass(frozen=True, eq=False)
 class BatchPart:
     """The models of a batch that share an architecture and are there with all their tokens.
@@ -123,9 +129,7 @@ class ViewBatches:
     def _batch(
         self, rows: np.ndarray, held: dict[int, tuple[Architecture, Tensor]], number: int, process: int
     ) -> ViewBatch:
-        generator = torch.Generator().manual_seed(
-            int(np.random.SeedSequence([self.seed, number, process]).generate_state(1, np.uint64)[0] >> 1)
-        )
+        generator = seeded_generator(self.seed, number, process)
         members: dict[int, list[int]] = {}
         for place, row in enumerate(rows):
             members.setdefault(id(held[int(row)][0]), []).append(place)

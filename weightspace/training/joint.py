@@ -35,7 +35,7 @@ from weightspace.training.autoencoder import (
     training_identity,
     write_training,
 )
-from weightspace.training.batches import ViewBatches
+from weightspace.training.batches import ViewBatches, seeded_generator
 from weightspace.training.loop import Objective, clear_checkpoints, fit, is_main_process
 from weightspace.training.settings import LoopSettings
 from weightspace.zoo.dataset import Zoo, ZooBatch, load_zoo
@@ -456,10 +456,10 @@ class ClassOrders:
         """Returns which class has which place in a step; None for the order of the dataset."""
         if (
             number not in self._renumbered
-            or float(torch.rand((), generator=_generator(self._seed, step))) >= self._share
+            or float(torch.rand((), generator=seeded_generator(self._seed, step))) >= self._share
         ):
             return None
-        return torch.randperm(self._data.datasets[number].classes, generator=_generator(self._seed, step, number))
+        return torch.randperm(self._data.datasets[number].classes, generator=seeded_generator(self._seed, step, number))
 
     def renumbered(
         self,
@@ -499,12 +499,12 @@ class JointBatches:
             inputs = {name: value for name, value in batch.inputs.items() if name != "views"}
             seeds = [self.views.seed, batch.number]
             results = torch.from_numpy(self.data.results[batch.rows]).float()
-            inputs |= {"results": results, "stated": stated_results(results, _generator(*seeds, process))}
+            inputs |= {"results": results, "stated": stated_results(results, seeded_generator(*seeds, process))}
             numbers, index = np.unique(self.data.numbers[batch.rows], return_inverse=True)
             unknown = int((numbers < 0).sum())
             if len(numbers) > unknown:
                 numbers = numbers[unknown:]
-                generators = [_generator(*seeds, number) for number in numbers.tolist()]
+                generators = [seeded_generator(*seeds, number) for number in numbers.tolist()]
                 features, labels = self.data.sampled(numbers.tolist(), self.images, generators)
                 for place, number in enumerate(numbers.tolist()):
                     order = self.orders.order(batch.number, number)
@@ -523,11 +523,6 @@ def stated_results(
     sizes = (torch.rand(len(results), 1, generator=generator) * counts).floor() + 1
     keys = torch.rand(results.shape, generator=generator).masked_fill(~known, 2.0)
     return known & (keys.argsort(1).argsort(1) < sizes)
-
-
-def _generator(*seeds: int) -> torch.Generator:
-    state = np.random.SeedSequence([int(seed) for seed in seeds]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state >> 1))
 
 
 def _batches(zoo: Zoo, data: JointData, extractor: JointFeatureExtractor, settings: JointSettings) -> JointBatches:

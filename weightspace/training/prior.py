@@ -14,20 +14,20 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 
-from weightspace.architectures.alignment import align
 from weightspace.architectures.families import run_flat
 from weightspace.cards import write_card
 from weightspace.errors import SettingsError, ZooError
 from weightspace.losses import behaviour_loss
 from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
 from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel
+from weightspace.models.codec import LatentCodec
 from weightspace.models.joint.configuration_joint import ResultTowerConfig
 from weightspace.models.joint.modeling_joint import JointModel, unit
 from weightspace.models.prior.configuration_code_prior import WeightCodePriorConfig
 from weightspace.models.prior.configuration_prior import WeightPriorConfig
 from weightspace.models.prior.modeling_code_prior import WeightCodePriorModel
 from weightspace.models.prior.modeling_prior import ConditionedPrior, WeightPriorModel
-from weightspace.schema import Architecture
+from weightspace.training.aligned import AlignedModels, Members
 from weightspace.training.autoencoder import (
     BehaviourSettings,
     QueryImages,
@@ -35,6 +35,7 @@ from weightspace.training.autoencoder import (
     training_identity,
     write_training,
 )
+from weightspace.training.batches import seeded_generator
 from weightspace.training.joint import embed_dataset, stated_results
 from weightspace.training.loop import Objective, clear_checkpoints, fit, is_main_process
 from weightspace.training.settings import LoopSettings
@@ -44,7 +45,6 @@ from weightspace.zoo.features import features_of_datasets
 from weightspace.zoo.image_encoders import open_image_encoder
 from weightspace.zoo.splits import split_by_run
 
-_CHUNK = 512
 _VALIDATION_MODELS = 256
 
 
@@ -183,10 +183,11 @@ def train_prior(
     joint_model = JointModel.from_pretrained(folders["joint"]).eval()
     extractor = WeightFeatureExtractor.from_pretrained(folders["autoencoder"])
     own = WeightAutoencoderModel.from_pretrained(folders["autoencoder"]).eval()
+    codec = LatentCodec(own, extractor)
     own.config.name_or_path = ""  # where it lies on this machine is nothing that a card should say
     seen = ~opened.index["dataset"].isin(held_out).to_numpy()
     conditions = _Conditions.of(opened, joint_model, records["joint"]["settings"])
-    training = _Models.of(opened, split.train[seen[split.train]], extractor, own)
+    training = AlignedModels.of(opened, split.train[seen[split.train]], codec)
     torch.manual_seed(settings.loop.seed)
     model = method.model(
         _config(method, settings, own, joint_model, str(records["joint"]["identity"]), conditions.activations)
@@ -198,7 +199,7 @@ def train_prior(
     batches = PriorBatches(training, conditions, settings.drop, loop.batch_size, loop.seed, method.draw)
     validation = split.validation[seen[split.validation]]
     chosen = np.random.default_rng(settings.loop.seed).permutation(validation)[:_VALIDATION_MODELS]
-    aligned = _Models.of(opened, np.sort(chosen), extractor, own, references=training.references)
+    aligned = AlignedModels.of(opened, np.sort(chosen), codec, references=training.references)
     objective = PriorObjective(opened, aligned, conditions, extractor, settings)
     trained = fit(model, batches, objective, settings.loop, output)
     assert isinstance(trained, method.model)
@@ -350,120 +351,6 @@ class _Conditions:
 
 
 @dataclass(frozen=True, eq=False)
-class _Models:
-    """Models of a zoo in one neuron order for each architecture, with their latents.
-
-    Attributes:
-        rows: their rows in the zoo, architecture by architecture.
-        parts: architecture, aligned weights, latents and the inputs that all of its models share.
-        references: what each architecture's models were aligned to: one model a dataset, and one for any other.
-    """
-
-    rows: Int[np.ndarray, "models"]
-    parts: list[_Part]
-    references: dict[tuple[str, str | None], Tensor]
-
-    @classmethod
-    def of(
-        cls,
-        zoo: Zoo,
-        rows: Int[np.ndarray, "models"],
-        extractor: WeightFeatureExtractor,
-        autoencoder: WeightAutoencoderModel,
-        references: dict[tuple[str, str | None], Tensor] | None = None,
-    ) -> _Models:
-        headers, names = zoo.index["header"].to_numpy(), zoo.index["dataset"].to_numpy()
-        given = references is not None
-        references = {} if references is None else references
-        order, parts = [], []
-        for header, architecture in zoo.architectures.items():
-            own = rows[headers[rows] == header]
-            if not len(own) or (given and (header, None) not in references):
-                continue
-            flat = zoo.flat(own).float()
-            if not given:
-                references |= _references(zoo, own, flat, header, architecture)
-            for name in dict.fromkeys(names[own]):
-                members = names[own] == name if isinstance(name, str) else np.array([n is None for n in names[own]])
-                reference = references.get((header, name), references[header, None])
-                flat[members] = align(flat[members], reference, architecture)[0]
-            order.append(own)
-            parts.append(_Part(architecture, flat, _encoded(flat, architecture, extractor, autoencoder), extractor))
-        if not order:
-            raise ZooError(f"{zoo.location}: no models to train on are left; hold out fewer datasets or runs")
-        return cls(np.concatenate(order), parts, references)
-
-    def tokens(self) -> Float[Tensor, "tokens latent"]:
-        """All latents, token by token."""
-        return torch.cat([part.latents.flatten(0, 1) for part in self.parts])
-
-    def batch(self, places: Int[np.ndarray, "batch"]) -> tuple[dict[str, Tensor], list[_Members]]:
-        """Puts models together, padded to the longest; and says which of them share an architecture."""
-        ends = np.cumsum([len(part.flat) for part in self.parts])
-        numbers = np.searchsorted(ends, places, side="right")
-        chosen = [(number, np.flatnonzero(numbers == number)) for number in np.unique(numbers)]
-        longest = max(self.parts[number].latents.shape[1] for number, _ in chosen)
-        inputs: dict[str, Tensor] = {}
-        members = []
-        for number, where in chosen:
-            part = self.parts[number]
-            inside = torch.from_numpy(places[where] - (ends[number] - len(part.flat)))
-            for name, values in part.inputs(inside).items():
-                whole = inputs.setdefault(name, values.new_zeros(len(places), longest, *values.shape[2:]))
-                whole[where, : values.shape[1]] = values
-            members.append(_Members(part.architecture, torch.from_numpy(where), part.flat[inside]))
-        return inputs, members
-
-
-@dataclass(frozen=True, eq=False)
-class _Members:
-    """The rows of a batch that share an architecture, and their weights."""
-
-    architecture: Architecture
-    places: Int[Tensor, " members"]
-    flat: Float[Tensor, "members params"]
-
-
-@dataclass(frozen=True, eq=False)
-class _Part:
-    architecture: Architecture
-    flat: Float[Tensor, "models params"]
-    latents: Float[Tensor, "models n latent"]
-    extractor: WeightFeatureExtractor
-
-    def inputs(self, places: Int[Tensor, " members"]) -> dict[str, Tensor]:
-        shared = self.extractor.places(self.architecture, len(places))
-        return {"latents": self.latents[places], **shared}
-
-
-def _references(
-    zoo: Zoo, rows: Int[np.ndarray, "models"], flat: Tensor, header: str, architecture: Architecture
-) -> dict[tuple[str, str | None], Tensor]:
-    """The best model of all, and the best of each dataset in its order; the first where nothing says which is best."""
-    known = zoo.index["test_accuracy"].to_numpy(dtype=np.float64)[rows] if "test_accuracy" in zoo.index else None
-    scores = np.zeros(len(rows)) if known is None else np.nan_to_num(known, nan=-np.inf)
-    names = zoo.index["dataset"].to_numpy()[rows]
-    best = flat[int(scores.argmax())]
-    references: dict[tuple[str, str | None], Tensor] = {(header, None): best}
-    for name in sorted({name for name in names if isinstance(name, str)}):
-        own = np.flatnonzero(names == name)
-        first = int(own[scores[own].argmax()])
-        references[header, name] = align(flat[[first]], best, architecture)[0][0]
-    return references
-
-
-@torch.no_grad()
-def _encoded(
-    flat: Tensor, architecture: Architecture, extractor: WeightFeatureExtractor, autoencoder: WeightAutoencoderModel
-) -> Float[Tensor, "models n latent"]:
-    parts = []
-    for part in flat.split(_CHUNK):
-        inputs = extractor.batch(part, architecture)
-        parts.append(autoencoder.encode(**{name: inputs[name] for name in WeightFeatureExtractor.model_input_names}))
-    return torch.cat(parts)
-
-
-@dataclass(frozen=True, eq=False)
 class PriorBatch:
     """Models as latents, with what is asked of them.
 
@@ -475,7 +362,7 @@ class PriorBatch:
     """
 
     inputs: dict[str, Tensor]
-    members: list[_Members]
+    members: list[Members]
     rows: Int[np.ndarray, "batch"]
     number: int
 
@@ -484,7 +371,7 @@ class PriorBatch:
 class PriorBatches:
     """Endless micro-batches; see `weightspace.training.loop.Batches`."""
 
-    models: _Models
+    models: AlignedModels
     conditions: _Conditions
     drop: float
     batch_size: int
@@ -495,8 +382,7 @@ class PriorBatches:
         """Yields the micro-batches of one process from number ``start`` on."""
         number, count = start, len(self.models.rows)
         while True:
-            seed = int(np.random.SeedSequence([self.seed, number, process]).generate_state(1, np.uint64)[0] >> 1)
-            generator = torch.Generator().manual_seed(seed)
+            generator = seeded_generator(self.seed, number, process)
             places = torch.randint(count, (self.batch_size,), generator=generator).numpy()
             yield self.batch(places, number, generator)
             number += 1
@@ -516,7 +402,7 @@ class PriorObjective(Objective):
     def __init__(
         self,
         zoo: Zoo,
-        validation: _Models,
+        validation: AlignedModels,
         conditions: _Conditions,
         extractor: WeightFeatureExtractor,
         settings: PriorSettings,

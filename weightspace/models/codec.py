@@ -1,4 +1,4 @@
-"""Between weights and the latents that samplers work on."""
+"""Between flat weight vectors and the latents of their tokens."""
 
 from __future__ import annotations
 
