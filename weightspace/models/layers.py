@@ -14,10 +14,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from weightspace.models.autoencoder.configuration_autoencoder import WeightAutoencoderConfig
-from weightspace.models.prior.configuration_code_prior import WeightCodePriorConfig
-from weightspace.models.prior.configuration_prior import WeightPriorConfig
+from weightspace.models.prior.configuration_prior import ConditionedPriorConfig
 
-TokenConfig = WeightAutoencoderConfig | WeightPriorConfig | WeightCodePriorConfig
+TokenConfig = WeightAutoencoderConfig | ConditionedPriorConfig
 
 
 def eager_attention(

@@ -1,66 +1,29 @@
 """Configuration of the prior of codes."""
 
-from dataclasses import field
-from typing import Any
-
 from huggingface_hub.dataclasses import strict
-from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
-from weightspace.models.autoencoder.configuration_autoencoder import WeightAutoencoderConfig
+from weightspace.models.prior.configuration_prior import ConditionedPriorConfig
 
 
 @strict
-class WeightCodePriorConfig(PreTrainedConfig):
-    r"""Configures a [`WeightCodePriorModel`].
+class WeightCodePriorConfig(ConditionedPriorConfig):
+    r"""Configures a [`WeightCodePriorModel`], besides what [`ConditionedPriorConfig`] does.
+
+    Its autoencoder has `code_levels`.
 
     Args:
-        autoencoder_config: of the autoencoder whose codes are modelled, which is a part of the model; it has
-            `code_levels`.
-        condition_size: width of the joint space that datasets and results are given in.
-        joint_identity: what identifies the joint model of that space, from the record of its training; conditions of
-            another one are refused.
-        activations: activations that the model knows of.
-        hidden_size: width of the transformer.
-        num_layers: its layers.
-        num_attention_heads: attention heads of each layer.
-        intermediate_size: width of the feed-forward networks.
         number_size: width of what each number of a token's latent is predicted from.
-        position_size: numbers that each of the three position columns is expanded to (sines and cosines), even.
-        layer_norm_eps: epsilon of the layer norms.
     """
 
     model_type = "weight_code_prior"
-    sub_configs_defaults = {"autoencoder_config": SubConfigSpec(config_class=WeightAutoencoderConfig)}  # noqa: RUF012
 
-    autoencoder_config: dict[str, Any] | WeightAutoencoderConfig | None = None
-    condition_size: int = 64
-    joint_identity: str | None = None
-    activations: list[str] = field(default_factory=list)
-    hidden_size: int = 128
-    num_layers: int = 4
-    num_attention_heads: int = 4
-    intermediate_size: int = 512
     number_size: int = 32
-    position_size: int = 32
-    layer_norm_eps: float = 1e-5
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        """Asks for written-out attention where the caller asks for nothing, as the autoencoder does."""
-        if kwargs.get("attn_implementation") is None:
-            kwargs["attn_implementation"] = "eager"
-        super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
         """Part of `@strict`-powered validation: refuses sizes that do not fit each other."""
-        if self.hidden_size % self.num_attention_heads != 0:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
-            )
-        if self.position_size % 2 != 0:
-            raise ValueError(f"position_size {self.position_size} is odd; sines and cosines come in pairs")
-        for name in ("condition_size", "num_layers", "number_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        super().validate_architecture()
+        if self.number_size < 1:
+            raise ValueError(f"number_size {self.number_size} must be at least 1")
 
 
 __all__ = ["WeightCodePriorConfig"]

@@ -10,11 +10,11 @@ from weightspace.models.autoencoder.configuration_autoencoder import WeightAutoe
 
 
 @strict
-class WeightPriorConfig(PreTrainedConfig):
-    r"""Configures a [`WeightPriorModel`].
+class ConditionedPriorConfig(PreTrainedConfig):
+    r"""What priors of weights share; see [`WeightPriorConfig`] and [`WeightCodePriorConfig`].
 
     Args:
-        autoencoder_config: of the autoencoder whose latents are modelled, which is a part of the model.
+        autoencoder_config: of the autoencoder whose latents or codes are modelled, which is a part of the model.
         condition_size: width of the joint space that datasets and results are given in.
         joint_identity: what identifies the joint model of that space, from the record of its training; conditions of
             another one are refused.
@@ -25,11 +25,9 @@ class WeightPriorConfig(PreTrainedConfig):
         num_attention_heads: attention heads of each layer.
         intermediate_size: width of the feed-forward networks.
         position_size: numbers that each of the three position columns is expanded to (sines and cosines), even.
-        time_size: numbers that the time of the flow is expanded to, even.
         layer_norm_eps: epsilon of the layer norms.
     """
 
-    model_type = "weight_prior"
     sub_configs_defaults = {"autoencoder_config": SubConfigSpec(config_class=WeightAutoencoderConfig)}  # noqa: RUF012
 
     autoencoder_config: dict[str, Any] | WeightAutoencoderConfig | None = None
@@ -41,7 +39,6 @@ class WeightPriorConfig(PreTrainedConfig):
     num_attention_heads: int = 4
     intermediate_size: int = 512
     position_size: int = 32
-    time_size: int = 32
     layer_norm_eps: float = 1e-5
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -56,13 +53,30 @@ class WeightPriorConfig(PreTrainedConfig):
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
             )
-        for name in ("position_size", "time_size"):
-            if getattr(self, name) % 2 != 0:
-                raise ValueError(f"{name} {getattr(self, name)} is odd; sines and cosines come in pairs")
-        if self.condition_size < 1 or self.num_layers < 1:
-            raise ValueError(
-                f"condition_size {self.condition_size} and num_layers {self.num_layers} must be at least 1"
-            )
+        if self.position_size % 2 != 0:
+            raise ValueError(f"position_size {self.position_size} is odd; sines and cosines come in pairs")
+        for name in ("condition_size", "num_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+
+
+@strict
+class WeightPriorConfig(ConditionedPriorConfig):
+    r"""Configures a [`WeightPriorModel`], besides what [`ConditionedPriorConfig`] does.
+
+    Args:
+        time_size: numbers that the time of the flow is expanded to, even.
+    """
+
+    model_type = "weight_prior"
+
+    time_size: int = 32
+
+    def validate_architecture(self) -> None:
+        """Part of `@strict`-powered validation: refuses sizes that do not fit each other."""
+        super().validate_architecture()
+        if self.time_size % 2 != 0:
+            raise ValueError(f"time_size {self.time_size} is odd; sines and cosines come in pairs")
 
 
 __all__ = ["WeightPriorConfig"]
