@@ -20,22 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from weightspace.demo import DemoSettings
 from weightspace.files import write_whole
 from weightspace.index import dataset_for, load_encoder
 from weightspace.index.queries import dataset_query
-from weightspace.index.results import WantedResult
-from weightspace.sampling.conditions import Condition
-from weightspace.sampling.controls import from_scratch, nearest_datasets
-from weightspace.sampling.evaluating import EvaluationSettings, Trials, plan_trials, sample_trials
-from weightspace.sampling.judging import task_of
-from weightspace.sampling.opening import Sources, open_sampler, training_rows
-from weightspace.sampling.proof import Sampled, prove
-from weightspace.sampling.refining import RefinementSettings, refine
-from weightspace.schema import Architecture
+from weightspace.sampling.controls import nearest_datasets
+from weightspace.sampling.evaluating import EvaluationSettings, Trials, plan_trials, prove_trials
+from weightspace.sampling.opening import Sources, open_sampler
 from weightspace.training.autoencoder import train_autoencoder
 from weightspace.training.joint import train_joint
 from weightspace.training.prior import PriorSettings, train_prior
@@ -45,8 +37,6 @@ from weightspace.zoo.importing import import_folder
 
 FOLDS = 4
 SAMPLERS = ("flow", "flow+selected", "flow+refined", "kde", "kde+selected", "kde+refined")
-CONTROL = "scratch+refined"
-SCRATCH_LEARNING_RATE = 0.03  # the best of .003, .01, .03 and .1 for the control
 SETTINGS = EvaluationSettings(datasets=8, count=4, activations=1)
 
 
@@ -104,50 +94,19 @@ def proved(models: Trained) -> list[dict[str, Any]]:
         seen.requests,
         nearest_datasets(*queries),
     )
-    sampled = {
-        name: sample_trials(open_sampler(name, sources).sampler, trials, SETTINGS.count, seed=0) for name in SAMPLERS
-    }
-    sampled[CONTROL] = refined_scratch(trials, SETTINGS.count)
-    rows = prove(sampled, models.zoo, training_rows(models.zoo, joint), SETTINGS.proof, trials.nearest)
-    return [asdict(row) for row in rows]
-
-
-class PlainWeights:
-    """Stands in for a codec where the weights themselves are refined."""
-
-    def decode(self, latents: Tensor, architecture: Architecture) -> Tensor:
-        """Returns the weights as they are."""
-        return latents.flatten(1)
-
-
-def refined_scratch(trials: Trials, count: int) -> list[Sampled]:
-    """Gives untrained weights the steps and images of ``+refined``: what these reach without any sampler."""
-    settings = replace(RefinementSettings(), learning_rate=SCRATCH_LEARNING_RATE)
-    sampled = []
-    for dataset in trials.datasets:
-        for blueprint in trials.blueprints[dataset.dataset_id]:
-            assert blueprint.family is not None
-            for request in trials.requests:
-                wanted = WantedResult("test_accuracy", request, request)
-                task = task_of(Condition(dataset, (wanted,)), blueprint)
-                generator = torch.Generator().manual_seed(len(sampled))
-                start = from_scratch(blueprint.family, blueprint.architecture, count, generator).unsqueeze(1)
-                flat = refine(start, task, PlainWeights(), settings, generator).flatten(1)
-                requested = {"test_accuracy": request}
-                own = (dataset.dataset_id, blueprint.family, blueprint.architecture, flat)
-                sampled.append(Sampled(*own, requested=requested))
-    return sampled
+    samplers = {name: open_sampler(name, sources).sampler for name in SAMPLERS}
+    return [asdict(row) for row in prove_trials(samplers, trials, models.zoo, joint, SETTINGS)]
 
 
 def table(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
     """Yields the table of all seeds: the mean, and in brackets the least and the most of the seeds."""
     keys = dict.fromkeys((row["datasets"], row["measure"], row["subject"]) for rows in found.values() for row in rows)
-    columns = (*SAMPLERS, CONTROL)
-    yield f"| datasets | measure | of | {' | '.join(columns)} |"
-    yield "|---" * (3 + len(columns)) + "|"
-    for key in sorted(keys, key=lambda key: key[0]):
+    measures = list(dict.fromkeys(measure for _, measure, _ in keys))
+    yield f"| datasets | measure | of | {' | '.join(SAMPLERS)} |"
+    yield "|---" * (3 + len(SAMPLERS)) + "|"
+    for key in sorted(keys, key=lambda key: (key[0], measures.index(key[1]))):
         cells = []
-        for sampler in columns:
+        for sampler in SAMPLERS:
             values = [
                 row["value"]
                 for rows in found.values()

@@ -9,7 +9,8 @@
     accelerate launch hub_scripts/train_prior.py --zoo ZOO --autoencoder ENCODER --joint JOINT --output PRIOR
 
 ZOO, ENCODER and JOINT are folders or org/name on the Hub. FILE holds settings as YAML or JSON: the fields of
-`weightspace.training.prior.PriorSettings`. ORG/NAME is where the prior is published.
+`weightspace.training.prior.PriorSettings`, or with --codes, which models the codes of a quantised autoencoder, those of
+`CodePriorSettings`. ORG/NAME is where the prior is published.
 """
 
 from __future__ import annotations

@@ -113,3 +113,8 @@ class TestSamples:
         assert {row["sampler"] for row in rows} == set(settings.samplers)
         assert {row["subject"] for row in rows} > {SAMPLES, "from scratch"}
         assert all(0 <= row["value"] <= 1 for row in rows)
+        told = [verdict for verdict in report["verdicts"] if verdict["subject"].startswith("Samples of ")]
+        assert [verdict["subject"] for verdict in told] == [
+            f"Samples of {it}, seen datasets" for it in settings.samplers
+        ]
+        assert {bar["sampler"] for bar in report["sample_bars"]} == set(settings.samplers)

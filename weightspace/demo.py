@@ -39,6 +39,7 @@ from weightspace.index import Encoder, embed_zoo, load_encoder
 from weightspace.probes.probe import ProbeRow, rows_to_records
 from weightspace.probes.representations import LinearCodes, statistics_of_rows
 from weightspace.probes.zoo import ENCODER, JOINT, probe_zoo
+from weightspace.sampling.bars import judge
 from weightspace.sampling.evaluating import EvaluationSettings, evaluate_samplers
 from weightspace.sampling.opening import Sources, open_sampler
 from weightspace.sampling.proof import ProofRow
@@ -353,6 +354,7 @@ def _report(
         retrieval=tables.retrieval,
         explanation=tables.explanation,
         samples=[asdict(row) for row in tables.samples],
+        sample_bars=[asdict(bar) for bar in judge(tables.samples)],
         curves=curves,
         predictions=shown,
         zoo_map=ZooMap(

@@ -31,6 +31,7 @@ from weightspace.analysis.variance import VarianceShare
 from weightspace.errors import ZooError
 from weightspace.probes.probe import ProbeRow, rows_to_records
 from weightspace.sampling import proof
+from weightspace.sampling.bars import judge
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 HOSTILE = '"><script>alert("$x_1$")</script>'
@@ -222,6 +223,11 @@ def report() -> Report:
             *proof_rows(HOSTILE, 0.8012345),
             *proof_rows("kde", 0.6012345, "unseen"),
         ],
+        sample_bars=[
+            dataclasses.asdict(bar)
+            for sampler in ("kde", HOSTILE)
+            for bar in judge([proof.ProofRow(**row) for row in proof_rows(sampler, 0.9012345)])
+        ],
         curves=[
             Curve("loss", [0, 10, 20], [1.0, 0.1, 0.01]),
             Curve("validation_loss", [0, 20], [1.0, 0.02]),
@@ -294,7 +300,7 @@ def test_every_number_of_the_records_is_on_the_page_with_all_its_digits(page: Pa
     for part in ("facts", "probes", "reconstruction", "retrieval", "settings"):
         assert numbers(records[part])
         assert {repr(number) for number in numbers(records[part])} <= shown, part
-    for row in records["samples"]:
+    for row in (*records["samples"], *records["sample_bars"]):
         assert {repr(row[name]) for name in ("value", "low", "high")} <= shown, row
     for row in records["explanation"]["clusters"]:
         if row["label"] == "dataset":
@@ -309,6 +315,9 @@ def test_every_number_of_the_records_is_on_the_page_with_all_its_digits(page: Pa
     assert {repr(len(records["map"]["x"])), repr(records["map"]["models"])} <= shown
     for verdict in records["verdicts"]:
         assert verdict["text"] in page.text and verdict["outcome"] in page.text
+    assert [bar["outcome"] for bar in records["sample_bars"]] == ["met", "met", "met", "not met"] * 2
+    assert records["sample_bars"][0]["sampler"] == "kde"
+    assert "differences taken dataset by dataset" in " ".join(page.text.split())
 
 
 def test_the_json_has_the_numbers_that_were_given(report: Report, records: dict[str, Any]) -> None:
@@ -466,4 +475,4 @@ def test_nothing_overflows_and_nothing_is_asked_for(written: Path, tmp_path: Pat
             )
             assert page.complaints == []
             assert [one for one in page.requests if not one.startswith("data:")] == [written.as_uri()]
-        assert page.run("document.querySelectorAll('table.measures').length") == 6
+        assert page.run("document.querySelectorAll('table.measures').length") == 7

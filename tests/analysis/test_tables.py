@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from weightspace.analysis.clustering import MEASURES
 from weightspace.analysis.explain import ACROSS, ALL
-from weightspace.analysis.tables import Cell, cluster_tables, sample_tables, variance_tables
-from weightspace.sampling import proof
+from weightspace.analysis.tables import Cell, bar_tables, cluster_tables, sample_tables, variance_tables
+from weightspace.sampling import bars, proof
 
 
 def clustered(description: str, models: str, measure: str, value: float, label: str = "dataset") -> dict[str, Any]:
@@ -106,5 +107,57 @@ def test_references_stand_below_the_samples() -> None:
     assert reference.cells == (Cell(8.0, 7.9, 8.1), None)
 
 
+def test_untrained_weights_refined_alike_stand_below_the_references() -> None:
+    rows = [
+        proven(sampler, proof.ERROR, subject, value)
+        for sampler in ("kde", "kde+refined")
+        for subject, value in ((proof.SAMPLES, 0.1), (proof.ANY, 0.2))
+    ]
+    rows += [proven("kde+refined", measure, proof.REFINED_SCRATCH, 0.3) for measure in (proof.SPEARMAN, proof.ERROR)]
+    (table,) = sample_tables(rows)
+    assert table.columns == (
+        ("Requested-obtained MAE", "reference: any zoo model of the dataset"),
+        ("Requested-obtained Spearman", "no reference"),
+    )
+    assert [(line.name, line.about, line.cells[0].value if line.cells[0] else None) for line in table.lines] == [
+        ("kde", ("samples",), 0.1),
+        ("reference", ("for kde",), 0.2),
+        ("kde+refined", ("samples",), 0.1),
+        ("reference", ("for kde+refined",), 0.2),
+        ("from scratch, refined alike", ("for kde+refined",), 0.3),
+    ]
+    assert table.lines[-1].cells[1] == Cell(0.3, 0.3 - 0.1, 0.3 + 0.1)
+
+
+def bar(sampler: str, measure: str, outcome: bars.Outcome, datasets: proof.Group = "seen") -> dict[str, Any]:
+    subject = f"samples - {proof.BEST}"
+    made = bars.Bar(sampler, datasets, measure, subject, "above 0", 0.1, None, None, 2, 3, outcome)
+    return dataclasses.asdict(made)
+
+
+def test_what_is_asked_of_samplers_stands_side_by_side() -> None:
+    seen, unseen = bar_tables(
+        [
+            bar("kde", proof.OVERLAP, "met"),
+            bar("flow", proof.OVERLAP, "not met"),
+            bar("flow", proof.DISTANCE, "undecided"),
+            bar("flow", proof.OVERLAP, "met", "unseen"),
+        ]
+    )
+    assert seen.name == "What is asked of samples on seen datasets"
+    assert seen.columns == (("kde", ""), ("flow", ""))
+    overlap, distance = seen.lines
+    assert (overlap.name, overlap.about) == (
+        "Overlap of errors",
+        ("samples \N{MINUS SIGN} best model of the nearest dataset: above 0",),
+    )
+    assert overlap.cells == (
+        Cell(0.1, note=("met; holds on ", 2, " of ", 3)),
+        Cell(0.1, note=("not met; holds on ", 2, " of ", 3)),
+    )
+    assert distance.cells[0] is None
+    assert len(unseen.lines) == 1
+
+
 def test_without_records_there_are_no_tables() -> None:
-    assert cluster_tables([]) == variance_tables([]) == sample_tables([]) == []
+    assert cluster_tables([]) == variance_tables([]) == sample_tables([]) == bar_tables([]) == []

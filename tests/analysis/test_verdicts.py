@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
@@ -17,7 +18,7 @@ from weightspace.analysis.verdicts import (
     sample_verdicts,
     variance_answers,
 )
-from weightspace.sampling import proof
+from weightspace.sampling import bars, proof
 
 
 def probe(representation: str, r2: float | None, half: float | None = 0.05, **changes: Any) -> dict[str, Any]:
@@ -46,22 +47,6 @@ def label_probe(representation: str, auc: float | None, half: float = 0.02, **ch
         "permuted_auc": auc,
     }
     return probe(representation, None, **{**row, **changes})
-
-
-def proven(sampler: str, measure: str, subject: str, values: Sequence[float], datasets: str = "seen") -> dict[str, Any]:
-    """The record of a proof row whose interval is a tenth wide; a single value has none."""
-    value = sum(values) / len(values)
-    single = len(values) == 1
-    return {
-        "sampler": sampler,
-        "datasets": datasets,
-        "measure": measure,
-        "subject": subject,
-        "value": value,
-        "low": None if single else value - 0.05,
-        "high": None if single else value + 0.05,
-        "values": [[f"dataset {number}", one] for number, one in enumerate(values)],
-    }
 
 
 def clustered(description: str, value: float, models: str = ACROSS, **changes: Any) -> dict[str, Any]:
@@ -260,75 +245,64 @@ def test_an_auc_that_is_missing_is_said() -> None:
     )
 
 
-ZERO, ONE = proof.accuracy_after(0), proof.accuracy_after(1)
+def bar(outcome: bars.Outcome, **changes: Any) -> dict[str, Any]:
+    made = bars.Bar(
+        sampler="kde",
+        datasets="seen",
+        measure=proof.accuracy_after(0),
+        subject=f"samples - 95 % of {proof.ZOO}",
+        asked="at least 0",
+        value=-0.0161,
+        low=-0.0302,
+        high=0.0103,
+        holds=2,
+        of=8,
+        outcome=outcome,
+    )
+    return dataclasses.asdict(made) | changes
 
 
 def test_records_of_proofs_are_read_by_the_names_that_they_have() -> None:
-    assert ZERO.startswith(verdicts.ACCURACY)
-    for name in ("SAMPLES", "ZOO", "SCRATCH", "INDEPENDENT", "OVERLAP", "SPEARMAN"):
+    assert proof.accuracy_after(0).startswith(verdicts.ACCURACY)
+    for name in ("SAMPLES", "REFINED_SCRATCH"):
         assert getattr(verdicts, name) == getattr(proof, name)
+    assert set(get_args(bars.Outcome)) <= set(get_args(verdicts.Outcome))
     assert verdicts._CLOSEST in clustering.MEASURES
 
 
-def test_the_best_sampler_is_compared_with_the_zoo_on_seen_datasets() -> None:
-    rows = [
-        proven("flow", ZERO, proof.SAMPLES, (0.6, 0.7)),
-        proven("kde", ZERO, proof.SAMPLES, (0.8, 0.9)),
-        proven("kde", ZERO, proof.ZOO, (0.9, 0.98)),
-        proven("kde", ZERO, proof.BEST, (0.99, 0.99)),
-        proven("kde", ONE, proof.SAMPLES, (0.9, 0.7)),
-        proven("kde", ONE, proof.SCRATCH, (0.5, 0.8)),
-        proven("kde", proof.OVERLAP, proof.SAMPLES, (0.4, 0.4)),
-        proven("kde", proof.OVERLAP, proof.INDEPENDENT, (0.5, 0.5)),
-        proven("kde", proof.SPEARMAN, proof.SAMPLES, (0.9,)),
-    ]
-    (verdict,) = sample_verdicts(rows)
-    assert (verdict.subject, verdict.outcome) == ("Sampled models, seen datasets", "level")
+def test_every_bar_of_a_sampler_is_told_with_its_number() -> None:
+    alone = bar("met", measure=proof.SPEARMAN, subject=proof.SAMPLES, asked="at least 0.8", value=0.9, low=None)
+    (verdict,) = sample_verdicts([alone, bar("undecided")])
+    assert (verdict.subject, verdict.outcome) == ("Samples of kde, seen datasets", "undecided")
     assert verdict.text == (
-        "For kde, the best of 2 samplers, accuracy after 0 epochs is 0.850 [0.800, 0.900], for zoo models of the "
-        "condition 0.940 [0.890, 0.990]. The baseline's mean is higher, but the intervals overlap. By accuracy after 1 "
-        "epoch the samples are above models from scratch on 1 of 2 datasets. Their errors overlap with a training "
-        "model's by up to 0.400 [0.350, 0.450], those of independent zoo models with as many errors by 0.500 "
-        "[0.450, 0.550], which is no less. Requested and obtained accuracy have a Spearman correlation of 0.900."
+        "Undecided: accuracy after 0 epochs, samples \N{MINUS SIGN} 95 % of zoo models of the condition "
+        "\N{MINUS SIGN}0.016 [\N{MINUS SIGN}0.030, 0.010] (at least 0). Met: requested-obtained Spearman 0.900 "
+        "(at least 0.8)."
     )
 
 
-def test_on_unseen_datasets_the_strongest_control_counts_and_not_the_zoo() -> None:
-    rows = [
-        proven("kde", ZERO, proof.SAMPLES, (0.5, 0.5), "unseen"),
-        proven("kde", ZERO, proof.ZOO, (0.9, 0.9), "unseen"),
-        proven("kde", ZERO, proof.AVERAGE, (0.2, 0.2), "unseen"),
-        proven("kde", ZERO, proof.BEST, (0.3, 0.3), "unseen"),
-    ]
-    (verdict,) = sample_verdicts(rows)
-    assert verdict.outcome == "ahead"
-    assert "0.500 [0.450, 0.550], for best model of the nearest dataset 0.300" in verdict.text
-    assert "epoch the samples" not in verdict.text and "overlap with" not in verdict.text
-    rows[3] = proven("kde", ZERO, proof.BEST, (0.8, 0.8), "unseen")
-    assert sample_verdicts(rows)[0].outcome == "behind"
-
-
 @pytest.mark.parametrize(
-    ("samples", "independent", "words"),
-    [(0.9, 0.5, "the samples repeat training models."), (0.55, 0.5, "which is less, but not clearly.")],
+    ("outcomes", "together"),
+    [
+        (("met", "met"), "met"),
+        (("met", "undecided"), "undecided"),
+        (("undecided", "not met"), "not met"),
+        (("met", "not met"), "not met"),
+    ],
 )
-def test_samples_that_repeat_errors_are_said_to(samples: float, independent: float, words: str) -> None:
-    rows = [
-        proven("kde", ZERO, proof.SAMPLES, (0.5, 0.5)),
-        proven("kde", proof.OVERLAP, proof.SAMPLES, (samples, samples)),
-        proven("kde", proof.OVERLAP, proof.INDEPENDENT, (independent, independent)),
+def test_one_bar_that_is_not_met_is_enough(outcomes: Sequence[bars.Outcome], together: str) -> None:
+    (verdict,) = sample_verdicts(list(map(bar, outcomes)))
+    assert verdict.outcome == together
+
+
+def test_samplers_and_kinds_of_datasets_have_verdicts_of_their_own() -> None:
+    found = sample_verdicts([bar("met"), bar("met", datasets="unseen"), bar("not met", sampler="flow")])
+    assert [(verdict.subject, verdict.outcome) for verdict in found] == [
+        ("Samples of kde, seen datasets", "met"),
+        ("Samples of kde, unseen datasets", "met"),
+        ("Samples of flow, seen datasets", "not met"),
     ]
-    (verdict,) = sample_verdicts(rows)
-    assert verdict.outcome == "unclear" and "with nothing to compare it with." in verdict.text
-    assert verdict.text.endswith(words)
-
-
-def test_samples_without_accuracies_or_intervals_are_not_judged() -> None:
     assert sample_verdicts([]) == []
-    assert sample_verdicts([proven("kde", proof.SPEARMAN, proof.SAMPLES, (0.9,))]) == []
-    rows = [proven("kde", ZERO, proof.SAMPLES, (0.9,)), proven("kde", ZERO, proof.ZOO, (0.1,))]
-    (verdict,) = sample_verdicts(rows)
-    assert verdict.outcome == "unclear" and "cannot be judged" in verdict.text
 
 
 def test_clusters_across_architectures_count_where_they_are_known() -> None:

@@ -73,8 +73,13 @@ def test_train_prior(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     called: list[Any] = []
     kinds: list[str] = []
 
-    def train_prior(zoo: Path, output: Path, settings: Any, *, autoencoder: Path, joint: Path) -> Path:
+    consents: list[bool] = []
+
+    def train_prior(
+        zoo: Path, output: Path, settings: Any, *, autoencoder: Path, joint: Path, allow_pickle: bool
+    ) -> Path:
         called.append((zoo, output, autoencoder, joint, settings.drop, settings.loop.steps, settings.loop.seed))
+        consents.append(allow_pickle)
         kinds.append(type(settings).__name__)
         return output
 
@@ -89,7 +94,8 @@ def test_train_prior(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert json.loads(invoke(*words, *inputs, "--seed", "6", "--json")) == {"prior": "p"}
     assert called[0] == (Path("z"), Path("p"), tmp_path / "a", tmp_path / "j", 0.25, 40, 5)
     assert called[1][5:] == (40, 6)
-    invoke(*words, *inputs, "--codes")
+    invoke(*words, *inputs, "--codes", "--allow-pickle")
+    assert consents == [False, False, True]
     assert kinds == ["PriorSettings", "PriorSettings", "CodePriorSettings"]
     assert main([*words, "--autoencoder", str(tmp_path / "a"), "--joint", str(tmp_path / "no")]) == 2
     assert f"{tmp_path / 'no'}: no joint (there is no config.json)" in capsys.readouterr().err

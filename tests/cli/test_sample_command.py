@@ -210,6 +210,22 @@ def test_other_samplers(
     assert record["sampler"] == "flow+selected"
 
 
+def test_codes_are_drawn_at_a_temperature(
+    words: list[str], tiny_code_prior: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = without(words, "--steps")
+    words[words.index("--prior") + 1] = str(tiny_code_prior)
+    spread = {}
+    for temperature in (0, 1):
+        record = answer(capsys, *words, "--temperature", temperature, "--output", tmp_path / f"{temperature}")
+        assert (record["sampler"], record["settings"]["codes"]["temperature"]) == ("codes", temperature)
+        files = [tmp_path / f"{temperature}" / model["file"] for model in record["models"]]
+        heads = torch.stack([open_checkpoint(file).tensor("head.weight") for file in files])
+        spread[temperature] = float(heads.std(0).mean())
+    assert spread[0] == pytest.approx(0, abs=1e-6) and spread[1] > 1e-3
+    assert answer(capsys, *words, "--output", tmp_path / "else")["settings"]["codes"]["temperature"] == 0.25
+
+
 def test_models_of_the_hub(
     words: list[str],
     tiny_clip_joint: Path,
@@ -263,6 +279,43 @@ class TestRefusals:
     ) -> None:
         words[words.index(option) + 1] = value
         assert named in refusal(capsys, *words, "--output", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize(
+        ("changes", "told"),
+        [
+            ({"hidden": [9]}, "'head.weight': the config describes shape (5, 9), the checkpoint has (5, 6)"),
+            ({"hidden": [6, 6]}, "'hidden.1.bias': the config describes shape (6,), the checkpoint has None"),
+            ({"hidden": []}, "'head.weight': the config describes shape (5, 64), the checkpoint has (5, 6)"),
+        ],
+    )
+    def test_a_config_beside_other_weights(
+        self,
+        changes: dict[str, Any],
+        told: str,
+        words: list[str],
+        config: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        values = json.loads(config.read_text())
+        blueprint = blueprint_of(values)
+        assert blueprint.family is not None
+        flat = from_scratch(blueprint.family, blueprint.architecture, 1, torch.Generator().manual_seed(0))[0]
+        mine = tmp_path / "mine"
+        mine.mkdir()
+        save_checkpoint(unflatten(flat, blueprint.architecture), mine / "model.safetensors")
+        (mine / "config.json").write_text(json.dumps(values | changes))
+        words[words.index("--architecture") + 1] = str(mine)
+        said = refusal(capsys, *words, "--output", tmp_path / "out")
+        assert f"{mine}: tensor {told}; put the config.json of this checkpoint beside it, or none" in said
+
+    @pytest.mark.parametrize("sampler", ["flow+selected", "kde"])
+    def test_a_temperature_without_codes(
+        self, sampler: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        said = refusal(capsys, *words, "--sampler", sampler, "--temperature", 0.5, "--output", tmp_path / "out")
+        assert f"--temperature: 0.5 is for the sampler codes and not for {sampler}; leave it out, or give" in said
         assert not (tmp_path / "out").exists()
 
     def test_a_prior_of_another_joint_model(

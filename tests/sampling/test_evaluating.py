@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,18 @@ import numpy as np
 import pytest
 
 from weightspace.cli.main import main
-from weightspace.errors import SettingsError
-from weightspace.index import load_encoder
-from weightspace.sampling.evaluating import EvaluationSettings, bin_middles, evaluate_samplers, plan_trials
+from weightspace.errors import SettingsError, ZooError
+from weightspace.index import described_dataset, load_encoder
+from weightspace.sampling.evaluating import (
+    EvaluationSettings,
+    bin_middles,
+    evaluate_samplers,
+    plan_trials,
+    prove_trials,
+)
 from weightspace.sampling.finetuning import FineTuning
 from weightspace.sampling.opening import Sources, open_sampler, training_rows
-from weightspace.sampling.proof import SAMPLES, SCRATCH, ProofSettings, accuracy_after
+from weightspace.sampling.proof import DISAGREEMENT, REFINED_SCRATCH, SAMPLES, SCRATCH, ProofSettings, accuracy_after
 from weightspace.training.autoencoder import read_training
 from weightspace.zoo.dataset import Zoo, load_zoo
 
@@ -105,6 +112,37 @@ def test_samplers_stand_beside_controls(
     assert rows == again
 
 
+def test_refined_samplers_stand_beside_untrained_weights_refined_alike(
+    tiny_zoo: Zoo, tiny_clip_joint: Path, tiny_encoder: Path
+) -> None:
+    joint = load_encoder(tiny_clip_joint)
+    sources = Sources(joint, zoo=tiny_zoo, encoder=str(tiny_encoder))
+    samplers = {name: open_sampler(name, sources).sampler for name in ("kde", "kde+selected+refined")}
+    settings = EvaluationSettings(datasets=1, count=2, activations=1, requests=(0.35,), proof=QUICK)
+    rows = evaluate_samplers(samplers, tiny_zoo, joint, settings)
+    assert {row.sampler for row in rows if row.subject == REFINED_SCRATCH} == {"kde+selected+refined"}
+
+
+def test_a_description_of_a_dataset_is_refused_before_anything_is_sampled(
+    tiny_zoo: Zoo, tiny_clip_joint: Path, tiny_encoder: Path
+) -> None:
+    joint = load_encoder(tiny_clip_joint)
+    settings = EvaluationSettings(datasets=1, count=1, activations=1, requests=(0.35,), proof=QUICK)
+    trials = plan_trials(tiny_zoo, joint, settings)
+    described = replace(trials, datasets=(*trials.datasets, described_dataset(joint, ["a zero", "a one"])))
+    with pytest.raises(ZooError, match=r"a zero; a one: is neither a folder nor .* no images"):
+        prove_trials({"it": Untouched()}, described, tiny_zoo, joint, settings)
+
+
+class Untouched:
+    """A sampler that must not be asked."""
+
+    codec: Any = None
+
+    def latents(self, *asked: object) -> Any:
+        raise AssertionError(asked)
+
+
 class TestNames:
     @pytest.mark.parametrize(
         ("name", "named"),
@@ -125,7 +163,7 @@ class TestNames:
         [
             ("flow", (), "sampler flow: needs a trained weight_prior"),
             ("kde", (), "sampler kde: needs a zoo"),
-            ("kde", ("zoo",), "sampler kde: needs a trained autoencoder"),
+            ("kde", ("zoo",), r"sampler kde: needs a trained autoencoder .* or a prior, .*\(--encoder, --prior\)"),
         ],
     )
     def test_that_lack_something(
@@ -169,11 +207,35 @@ class TestCommand:
         assert lines[2].split()[:5] == ["accuracy", "after", "0", "epochs", "samples"]
         assert lines[-1] == f"proof: {tmp_path / 'proof.json'}"
         kept = json.loads((tmp_path / "proof.json").read_text())
+        head = next(place for place, line in enumerate(lines) if line.split()[:2] == ["sampler", "bar"])
+        for line, bar in zip(lines[head + 1 : -1], kept["bars"], strict=True):
+            assert line.split()[0] == "flow" and f" {bar['outcome']} " in line
+            assert f"  {bar['measure']}  " in line and f"  {bar['subject']}  " in line
+            assert f"  {bar['value']:.3f} [{bar['low']:.3f}, {bar['high']:.3f}]" in line
+            assert line.endswith(f"{bar['holds']} of {bar['of']}")
         assert kept["rows"][0]["measure"] == accuracy_after(0)
         assert f"{kept['rows'][0]['value']:.3f}" in lines[2]
         assert kept["settings"]["requests"] == [0.3]
         assert main([*map(str, words), "--output", str(tmp_path / "proof.json"), "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["rows"] == kept["rows"]
+
+    def test_codes_are_drawn_at_a_temperature(
+        self,
+        tiny_zoo: Zoo,
+        tiny_clip_joint: Path,
+        tiny_code_prior: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        words = ["evaluate-samples", tiny_zoo.path, "--model", tiny_clip_joint, "--prior", tiny_code_prior, "-n", 2]
+        words += ["--datasets", 1, "--request", 0.3, "--epochs", 0, "--output", tmp_path / "proof.json"]
+        assert main([*map(str, words), "--sampler", "codes", "--temperature", "0", "--json"]) == 0
+        record = json.loads(capsys.readouterr().out)
+        assert record["samplers"]["codes"]["settings"]["codes"]["temperature"] == 0
+        (apart,) = (row for row in record["rows"] if (row["measure"], row["subject"]) == (DISAGREEMENT, SAMPLES))
+        assert apart["value"] == 0
+        assert main([*map(str, words), "--sampler", "kde", "--temperature", "0"]) == 2
+        assert "--temperature: 0 is for the sampler codes and not for kde; leave it out" in capsys.readouterr().err
 
     def test_names_what_is_missing(
         self, tiny_zoo: Zoo, tiny_clip_joint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -25,6 +25,7 @@ from weightspace.sampling.proof import (
     INDEPENDENT,
     NOISE,
     OVERLAP,
+    REFINED_SCRATCH,
     RELATIVE_DISTANCE,
     SAMPLES,
     SCRATCH,
@@ -38,6 +39,7 @@ from weightspace.sampling.proof import (
     prove,
     rank_correlation,
 )
+from weightspace.sampling.refining import RefinementSettings
 from weightspace.schema import TensorSpec
 from weightspace.zoo.dataset import Zoo
 from weightspace.zoo.images import load_images
@@ -184,6 +186,47 @@ class TestRequests:
         assert rank_correlation(np.arange(4.0), -np.arange(4.0)) == pytest.approx(-1)
 
 
+class TestRefinedAlike:
+    REFINEMENT = RefinementSettings(steps=8, images=32, held_back=32)
+
+    def rows(self, zoo: Zoo, refinement: RefinementSettings, settings: ProofSettings = SETTINGS) -> list[ProofRow]:
+        training, _, _ = split(zoo)
+        own = [copies(zoo, training, requested={"test_accuracy": value}) for value in (0.3, 0.9)]
+        samplers = {"plain": own, "refined": own, "alike": own[1:]}
+        return prove(samplers, zoo, training, settings, refined={"refined": refinement, "alike": refinement})
+
+    def test_stands_beside_refined_samplers_and_no_others(self, zoo: Zoo) -> None:
+        rows = self.rows(zoo, self.REFINEMENT)
+        plain, refined, alike = (by_subject(rows, sampler=name) for name in ("plain", "refined", "alike"))
+        assert REFINED_SCRATCH not in {subject for _, subject in plain}
+        measures = [measure for measure, subject in refined if subject == REFINED_SCRATCH]
+        assert measures == [accuracy_after(0), accuracy_after(1), SPEARMAN, ERROR]
+        # The same condition refined alike is the same control.
+        assert [measure for measure, subject in alike if subject == REFINED_SCRATCH] == [*measures[:2], ERROR]
+        for measure in measures[:2]:
+            assert refined[measure, REFINED_SCRATCH].value == alike[measure, REFINED_SCRATCH].value
+        assert list(plain) == [key for key in refined if key[1] != REFINED_SCRATCH]
+
+    def test_is_worth_what_its_steps_and_images_are(self, zoo: Zoo) -> None:
+        def at_once(found: Mapping[tuple[str, str], ProofRow], subject: str) -> float:
+            return found[accuracy_after(0), subject].value
+
+        few = by_subject(self.rows(zoo, self.REFINEMENT), sampler="refined")
+        many = by_subject(self.rows(zoo, replace(self.REFINEMENT, steps=40, images=128)), sampler="refined")
+        assert at_once(few, SCRATCH) < at_once(few, REFINED_SCRATCH) < at_once(many, REFINED_SCRATCH)
+        slow = replace(SETTINGS, refined_learning_rate=1e-30)
+        none = by_subject(self.rows(zoo, self.REFINEMENT, slow), sampler="refined")
+        assert at_once(none, REFINED_SCRATCH) == pytest.approx(at_once(none, SCRATCH), abs=0.01)
+
+    def test_is_decided_by_the_seed(self, zoo: Zoo) -> None:
+        rows = self.rows(zoo, self.REFINEMENT)
+        assert rows == self.rows(zoo, self.REFINEMENT)
+
+    def test_steps_that_go_nowhere_are_refused(self) -> None:
+        with pytest.raises(SettingsError, match=r"refined_learning_rate: 0.0 is not positive; give more than 0"):
+            ProofSettings(refined_learning_rate=0.0)
+
+
 def test_the_seed_decides_everything(zoo: Zoo) -> None:
     training, _, _ = split(zoo)
     samples = {"it": [copies(zoo, training)]}
@@ -217,6 +260,9 @@ def test_a_difference_is_taken_dataset_by_dataset() -> None:
     assert found.value == pytest.approx(0.15)
     assert found.low is not None and found.high is not None
     assert 0.1 <= found.low < 0.15 < found.high <= 0.2
+    part = difference(ours, theirs, share=0.5)
+    assert part.subject == f"samples - 50 % of {INDEPENDENT}"
+    assert part.values == (("a", pytest.approx(0.3)), ("b", pytest.approx(0.45)))
     with pytest.raises(SettingsError, match="no dataset in common"):
         difference(ours, row(INDEPENDENT, {"d": 0.1}))
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,9 +10,9 @@ import torch
 from weightspace.errors import SettingsError
 from weightspace.index import parse_results
 from weightspace.sampling.conditions import Blueprint, Condition
-from weightspace.sampling.judging import task_of
+from weightspace.sampling.judging import Task, task_of
 from weightspace.sampling.kde import KdeSampler
-from weightspace.sampling.refining import RefinedSampler, RefinementSettings, refine
+from weightspace.sampling.refining import Decode, RefinedSampler, RefinementSettings, refine
 from weightspace.sampling.samplers import sample
 
 SETTINGS = RefinementSettings(steps=20, images=64, held_back=128, learning_rate=0.3)
@@ -19,6 +20,10 @@ SETTINGS = RefinementSettings(steps=20, images=64, held_back=128, learning_rate=
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def decoding(sampler: KdeSampler, task: Task) -> Decode:
+    return partial(sampler.codec.decode, architecture=task.architecture)
 
 
 @pytest.fixture
@@ -30,7 +35,7 @@ def test_lowers_the_loss_on_other_images(
     start: torch.Tensor, tiny_kde: KdeSampler, tiny_condition: Condition, tiny_blueprint: Blueprint
 ) -> None:
     task = task_of(replace(tiny_condition, wanted=()), tiny_blueprint)
-    kept = refine(start, task, tiny_kde.codec, SETTINGS, seeded())
+    kept = refine(start, task, decoding(tiny_kde, task), SETTINGS, seeded())
     images = task.draw(1, 10_000, seeded(1)).expand(5, -1)
     with torch.no_grad():
         before, after = (
@@ -46,7 +51,7 @@ def test_each_sample_is_refined_by_itself(
     """Adam in a plain loop over the models, each with the images that it has in the batch."""
     task = task_of(replace(tiny_condition, wanted=()), tiny_blueprint)
     settings, codec = replace(SETTINGS, steps=4), tiny_kde.codec
-    together = refine(start, task, codec, settings, seeded())
+    together = refine(start, task, decoding(tiny_kde, task), settings, seeded())
     drawn = task.draw(len(start), settings.images + settings.held_back, seeded())
     assert len(drawn.sort(1).values.unique(dim=0)) == len(start)
     for number, images in enumerate(drawn):
@@ -72,7 +77,7 @@ def test_stops_where_the_accuracy_is_nearest_to_the_wanted_one(
     for wanted in ("0.35", ">=0.9"):
         condition = replace(tiny_condition, wanted=parse_results(wanted))
         task = task_of(condition, tiny_blueprint)
-        kept = refine(start, task, tiny_kde.codec, replace(SETTINGS, steps=40), seeded())
+        kept = refine(start, task, decoding(tiny_kde, task), replace(SETTINGS, steps=40), seeded())
         images = task.draw(1, 10_000, seeded(1)).expand(5, -1)
         with torch.no_grad():
             logits = task.logits(tiny_kde.codec.decode(kept, task.architecture), images)

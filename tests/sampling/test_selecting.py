@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from weightspace.errors import SettingsError
-from weightspace.index import parse_results
+from weightspace.errors import SettingsError, ZooError
+from weightspace.index import Encoder, described_dataset, parse_results
 from weightspace.sampling.conditions import Blueprint, Condition
 from weightspace.sampling.judging import Judgement, task_of
 from weightspace.sampling.kde import KdeSampler
+from weightspace.sampling.refining import RefinedSampler
 from weightspace.sampling.samplers import Sampler, sample
 from weightspace.sampling.selecting import BootstrappedSampler, SelectionSettings, SubsampledSampler, refitted
 
@@ -123,6 +124,15 @@ class TestRefusals:
             sampler.latents(replace(tiny_condition, dataset=None), tiny_blueprint, 1, seeded())
         with pytest.raises(SettingsError, match=r"comes with no config of a family .* \(mlp, cnn\); give one"):
             sampler.latents(tiny_condition, replace(tiny_blueprint, config=None), 1, seeded())
+
+    def test_a_description_has_no_images(
+        self, tiny_kde: KdeSampler, tiny_joint: Encoder, tiny_condition: Condition, tiny_blueprint: Blueprint
+    ) -> None:
+        described = replace(tiny_condition, dataset=described_dataset(tiny_joint, ["a zero", "a one"]))
+        refused = r"a zero; a one: is neither a folder nor .*; write digits.*\(a description of classes has no images\)"
+        for sampler in (SubsampledSampler(tiny_kde), RefinedSampler(tiny_kde)):
+            with pytest.raises(ZooError, match=refused):
+                sampler.latents(described, tiny_blueprint, 1, seeded())
 
     def test_images_that_do_not_fit(self, tiny_condition: Condition, tiny_blueprint: Blueprint) -> None:
         assert tiny_condition.dataset is not None

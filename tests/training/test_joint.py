@@ -432,6 +432,8 @@ class TestPickledImageEncoder:
         tiny_clip: Path,
         tiny_zoo: Zoo,
         settings: JointSettings,
+        tiny_encoder: Path,
+        tiny_prior_settings: Any,
         tmp_path: Path,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
@@ -447,6 +449,18 @@ class TestPickledImageEncoder:
         assert main(search) == 2
         assert "--allow-pickle" in capsys.readouterr().err
         assert main([*search, "--allow-pickle"]) == 0
+        (tmp_path / "prior.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(asdict(tiny_prior_settings)))))
+        prior = ["train", "prior", *words[:1], f"--autoencoder={tiny_encoder}", f"--joint={tmp_path / 'joint'}"]
+        prior += [f"--output={tmp_path / 'prior'}", f"--config={tmp_path / 'prior.yaml'}"]
+        assert main(prior) == 2
+        assert "--allow-pickle" in capsys.readouterr().err
+        assert main([*prior, "--allow-pickle"]) == 0
+        proof = ["evaluate-samples", str(tiny_zoo.path), "--model", str(tmp_path / "joint"), "--sampler", "flow"]
+        proof += ["--prior", str(tmp_path / "prior"), f"--output={tmp_path / 'proof.json'}"]
+        proof += ["--datasets=1", "-n1", "--epochs=0"]
+        assert main(proof) == 2
+        assert "--allow-pickle" in capsys.readouterr().err
+        assert main([*proof, "--allow-pickle"]) == 0
 
     def test_code_in_it_is_never_run(
         self, hub: LoopbackHub, files: dict[str, bytes], tiny_zoo: Zoo, settings: JointSettings, tmp_path: Path

@@ -91,6 +91,7 @@ def test_variants_lists_every_combination_once_without_defaults():
         ("digits?size=28", "digits has no config, revision, label or size"),
         ("/nowhere/at/all", "/nowhere/at/all: no such folder"),
         ("", "not a dataset id"),
+        ("a photo of a cat; a photo of a dog", "neither a folder nor the name of a dataset; write digits, a folder"),
     ],
 )
 def test_refuses_ids_by_name(dataset_id, named):
@@ -124,6 +125,14 @@ def test_without_labelled_test_images_a_part_of_train_is_held_out(save):
     assert opened.train_labels.bincount().tolist() == [7, 7] and opened.test_labels.bincount().tolist() == [3, 3]
     values = torch.cat([opened.train_images, opened.test_images])[:, 0, 0, 0] * 255
     assert sorted(values.round().int().tolist()) == list(range(20))
+
+
+def test_a_dataset_out_of_reach_is_told_from_one_that_is_broken(monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        ZooError, match=r"nobody/nothing: .* cannot open it: .*; check the name and the connection \(with"
+    ):
+        load_images("nobody/nothing")
 
 
 def test_images_of_several_sizes_need_one(save):

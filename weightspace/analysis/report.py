@@ -19,7 +19,7 @@ from markupsafe import Markup
 from weightspace.analysis import plots
 from weightspace.analysis.explain import Explanation
 from weightspace.analysis.legend import Legend, dataset_legend
-from weightspace.analysis.tables import Grid, cluster_tables, sample_tables, variance_tables
+from weightspace.analysis.tables import Grid, bar_tables, cluster_tables, sample_tables, variance_tables
 from weightspace.analysis.verdicts import (
     clustering_answers,
     decimals,
@@ -156,6 +156,7 @@ class Report:
         retrieval: what a joint model finds.
         explanation: whether models of one dataset cluster, and what determines the weights.
         samples: records of proof rows: their fields by name.
+        sample_bars: records of what is asked of samples.
         curves: training history.
         predictions: scatter plots to show.
         zoo_map: embeddings to draw as a map.
@@ -171,6 +172,7 @@ class Report:
     retrieval: Sequence[RetrievalRow] = ()
     explanation: Explanation | None = None
     samples: Sequence[Mapping[str, Any]] = ()
+    sample_bars: Sequence[Mapping[str, Any]] = ()
     curves: Sequence[Curve] = ()
     predictions: Sequence[PredictedTrue] = ()
     zoo_map: ZooMap | None = None
@@ -215,7 +217,7 @@ def _records(report: Report, points: plots.MapPoints | None) -> dict[str, Any]:
         for row in report.reconstruction
     ]
     retrieval = [_plain(dataclasses.asdict(row)) for row in report.retrieval]
-    samples = [_plain(row) for row in report.samples]
+    sample_bars = [_plain(bar) for bar in report.sample_bars]
     explanation = None if report.explanation is None else _plain(dataclasses.asdict(report.explanation))
     if explanation is not None:
         explanation["answers"] = {
@@ -226,7 +228,7 @@ def _records(report: Report, points: plots.MapPoints | None) -> dict[str, Any]:
         *probe_verdicts(probes),
         *reconstruction_verdicts(reconstruction, ALL_ARCHITECTURES),
         *retrieval_verdicts(retrieval),
-        *sample_verdicts(samples),
+        *sample_verdicts(sample_bars),
     ]
     zoo_map = None
     if report.zoo_map is not None and points is not None and len(points.rows):
@@ -248,7 +250,8 @@ def _records(report: Report, points: plots.MapPoints | None) -> dict[str, Any]:
             "reconstruction": reconstruction,
             "retrieval": retrieval,
             "explanation": explanation,
-            "samples": samples,
+            "samples": report.samples,
+            "sample_bars": sample_bars,
             "map": zoo_map,
             "predictions": [
                 {"title": one.title, "true": one.true, "predicted": one.predicted} for one in report.predictions
@@ -303,7 +306,7 @@ def _page(records: Mapping[str, Any]) -> str:
         records,
         measures={True: _OF_LABELS, False: _OF_NUMBERS},
         questions=_questions(records["explanation"]),
-        sample_tables=sample_tables(records["samples"]),
+        sample_tables=[*sample_tables(records["samples"]), *bar_tables(records["sample_bars"])],
         probe_tables=_tables(records["probes"], "target", _PROBE_NUMBERS, ()),
         reconstruction_tables=_tables(
             records["reconstruction"], "architecture", ("decoded_accuracy", "kept", "agreement"), ("relative_mse",)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from weightspace.analysis.explain import ACROSS, ALL
-from weightspace.analysis.verdicts import ACCURACY, SAMPLES, is_learned, readable
+from weightspace.analysis.verdicts import ACCURACY, REFINED_SCRATCH, SAMPLES, is_learned, readable, told_difference
 
 _SHOWN_FACTORS = 6
 
@@ -163,6 +163,37 @@ def sample_tables(rows: Sequence[Mapping[str, Any]]) -> list[Grid]:
     return tables
 
 
+def bar_tables(bars: Sequence[Mapping[str, Any]]) -> list[Grid]:
+    """Tabulates what is asked of samplers and what became of it, for each group of datasets.
+
+    Args:
+        bars: records of bars.
+    """
+    tables = []
+    for group in dict.fromkeys(bar["datasets"] for bar in bars):
+        own = [bar for bar in bars if bar["datasets"] == group]
+        samplers = _names(own, "sampler")
+        found = {(bar["measure"], bar["subject"], bar["asked"], bar["sampler"]): bar for bar in own}
+        lines = [
+            Line(
+                _headed(measure),
+                (f"{told_difference(subject)}: {asked}",),
+                tuple(_bar_cell(found.get((measure, subject, asked, sampler))) for sampler in samplers),
+            )
+            for measure, subject, asked in dict.fromkeys(key[:3] for key in found)
+        ]
+        columns = tuple((sampler, "") for sampler in samplers)
+        tables.append(Grid(f"What is asked of samples on {group} datasets", (), "Measure", columns, tuple(lines)))
+    return tables
+
+
+def _bar_cell(bar: Mapping[str, Any] | None) -> Cell | None:
+    if bar is None:
+        return None
+    note = (f"{bar['outcome']}; holds on ", bar["holds"], " of ", bar["of"])
+    return Cell(bar["value"], bar["low"], bar["high"], note)
+
+
 def _accuracy_table(group: str, rows: Sequence[Mapping[str, Any]]) -> Grid:
     measures, datasets = _names(rows, "measure"), _datasets(rows)
     samplers = _names(rows, "sampler")
@@ -190,15 +221,18 @@ def _beside(name: str, known: Sequence[str], samplers: Sequence[str]) -> Words:
 
 def _proof_table(group: str, rows: Sequence[Mapping[str, Any]]) -> Grid:
     measures, datasets = _names(rows, "measure"), _datasets(rows)
-    references = {row["measure"]: row["subject"] for row in rows if row["subject"] != SAMPLES}
+    references = {row["measure"]: row["subject"] for row in rows if row["subject"] not in (SAMPLES, REFINED_SCRATCH)}
     lines = []
     for sampler in _names(rows, "sampler"):
-        known = [row for row in rows if row["sampler"] == sampler]
-        ours = {row["measure"]: row for row in known if row["subject"] == SAMPLES}
-        theirs = {row["measure"]: row for row in known if row["subject"] != SAMPLES}
-        for name, about, own in ((sampler, "samples", ours), ("reference", f"for {sampler}", theirs)):
+        kinds: dict[str, dict[str, Mapping[str, Any]]] = {SAMPLES: {}, "reference": {}}
+        for row in rows:
+            if row["sampler"] == sampler:
+                kind = row["subject"] if row["subject"] in (SAMPLES, REFINED_SCRATCH) else "reference"
+                kinds.setdefault(kind, {})[row["measure"]] = row
+        for kind, own in kinds.items():
+            name, about = (sampler, kind) if kind == SAMPLES else (kind, f"for {sampler}")
             cells = tuple(_proof_cell(own.get(measure), datasets) for measure in measures)
-            lines.append(Line(name, (about,), cells, marked=own is ours))
+            lines.append(Line(name, (about,), cells, marked=kind == SAMPLES))
     columns = tuple(
         (_headed(measure), f"reference: {references[measure]}" if measure in references else "no reference")
         for measure in measures

@@ -14,11 +14,7 @@ JOINT = "joint"
 BAR = "s(W)"
 _LEARNED = {OURS: OURS, JOINT: "joint model"}
 SAMPLES = "samples"
-# What records of sampled models call the zoo's own models and the others that samples are compared with.
-ZOO = "zoo models of the condition"
-SCRATCH = "from scratch"
-INDEPENDENT = "independent zoo models with as many errors"
-OVERLAP, SPEARMAN = "overlap of errors", "requested-obtained Spearman"
+REFINED_SCRATCH = "from scratch, refined alike"
 ACCURACY = "accuracy after "
 _CLOSEST = "nearest neighbour"
 _SHOWN_FACTORS = 3
@@ -26,17 +22,20 @@ _SHOWN_FACTORS = 3
 _MANY = 100
 _RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
-Outcome = Literal["ahead", "level", "behind", "unclear"]
+Outcome = Literal["ahead", "level", "behind", "unclear", "met", "not met", "undecided"]
+# What becomes of something that is asked for; what comes first decides about all of it.
+_OUTCOMES: tuple[Outcome, ...] = ("not met", "undecided", "met")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One comparison of the autoencoder or the joint model with a baseline, or with chance.
+    """One comparison of the autoencoder or the joint model with a baseline, or with chance; or what samples do.
 
     Attributes:
-        subject: what was predicted, reconstructed or found.
-        outcome: of ours; ``"level"`` where the intervals overlap, ``"unclear"`` where something is missing.
-        text: one or two sentences with the numbers.
+        subject: what was predicted, reconstructed, found or sampled.
+        outcome: of ours; ``"level"`` where the intervals overlap, ``"unclear"`` where something is missing. Of samples,
+            what became of all that is asked of them: ``"not met"`` where one thing is not met.
+        text: sentences with the numbers.
     """
 
     subject: str
@@ -183,21 +182,15 @@ def retrieval_verdicts(rows: Sequence[Mapping[str, Any]]) -> list[Verdict]:
     return [Verdict("Retrieval by the joint model", outcome, f"{numbers}. {finding}")]
 
 
-def sample_verdicts(rows: Sequence[Mapping[str, Any]]) -> list[Verdict]:
-    """Judges the sampler whose models do best without training; one verdict for seen and one for unseen datasets.
-
-    On seen datasets they are compared with the zoo's own models of the condition, on unseen ones with the strongest
-    control. Then with training from scratch at equal budget, dataset by dataset, and their errors with those of
-    independent zoo models.
+def sample_verdicts(bars: Sequence[Mapping[str, Any]]) -> list[Verdict]:
+    """Says what samplers do of what is asked of them; a verdict for each sampler and each kind of datasets.
 
     Args:
-        rows: records of proof rows.
+        bars: records of bars, sampler by sampler.
     """
-    groups = dict.fromkeys(str(row["datasets"]) for row in rows)
+    places = dict.fromkeys((str(bar["sampler"]), str(bar["datasets"])) for bar in bars)
     return [
-        verdict
-        for group in groups
-        for verdict in _sample_verdict(group, [row for row in rows if row["datasets"] == group])
+        _sample_verdict(*place, [bar for bar in bars if (bar["sampler"], bar["datasets"]) == place]) for place in places
     ]
 
 
@@ -294,58 +287,22 @@ def _kept_verdict(subject: str, rows: Sequence[Mapping[str, Any]]) -> Verdict:
     return Verdict(subject, outcome, f"{share}; {best['method']} with {size} keeps {_kept(best)}. {finding}")
 
 
-def _sample_verdict(group: str, rows: Sequence[Mapping[str, Any]]) -> list[Verdict]:
-    budgets = [name for name in dict.fromkeys(str(row["measure"]) for row in rows) if name.startswith(ACCURACY)]
-    ours = [row for row in rows if row["measure"] in budgets[:1] and row["subject"] == SAMPLES]
-    if not ours:
-        return []
-    best = max(ours, key=lambda row: float(row["value"]))
-    own = {(row["measure"], row["subject"]): row for row in rows if row["sampler"] == best["sampler"]}
-    subject, sampler = f"Sampled models, {group} datasets", best["sampler"]
-    among = f", the best of {len(ours)} samplers" if len(ours) > 1 else ""
-    text = f"For {sampler}{among}, {budgets[0]} is {_proven(best)}"
-    rivals = [row for (measure, other), row in own.items() if measure == budgets[0] and other != SAMPLES]
-    rivals = [row for row in rivals if (row["subject"] == ZOO) == (group == "seen")]
-    if rivals:
-        rival = max(rivals, key=lambda row: float(row["value"]))
-        outcome, finding = _compared("sampler", _proven(best), _proven(rival))
-        text = f"{text}, for {rival['subject']} {_proven(rival)}. {finding}"
-    else:
-        outcome, text = "unclear", f"{text}, with nothing to compare it with."
-    more = (_against_scratch(own, budgets[1:2]), _repeated_errors(own), _obtained(own))
-    return [Verdict(subject, outcome, " ".join((text, *filter(None, more))))]
+def _sample_verdict(sampler: str, group: str, bars: Sequence[Mapping[str, Any]]) -> Verdict:
+    told = {outcome: [_bar(bar) for bar in bars if bar["outcome"] == outcome] for outcome in _OUTCOMES}
+    found = [outcome for outcome in _OUTCOMES if told[outcome]]
+    text = " ".join(f"{outcome.capitalize()}: {'; '.join(told[outcome])}." for outcome in found)
+    return Verdict(f"Samples of {sampler}, {group} datasets", found[0], text)
 
 
-_Proofs = Mapping[tuple[str, str], Mapping[str, Any]]
+def _bar(bar: Mapping[str, Any]) -> str:
+    subject = "" if bar["subject"] == SAMPLES else f", {told_difference(bar['subject'])}"
+    found = _Estimate(_number(bar["value"]), _number(bar["low"]), _number(bar["high"]))
+    return f"{bar['measure']}{subject} {found} ({bar['asked']})"
 
 
-def _against_scratch(own: _Proofs, budgets: Sequence[str]) -> str:
-    """Counts datasets rather than compare means: a dataset on which samples do harm must not be averaged away."""
-    for budget in budgets:
-        if (ours := own.get((budget, SAMPLES))) and (theirs := own.get((budget, SCRATCH))):
-            scratch = dict(theirs["values"])
-            pairs = [(value, scratch[dataset]) for dataset, value in ours["values"] if dataset in scratch]
-            above = sum(one > other for one, other in pairs)
-            return f"By {budget} the samples are above models from scratch on {above} of {len(pairs)} datasets."
-    return ""
-
-
-def _repeated_errors(own: _Proofs) -> str:
-    ours, theirs = own.get((OVERLAP, SAMPLES)), own.get((OVERLAP, INDEPENDENT))
-    if ours is None or theirs is None:
-        return ""
-    one, other = _proven(ours), _proven(theirs)
-    numbers = f"Their errors overlap with a training model's by up to {one}, those of {INDEPENDENT} by {other}"
-    if one.low > other.high:
-        return f"{numbers}: the samples repeat training models."
-    if one.value > other.value:
-        return f"{numbers}, which is less, but not clearly."
-    return f"{numbers}, which is no less."
-
-
-def _obtained(own: _Proofs) -> str:
-    row = own.get((SPEARMAN, SAMPLES))
-    return "" if row is None else f"Requested and obtained accuracy have a Spearman correlation of {_proven(row)}."
+def told_difference(subject: str) -> str:
+    """Sets a true minus sign between the models whose difference a record is about."""
+    return subject.replace(" - ", " \N{MINUS SIGN} ")
 
 
 def _clustering_answer(row: Mapping[str, Any]) -> str:
@@ -400,10 +357,6 @@ def _after_permutation(measure: _Measure, row: Mapping[str, Any]) -> str:
 
 def _best(measure: _Measure, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     return max(rows, key=lambda row: float(row[measure.column]))
-
-
-def _proven(row: Mapping[str, Any]) -> _Estimate:
-    return _Estimate(_number(row["value"]), _number(row["low"]), _number(row["high"]))
 
 
 def _kept(row: Mapping[str, Any]) -> _Estimate:

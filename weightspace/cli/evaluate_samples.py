@@ -6,15 +6,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from weightspace.cli.options import hub_options, json_option
+from weightspace.cli.options import ensure_codes, hub_options, json_option, pickle_option, temperature_option
 from weightspace.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
     from weightspace.io.hub import HubOptions
+    from weightspace.sampling.bars import Bar
     from weightspace.sampling.proof import ProofRow
 
 
@@ -42,9 +43,11 @@ if TYPE_CHECKING:
 )
 @click.option("--seed", "seeds", type=int, multiple=True, default=(0,), help="Seed of samples; repeatable.")
 @click.option("--epochs", type=click.IntRange(min=0), multiple=True, default=(0, 1, 10), help="Budget of fine-tuning.")
+@temperature_option
 @click.option("--unseen", is_flag=True, help="Also sample for the datasets that the joint model held out.")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="JSON file of the proof.")
 @hub_options
+@pickle_option
 @json_option
 def evaluate_samples(
     zoo: str,
@@ -57,9 +60,11 @@ def evaluate_samples(
     requests: tuple[float, ...],
     seeds: tuple[int, ...],
     epochs: tuple[int, ...],
+    temperature: float | None,
     unseen: bool,
     output: Path,
     options: HubOptions,
+    allow_pickle: bool,
     as_json: bool,
 ) -> None:
     """Prove samplers: what their models are worth, and whether they are new.
@@ -67,12 +72,15 @@ def evaluate_samples(
     ZOO is the zoo that the joint model was trained on.
 
     Models are sampled for datasets and results of the zoo, fine-tuned, and compared with the zoo's own, with training
-    from scratch and with other models that need no generator. Intervals (95 %) are over datasets.
+    from scratch and with other models that need no generator. Intervals (95 %) are over datasets; a bar that lies in
+    its interval is undecided.
     """
     from weightspace.index import load_encoder
+    from weightspace.sampling.bars import judge
+    from weightspace.sampling.codes import CodeSettings
     from weightspace.sampling.evaluating import EvaluationSettings, evaluate_samplers
     from weightspace.sampling.finetuning import FineTuning
-    from weightspace.sampling.opening import Sources, open_sampler, prior_kind
+    from weightspace.sampling.opening import SamplerSettings, Sources, open_sampler, prior_kind
     from weightspace.sampling.proof import ProofSettings
     from weightspace.zoo.dataset import load_zoo
     from weightspace.zoo.storage import write_text
@@ -88,39 +96,61 @@ def evaluate_samples(
     loaded, opened_zoo = load_encoder(joint, options), load_zoo(zoo)
     sources = Sources(loaded, priors, opened_zoo, encoder, options)
     names = samplers or (*(prior_kind(prior, options) for prior in priors), "kde")
-    opened = {name: open_sampler(name, sources) for name in names}
-    rows = evaluate_samplers({name: one.sampler for name, one in opened.items()}, opened_zoo, loaded, settings)
+    ensure_codes(temperature, names)
+    parts = SamplerSettings() if temperature is None else SamplerSettings(codes=CodeSettings(temperature=temperature))
+    opened = {name: open_sampler(name, sources, parts) for name in names}
+    ready = {name: one.sampler for name, one in opened.items()}
+    rows = evaluate_samplers(ready, opened_zoo, loaded, settings, options, allow_pickle=allow_pickle)
+    bars = judge(rows)
     record = {
         "zoo": opened_zoo.location,
         "samplers": {name: {"sources": one.sources, "settings": one.settings} for name, one in opened.items()},
         "settings": asdict(settings),
         "rows": [asdict(row) for row in rows],
+        "bars": [asdict(bar) for bar in bars],
     }
     write_text(output, json.dumps(record, indent=1) + "\n")
     if as_json:
         print_json(record)
     else:
-        _print(rows, list(opened))
+        _print(rows, bars, list(opened))
         click.echo(f"proof: {output}")
 
 
-def _print(rows: Sequence[ProofRow], samplers: list[str]) -> None:
-    """Prints a line for each measure and subject, the samplers side by side."""
+def _print(rows: Sequence[ProofRow], bars: Sequence[Bar], samplers: list[str]) -> None:
+    """Prints what was measured and what it says, the seen datasets first."""
     for group in dict.fromkeys(row.datasets for row in rows):
         own = [row for row in rows if row.datasets == group]
-        count = max(len(row.values) for row in own)
-        click.echo(f"{group} datasets: {count}")
-        cells = {(row.measure, row.subject, row.sampler): _cell(row) for row in own}
-        lines: list[Any] = []
-        shown = ""
-        for measure, subject in dict.fromkeys((row.measure, row.subject) for row in own):
-            values = [cells.get((measure, subject, name), "") for name in samplers]
-            lines.append(("" if measure == shown else measure, subject, *values))
-            shown = measure
-        print_table(("measure", "of", *samplers), lines, indent="  ")
+        click.echo(f"{group} datasets: {max(len(row.values) for row in own)}")
+        _print_rows(own, samplers)
+        _print_bars([bar for bar in bars if bar.datasets == group])
 
 
-def _cell(row: ProofRow) -> str:
-    if row.low is None or row.high is None:
-        return f"{row.value:.3f}"
-    return f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]"
+def _print_rows(rows: Sequence[ProofRow], samplers: list[str]) -> None:
+    """Prints a line for each measure and subject, the samplers side by side."""
+    cells = {(row.measure, row.subject, row.sampler): _number(row) for row in rows}
+    subjects: dict[str, dict[str, None]] = {}
+    for row in rows:
+        subjects.setdefault(row.measure, {})[row.subject] = None
+    lines = [
+        (measure if place == 0 else "", subject, *(cells.get((measure, subject, name), "") for name in samplers))
+        for measure, own in subjects.items()
+        for place, subject in enumerate(own)
+    ]
+    print_table(("measure", "of", *samplers), lines, indent="  ")
+
+
+def _print_bars(bars: Sequence[Bar]) -> None:
+    """Prints a line for each bar: differences are taken dataset by dataset."""
+    if bars:
+        lines = [
+            (bar.sampler, bar.outcome, bar.measure, bar.subject, _number(bar), bar.asked, f"{bar.holds} of {bar.of}")
+            for bar in bars
+        ]
+        print_table(("sampler", "bar", "measure", "of", "found", "asked for", "holds on"), lines, indent="  ")
+
+
+def _number(found: ProofRow | Bar) -> str:
+    if found.low is None or found.high is None:
+        return f"{found.value:.3f}"
+    return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"

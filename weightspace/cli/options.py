@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,6 +49,26 @@ _HUB_OPTIONS = (
 pickle_option = click.option(
     "--allow-pickle", is_flag=True, help="Read plain tensors from pickles where there is no safetensors file."
 )
+
+temperature_option = click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    show_default="from the sampler",
+    help="Of the sampler codes: 1 samples what it says, 0 takes what is expected.",
+)
+
+
+def ensure_codes(temperature: float | None, samplers: Sequence[str]) -> None:
+    """Refuses a temperature that no sampler has a use for.
+
+    Raises:
+        SettingsError: none of the samplers draws codes.
+    """
+    if temperature is not None and not any(name.split("+")[0] == "codes" for name in samplers):
+        raise SettingsError(
+            f"--temperature: {temperature:g} is for the sampler codes and not for {', '.join(samplers)}; "
+            "leave it out, or give a prior of codes (weightspace train prior --codes)"
+        )
 
 
 def hub_options(command: Callable[..., Any]) -> Callable[..., Any]:

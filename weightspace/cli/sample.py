@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from weightspace.cli.options import hub_options, json_option, pickle_option
+from weightspace.cli.options import ensure_codes, hub_options, json_option, pickle_option, temperature_option
 from weightspace.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 @click.option("--guidance-result", type=float, show_default="from the sampler", help="How much the result counts.")
 @click.option("--steps", type=click.IntRange(min=1), show_default="from the sampler", help="Steps of the flow.")
 @click.option("--solver", type=click.Choice(["euler", "heun"]), show_default="from the sampler")
+@temperature_option
 @click.option("--candidates", type=click.IntRange(min=1), help="Sample so many for each model and keep the best.")
 @click.option("--images", type=click.IntRange(min=1), help="Training images that candidates are judged by.")
 @click.option("--refine", type=click.IntRange(min=1), help="Steps of gradient refinement on the dataset.")
@@ -60,6 +61,7 @@ def sample(
     guidance_result: float | None,
     steps: int | None,
     solver: str | None,
+    temperature: float | None,
     candidates: int | None,
     images: int | None,
     refine: int | None,
@@ -86,9 +88,11 @@ def sample(
     ensure_empty(output)
     blueprint = check_order(order, options)
     base = sampler or ("kde" if prior is None else prior_kind(prior, options))
+    ensure_codes(temperature, [base])
     guidance = {"dataset_guidance": guidance_dataset, "result_guidance": guidance_result}
     selection = {"candidates": candidates, "images": images}
-    settings = _settings(guidance, {"steps": steps, "solver": solver}, selection, {"steps": refine})
+    flow, codes = {"steps": steps, "solver": solver}, {"temperature": temperature}
+    settings = _settings(guidance, flow, codes, selection, {"steps": refine})
     loaded = load_encoder(joint, options)
     opened_zoo = None if zoo is None else load_zoo(zoo)
     sources = Sources(loaded, () if prior is None else (prior,), opened_zoo, encoder, options)
@@ -110,7 +114,11 @@ def _named(sampler: str, candidates: int | None, refine: int | None) -> str:
 
 
 def _settings(
-    guidance: dict[str, Any], flow: dict[str, Any], selection: dict[str, Any], refinement: dict[str, Any]
+    guidance: dict[str, Any],
+    flow: dict[str, Any],
+    codes: dict[str, Any],
+    selection: dict[str, Any],
+    refinement: dict[str, Any],
 ) -> SamplerSettings:
     """Settings of samplers with the options that were given."""
     from weightspace.sampling.codes import CodeSettings
@@ -119,13 +127,13 @@ def _settings(
     from weightspace.sampling.refining import RefinementSettings
     from weightspace.sampling.selecting import SelectionSettings
 
-    guidance, flow, selection, refinement = (
+    guidance, flow, codes, selection, refinement = (
         {name: value for name, value in part.items() if value is not None}
-        for part in (guidance, flow, selection, refinement)
+        for part in (guidance, flow, codes, selection, refinement)
     )
     return SamplerSettings(
         flow=FlowSettings(**guidance, **flow),
-        codes=CodeSettings(**guidance),
+        codes=CodeSettings(**guidance, **codes),
         selection=SelectionSettings(**selection),
         refinement=RefinementSettings(**refinement),
     )

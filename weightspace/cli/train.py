@@ -114,6 +114,7 @@ def joint(
 @click.option("--joint", required=True, help="Joint model of datasets and results: a folder, or org/name.")
 @click.option("--codes", is_flag=True, help="Model the codes of an autoencoder that has code_levels.")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder of the prior.")
+@pickle_option
 @loop_options
 @json_option
 def prior(
@@ -122,6 +123,7 @@ def prior(
     joint: str,
     codes: bool,
     output: Path,
+    allow_pickle: bool,
     config: Path | None,
     steps: int | None,
     seed: int | None,
@@ -138,7 +140,7 @@ def prior(
     overrides = {"loop.steps": steps, "loop.seed": seed, "loop.mixed_precision": mixed_precision}
     settings = settings_from(CodePriorSettings if codes else PriorSettings, config, overrides)
     folders = {kind: saved_folder(at, kind=kind)[0] for kind, at in (("autoencoder", autoencoder), ("joint", joint))}
-    model = train_prior(zoo, output, settings, **folders)
+    model = train_prior(zoo, output, settings, **folders, allow_pickle=allow_pickle)
     if as_json:
         print_json({"prior": str(model)})
     else:

@@ -83,12 +83,18 @@ def open_blueprint(location: str, options: HubOptions | None = None) -> Blueprin
         options: how the Hub is reached.
 
     Raises:
-        WeightspaceError: there is nothing to read, or the config is of no family of the library.
+        WeightspaceError: there is nothing to read, the config is of no family of the library, or it is of one whose
+            networks have other tensors than the checkpoint.
     """
     if location.endswith(".json") and Path(location).is_file():
         return blueprint_of(load_json_object(Path(location).read_bytes(), where=location), location)
     checkpoint = open_checkpoint(location, options=options)
-    architecture = infer_architecture(checkpoint.specs.values(), config=checkpoint.config, aliases=checkpoint.aliases)
+    try:
+        architecture = infer_architecture(
+            checkpoint.specs.values(), config=checkpoint.config, aliases=checkpoint.aliases
+        )
+    except ArchitectureError as error:
+        raise ArchitectureError(f"{location}: {error}") from error
     strange = next((one for one in architecture.exclusions if not one.tensor.endswith(_COUNTER)), None)
     if strange is not None:
         raise ArchitectureError(

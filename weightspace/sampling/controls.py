@@ -14,6 +14,8 @@ from weightspace.architectures.alignment import align
 from weightspace.architectures.families import FamilyConfig, Initialization, initialize
 from weightspace.architectures.flat import flatten
 from weightspace.errors import SettingsError
+from weightspace.sampling.judging import Task
+from weightspace.sampling.refining import RefinementSettings, refine
 from weightspace.schema import Architecture
 from weightspace.zoo.dataset import Zoo
 
@@ -31,6 +33,27 @@ def from_scratch(
     drawn = initialize(config, [scheme] * count, generator)
     models = [{name: values[number] for name, values in drawn.items()} for number in range(count)]
     return torch.stack([flatten(model, architecture) for model in models])
+
+
+def refined_from_scratch(
+    task: Task, count: int, settings: RefinementSettings, generator: torch.Generator
+) -> Float[Tensor, "models params"]:
+    """Gives untrained weights the steps and images that a `RefinedSampler` gives its samples.
+
+    What these are worth without any sampler: nothing else tells whether a refined sample owes its accuracy to the
+    sample or to the images. The steps are taken in the space of weights.
+
+    Args:
+        task: what the models are refined for.
+        count: how many.
+        settings: of the sampler, but for a learning rate that suits weights.
+        generator: draws the weights and the images.
+
+    Raises:
+        SettingsError: the dataset has no images to hold back.
+    """
+    drawn = from_scratch(task.family, task.architecture, count, generator)
+    return refine(drawn, task, _as_they_are, settings, generator)
 
 
 def noisy_copies(
@@ -103,6 +126,10 @@ def nearest_datasets(
     similarity = _unit(list(wanted.values())) @ _unit(list(known.values())).T
     names = list(known)
     return {dataset: names[int(row.argmax())] for dataset, row in zip(wanted, similarity, strict=True)}
+
+
+def _as_they_are(flat: Float[Tensor, "models params"]) -> Float[Tensor, "models params"]:
+    return flat
 
 
 def _unit(embeddings: Sequence[Float[Tensor, " size"]]) -> Float[Tensor, "datasets size"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,12 +16,14 @@ from weightspace.errors import SettingsError, ZooError
 from weightspace.index import Encoder, WantedResult, dataset_for
 from weightspace.index.queries import dataset_query
 from weightspace.index.results import UNNAMED
+from weightspace.io.hub import HubOptions
 from weightspace.models.joint.modeling_joint import JointModel
 from weightspace.sampling.conditions import Blueprint, Condition, blueprint_of
 from weightspace.sampling.controls import nearest_datasets
 from weightspace.sampling.finetuning import fits
 from weightspace.sampling.opening import held_out_datasets, training_rows
 from weightspace.sampling.proof import ProofRow, ProofSettings, Sampled, prove
+from weightspace.sampling.refining import RefinedSampler
 from weightspace.sampling.samplers import Sampler, sample
 from weightspace.zoo.dataset import Zoo
 from weightspace.zoo.features import DatasetFeatures
@@ -79,7 +82,13 @@ class Trials:
 
 
 def evaluate_samplers(
-    samplers: Mapping[str, Sampler], zoo: Zoo, joint: Encoder, settings: EvaluationSettings | None = None
+    samplers: Mapping[str, Sampler],
+    zoo: Zoo,
+    joint: Encoder,
+    settings: EvaluationSettings | None = None,
+    options: HubOptions | None = None,
+    *,
+    allow_pickle: bool = False,
 ) -> list[ProofRow]:
     """Samples with every sampler for the same conditions and proves what they give.
 
@@ -88,22 +97,41 @@ def evaluate_samplers(
         zoo: the zoo that the joint model and the samplers were trained on.
         joint: the joint model.
         settings: see `EvaluationSettings`.
+        options: how the Hub is reached for the image encoder.
+        allow_pickle: read plain tensors from a pickle where the image encoder has no safetensors file.
 
     Raises:
         SettingsError: the zoo is another one, the library can run none of its models, no dataset is unseen, or a
             sampler cannot do what is asked for.
     """
     settings = settings or EvaluationSettings()
-    trials = plan_trials(zoo, joint, settings)
+    trials = plan_trials(zoo, joint, settings, options, allow_pickle=allow_pickle)
+    return prove_trials(samplers, trials, zoo, joint, settings)
+
+
+def prove_trials(
+    samplers: Mapping[str, Sampler], trials: Trials, zoo: Zoo, joint: Encoder, settings: EvaluationSettings
+) -> list[ProofRow]:
+    """Does what `evaluate_samplers` does, for conditions of the caller's choice; of the settings the rest counts."""
+    for dataset in trials.datasets:
+        load_images(dataset.dataset_id)  # a dataset without images is missed before minutes of sampling
     sampled = {
         name: [one for seed in settings.seeds for one in sample_trials(sampler, trials, settings.count, seed)]
         for name, sampler in samplers.items()
     }
-    return prove(sampled, zoo, training_rows(zoo, joint), settings.proof, trials.nearest)
+    refined = {name: one.settings for name, one in samplers.items() if isinstance(one, RefinedSampler)}
+    return prove(sampled, zoo, training_rows(zoo, joint), settings.proof, trials.nearest, refined)
 
 
-def plan_trials(zoo: Zoo, joint: Encoder, settings: EvaluationSettings) -> Trials:
-    """Chooses datasets, architectures and requests; see `EvaluationSettings`.
+def plan_trials(
+    zoo: Zoo,
+    joint: Encoder,
+    settings: EvaluationSettings,
+    options: HubOptions | None = None,
+    *,
+    allow_pickle: bool = False,
+) -> Trials:
+    """Chooses datasets, architectures and requests; see `EvaluationSettings` and `evaluate_samplers`.
 
     Datasets lie evenly in the order of their ids. Of each family of networks, a dataset has the architecture that most
     of its models have, with each activation of theirs.
@@ -114,6 +142,7 @@ def plan_trials(zoo: Zoo, joint: Encoder, settings: EvaluationSettings) -> Trial
     seen = _runnable(zoo, sorted(set(zoo.index["dataset"].iloc[training_rows(zoo, joint)].dropna())), settings)
     if not seen:
         raise SettingsError(f"{zoo.location}: none of its models can be run on their datasets; give another zoo")
+    see = functools.partial(dataset_for, joint, options=options, allow_pickle=allow_pickle)
     chosen, known = _spread(list(seen), settings.datasets), {}
     unseen: dict[str, list[FamilyConfig]] = {}
     if settings.unseen:
@@ -124,8 +153,8 @@ def plan_trials(zoo: Zoo, joint: Encoder, settings: EvaluationSettings) -> Trial
                 "with held_out_datasets, or evaluate seen datasets only"
             )
         unseen = {name: unseen[name] for name in _spread(list(unseen), settings.datasets)}
-        known = {name: dataset_for(joint, name) for name in seen}
-    datasets = [known.get(name) or dataset_for(joint, name) for name in (*chosen, *unseen)]
+        known = {name: see(name) for name in seen}
+    datasets = [known.get(name) or see(name) for name in (*chosen, *unseen)]
     nearest: dict[str, str] = {}
     if unseen:
         wanted = {one.dataset_id: dataset_query(joint, one) for one in datasets if one.dataset_id in unseen}

@@ -195,7 +195,10 @@ def _kde(name: str, sources: Sources, settings: SamplerSettings) -> tuple[KdeSam
         sampler, used = _of_prior(name, prior_kind(sources.priors[0], sources.options), sources, settings)
         codec = sampler.codec
     else:
-        raise SettingsError(f"sampler {name}: needs a trained autoencoder (weightspace train autoencoder); give one")
+        raise SettingsError(
+            f"sampler {name}: needs a trained autoencoder (weightspace train autoencoder) or a prior, which comes with "
+            "one; give either (--encoder, --prior)"
+        )
     rows = training_rows(zoo, sources.joint)
     named = zoo.location if zoo.repo else f"{zoo.path.resolve().name} ({zoo.digest})"
     return KdeSampler(zoo, rows, codec, sources.joint, settings.kde), {"zoo": named, **used}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -19,9 +19,18 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from weightspace.errors import SettingsError
+from weightspace.index.results import WantedResult
 from weightspace.sampling.bench import Bench
-from weightspace.sampling.controls import average, best_model, closest_in_results, from_scratch, noisy_copies
+from weightspace.sampling.controls import (
+    average,
+    best_model,
+    closest_in_results,
+    from_scratch,
+    noisy_copies,
+    refined_from_scratch,
+)
 from weightspace.sampling.finetuning import FineTuning, Trial, accuracy, fine_tune, predictions
+from weightspace.sampling.judging import Task
 from weightspace.sampling.novelty import (
     KnownModels,
     Nearest,
@@ -31,6 +40,7 @@ from weightspace.sampling.novelty import (
     of_partners,
     partners,
 )
+from weightspace.sampling.refining import RefinementSettings
 from weightspace.zoo.dataset import Zoo
 from weightspace.zoo.images import load_images
 
@@ -41,6 +51,7 @@ _LEVELS = (2.5, 97.5)
 Group = Literal["seen", "unseen"]
 SAMPLES = "samples"
 SCRATCH = "from scratch"
+REFINED_SCRATCH = "from scratch, refined alike"
 ZOO = "zoo models of the condition"
 BEST = "best model of the nearest dataset"
 NOISE = "noise on the nearest checkpoint"
@@ -81,19 +92,26 @@ class ProofSettings:
     Attributes:
         fine_tuning: budgets and optimizer of the training after sampling.
         checkpoints: zoo models of a condition that are averaged, and that stand for it.
+        refined_learning_rate: of the control of refined samplers, untrained weights with their steps and images; the
+            default is the best of .003, .01, .03 and .1 on the digits of the demo.
         seed: draws everything random.
         device: where to train.
     """
 
     fine_tuning: FineTuning = field(default_factory=FineTuning)
     checkpoints: int = 8
+    refined_learning_rate: float = 0.03
     seed: int = 0
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        """Refuses a condition of no checkpoints."""
+        """Refuses a condition of no checkpoints, and steps that go nowhere."""
         if self.checkpoints < 1:
             raise SettingsError(f"checkpoints: {self.checkpoints} is too small, give 1 or more")
+        if self.refined_learning_rate <= 0:
+            raise SettingsError(
+                f"refined_learning_rate: {self.refined_learning_rate} is not positive; give more than 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -129,6 +147,7 @@ def prove(
     training_rows: Int[np.ndarray, "rows"],
     settings: ProofSettings | None = None,
     nearest: Mapping[str, str] | None = None,
+    refined: Mapping[str, RefinementSettings] | None = None,
 ) -> list[ProofRow]:
     """Measures the models of every sampler; see the notes of this module.
 
@@ -142,6 +161,8 @@ def prove(
         settings: see `ProofSettings`.
         nearest: the training dataset that is nearest to each dataset without training models, see
             `weightspace.sampling.controls.nearest_datasets`.
+        refined: how refined samplers refine, by the sampler's name; they stand beside untrained weights that are
+            refined alike.
 
     Returns:
         Rows sampler by sampler, the seen datasets first, measure by measure.
@@ -153,8 +174,13 @@ def prove(
     settings = settings or ProofSettings()
     bench = Bench(zoo, training_rows, nearest or {})
     tops = [(sampler, top) for sampler, samples in samplers.items() for top in _best_requested(samples)]
+    alike = _refined_alike(samplers, refined or {}, settings)
     found: dict[tuple[str, Group, str, str], dict[str, list[float]]] = {}
-    numbers = (*_accuracies(bench, tops, settings), *_novelties(bench, tops, settings), *_obtained(bench, samplers))
+    numbers = (
+        *_accuracies(bench, tops, alike, settings),
+        *_novelties(bench, tops, settings),
+        *_obtained(bench, samplers, alike),
+    )
     for number in numbers:
         if np.isfinite(number.value):
             group: Group = "seen" if bench.seen(number.dataset) else "unseen"
@@ -190,7 +216,36 @@ def _condition(sampled: Sampled) -> tuple[object, ...]:
     return sampled.dataset, sampled.architecture.tensors, tuple(sorted(sampled.requested.items()))
 
 
-def _accuracies(bench: Bench, tops: Sequence[tuple[str, Sampled]], settings: ProofSettings) -> Iterator[_Number]:
+_Alike = Mapping[tuple[str, Sampled], Sampled]
+"""A refined sampler's name and what it made -> untrained weights for the same condition, refined alike."""
+
+
+def _refined_alike(
+    samplers: Mapping[str, Sequence[Sampled]], refined: Mapping[str, RefinementSettings], settings: ProofSettings
+) -> _Alike:
+    made: dict[tuple[object, ...], Sampled] = {}
+    alike = {}
+    for sampler, own in refined.items():
+        refinement = replace(own, learning_rate=settings.refined_learning_rate)
+        for sampled in samplers[sampler]:
+            condition = (refinement, *_condition(sampled), sampled.config, len(sampled.flat))
+            if condition not in made:
+                made[condition] = _from_scratch_for(sampled, refinement, settings)
+            alike[sampler, sampled] = made[condition]
+    return alike
+
+
+def _from_scratch_for(sampled: Sampled, refinement: RefinementSettings, settings: ProofSettings) -> Sampled:
+    asked = sampled.requested.get(_RESULT)
+    wanted = None if asked is None else WantedResult(_RESULT, asked, asked)
+    task = Task(load_images(sampled.dataset), sampled.config, sampled.architecture, wanted)
+    generator = torch.Generator().manual_seed(_seed(settings, sampled))
+    return replace(sampled, flat=refined_from_scratch(task, len(sampled.flat), refinement, generator))
+
+
+def _accuracies(
+    bench: Bench, tops: Sequence[tuple[str, Sampled]], alike: _Alike, settings: ProofSettings
+) -> Iterator[_Number]:
     """Accuracies after every budget; all models of one config train together."""
     controls: dict[tuple[object, ...], dict[str, Trial]] = {}
     trials: list[tuple[str, str, Trial]] = []
@@ -199,6 +254,8 @@ def _accuracies(bench: Bench, tops: Sequence[tuple[str, Sampled]], settings: Pro
         if condition not in controls:
             controls[condition] = _controls(bench, top, settings)
         subjects = {SAMPLES: top, **controls[condition], **_noise(bench, top, settings)}
+        if (sampler, top) in alike:
+            subjects[REFINED_SCRATCH] = alike[sampler, top]
         trials += [(sampler, subject, trial) for subject, trial in subjects.items()]
     distinct = list(dict.fromkeys(trial for _, _, trial in trials))
     tuned = fine_tune(distinct, settings.fine_tuning, seed=settings.seed, device=settings.device)
@@ -303,33 +360,47 @@ def _compared(
     yield measure, INDEPENDENT, float(theirs[known].mean())
 
 
-def _obtained(bench: Bench, samplers: Mapping[str, Sequence[Sampled]]) -> Iterator[_Number]:
+def _obtained(bench: Bench, samplers: Mapping[str, Sequence[Sampled]], alike: _Alike) -> Iterator[_Number]:
     """Requested against obtained test accuracy within each dataset."""
     for sampler, samples in samplers.items():
         asked = [sampled for sampled in samples if _RESULT in sampled.requested]
         for dataset in dict.fromkeys(sampled.dataset for sampled in asked):
             own = [sampled for sampled in asked if sampled.dataset == dataset]
+            control = [alike[sampler, sampled] for sampled in own if (sampler, sampled) in alike]
             requested = np.concatenate([np.full(len(s.flat), s.requested[_RESULT]) for s in own])
-            obtained = np.concatenate([accuracy(predictions(s), load_images(dataset)) for s in own])
-            yield _Number(sampler, dataset, SPEARMAN, SAMPLES, rank_correlation(requested, obtained))
-            yield _Number(sampler, dataset, ERROR, SAMPLES, float(np.abs(requested - obtained).mean()))
+            obtained = {
+                subject: np.concatenate([accuracy(predictions(s), load_images(dataset)) for s in models])
+                for subject, models in ((SAMPLES, own), (REFINED_SCRATCH, control))
+                if models
+            }
+            for subject, reached in obtained.items():
+                yield _Number(sampler, dataset, SPEARMAN, subject, rank_correlation(requested, reached))
+            for subject, reached in obtained.items():
+                yield _Number(sampler, dataset, ERROR, subject, float(np.abs(requested - reached).mean()))
             known = bench.zoo.index[_RESULT].to_numpy(dtype=np.float64)[bench.rows(dataset)]
             if (known := known[np.isfinite(known)]).size:
                 apart = np.abs(requested[:, None] - known).mean()
                 yield _Number(sampler, dataset, ERROR, ANY, float(apart))
 
 
-def difference(one: ProofRow, other: ProofRow, *, seed: int = 0) -> ProofRow:
+def difference(one: ProofRow, other: ProofRow, *, share: float = 1.0, seed: int = 0) -> ProofRow:
     """Subtracts one row's numbers from another's, dataset by dataset: ``one`` - ``other`` where both have a number.
+
+    Args:
+        one: a row.
+        other: a row with the same measure.
+        share: of ``other`` that is subtracted.
+        seed: of the interval.
 
     Raises:
         SettingsError: the rows have no dataset in common.
     """
     theirs = dict(other.values)
-    values = {dataset: [value - theirs[dataset]] for dataset, value in one.values if dataset in theirs}
+    values = {dataset: [value - share * theirs[dataset]] for dataset, value in one.values if dataset in theirs}
     if not values:
         raise SettingsError(f"{one.subject} and {other.subject} have no dataset in common; compare rows of one proof")
-    subject = f"{one.subject} - {other.subject}"
+    part = "" if share == 1 else f"{100 * share:g} % of "
+    subject = f"{one.subject} - {part}{other.subject}"
     return _row(one.sampler, one.datasets, one.measure, subject, values, np.random.default_rng(seed))
 
 

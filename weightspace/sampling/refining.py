@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +17,9 @@ from weightspace.sampling.judging import Task, task_of
 from weightspace.sampling.samplers import Sampler
 
 _TOGETHER = 64
+
+Decode = Callable[[Float[Tensor, "models ..."]], Float[Tensor, "models params"]]
+"""From what is refined to flat weight vectors; differentiable."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class RefinementSettings:
         steps: of Adam, at most.
         images: training images that each sample learns from, its own.
         held_back: other training images that tell at which step to stop.
-        learning_rate: of Adam, in units of the latents.
+        learning_rate: of Adam, in units of what is refined: the latents.
     """
 
     steps: int = 10
@@ -78,31 +83,48 @@ class RefinedSampler:
                 the sampler cannot do what is asked for.
         """
         task = task_of(condition, blueprint)
-        if self.settings.images >= (available := len(task.dataset.train_images)):
-            raise SettingsError(
-                f"images: {self.settings.images} of {available} training images of {task.dataset.id} leave none to "
-                "hold back; give fewer"
-            )
         start = self.sampler.latents(condition, blueprint, count, generator)
-        return torch.cat([refine(part, task, self.codec, self.settings, generator) for part in start.split(_TOGETHER)])
+        decode = functools.partial(self.codec.decode, architecture=task.architecture)
+        return refine(start, task, decode, self.settings, generator)
+
+
+def refine(
+    start: Float[Tensor, "models *inside"],
+    task: Task,
+    decode: Decode,
+    settings: RefinementSettings,
+    generator: torch.Generator,
+) -> Float[Tensor, "models *inside"]:
+    """Improves what decodes to models, latents as a rule; see `RefinedSampler`.
+
+    The parameters of the decoder collect no gradients.
+
+    Raises:
+        SettingsError: the dataset has no images to hold back.
+    """
+    if settings.images >= (available := len(task.dataset.train_images)):
+        raise SettingsError(
+            f"images: {settings.images} of {available} training images of {task.dataset.id} leave none to hold back; "
+            "give fewer"
+        )
+    return torch.cat([_refined(part, task, decode, settings, generator) for part in start.split(_TOGETHER)])
 
 
 @torch.enable_grad()
-def refine(
-    start: Float[Tensor, "models n latent"],
+def _refined(
+    start: Float[Tensor, "models *inside"],
     task: Task,
-    codec: LatentCodec,
+    decode: Decode,
     settings: RefinementSettings,
     generator: torch.Generator,
-) -> Float[Tensor, "models n latent"]:
-    """Improves latents; see `RefinedSampler`. The autoencoder's parameters collect no gradients."""
+) -> Float[Tensor, "models *inside"]:
     drawn = task.draw(len(start), settings.images + settings.held_back, generator)
     own, held_back = drawn[:, : settings.images], drawn[:, settings.images :]
     latents = start.detach().clone().requires_grad_()
     adam = torch.optim.Adam([latents], lr=settings.learning_rate)
     kept, judged = start.detach().clone(), None
     for step in range(settings.steps + 1):
-        flat = codec.decode(latents, task.architecture)
+        flat = decode(latents)
         now = task.judge(flat.detach(), held_back)
         if judged is None:
             judged = now

@@ -116,7 +116,13 @@ class CodePriorSettings(PriorSettings):
 
 
 def train_prior(
-    zoo: Path | str, output: Path | str, settings: PriorSettings, *, autoencoder: Path | str, joint: Path | str
+    zoo: Path | str,
+    output: Path | str,
+    settings: PriorSettings,
+    *,
+    autoencoder: Path | str,
+    joint: Path | str,
+    allow_pickle: bool = False,
 ) -> Path:
     """Trains a prior on the training runs of a zoo and saves it as a `save_pretrained` folder.
 
@@ -133,6 +139,7 @@ def train_prior(
         autoencoder: folder of the trained autoencoder whose latents or codes are modelled.
         joint: folder of the trained joint model that datasets and results are embedded with; datasets that it held out
             are held out here, too.
+        allow_pickle: read plain tensors from a pickle where the image encoder has no safetensors file.
 
     Returns:
         ``output`` as a path.
@@ -186,7 +193,7 @@ def train_prior(
     codec = LatentCodec(own, extractor)
     own.config.name_or_path = ""  # where it lies on this machine is nothing that a card should say
     seen = ~opened.index["dataset"].isin(held_out).to_numpy()
-    conditions = _Conditions.of(opened, joint_model, records["joint"]["settings"])
+    conditions = _Conditions.of(opened, joint_model, records["joint"]["settings"], allow_pickle=allow_pickle)
     training = AlignedModels.of(opened, split.train[seen[split.train]], codec)
     torch.manual_seed(settings.loop.seed)
     model = method.model(
@@ -316,7 +323,7 @@ class _Conditions:
     joint: JointModel
 
     @classmethod
-    def of(cls, zoo: Zoo, joint: JointModel, trained: Mapping[str, Any]) -> _Conditions:
+    def of(cls, zoo: Zoo, joint: JointModel, trained: Mapping[str, Any], *, allow_pickle: bool = False) -> _Conditions:
         config = joint.config.result_config
         assert isinstance(config, ResultTowerConfig)
         columns = [
@@ -326,8 +333,8 @@ class _Conditions:
         names = zoo.index["dataset"].to_numpy()
         known = sorted({name for name in names if isinstance(name, str)})
         embedded = torch.zeros(len(zoo), joint.embedding_size)
-        features = features_of_datasets(known, open_image_encoder(trained["image_encoder"]), images=trained["sample"])
-        for dataset in features:
+        encoder = open_image_encoder(trained["image_encoder"], allow_pickle=allow_pickle)
+        for dataset in features_of_datasets(known, encoder, images=trained["sample"]):
             embedded[torch.from_numpy(names == dataset.dataset_id)] = embed_dataset(joint, dataset)
         used = [None if config is None else str(config.activation) for config in zoo.families]
         activations = sorted({name for name in used if name is not None})

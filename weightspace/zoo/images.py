@@ -12,6 +12,7 @@ The base is ``digits`` (scikit-learn's handwritten digits), a local folder or a 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -32,6 +33,8 @@ ROTATIONS = (0, 90, 180, 270)
 POLARITIES = ("normal", "inverted")
 _TEST_FRACTION = 0.3
 _TEST_SPLITS = ("test", "validation")
+_HUB_NAME = re.compile(r"[\w.:/@-]+", re.ASCII)
+_MEND_OFFLINE = "check the name and the connection (with HF_HUB_OFFLINE=1 only caches are asked, at once)"
 _OPTIONS = ("classes", "rotation", "polarity", "size", "config", "revision", "label")
 
 
@@ -232,13 +235,20 @@ def _opened(source: DatasetSource) -> ImageDataset:
     name, path = str(DatasetVariant(source)), Path(source.base).expanduser()
     if source.base.startswith(("/", ".", "~")) and not path.is_dir():
         raise ZooError(f"{name}: no such folder; check the path")
+    if not path.is_dir() and not _HUB_NAME.fullmatch(source.base):
+        raise ZooError(
+            f"{name}: is neither a folder nor the name of a dataset; write digits, a folder or org/name (a description "
+            "of classes has no images)"
+        )
     try:
         splits = datasets.load_dataset(
             str(path.resolve()) if path.is_dir() else source.base, source.config, revision=source.revision
         )
     except Exception as error:  # loaders of many formats meet untrusted files here: each raises what it likes
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ZooError(f"{name}: datasets.load_dataset cannot open it: {first_line}") from error
+        # huggingface_hub tries again for half a minute, which nothing but the offline mode can shorten.
+        mend = f"; {_MEND_OFFLINE}" if isinstance(error, ConnectionError) else ""
+        raise ZooError(f"{name}: datasets.load_dataset cannot open it: {first_line}{mend}") from error
     if "train" not in splits:
         raise ZooError(f"{name}: no split named 'train' among {', '.join(splits)}; rename one to 'train'")
     train = splits["train"]
