@@ -1,12 +1,14 @@
 """Sampled models on datasets that were trained on and on datasets that nothing has ever seen.
 
 For each seed, 8 of the demo's 32 variants of digits are held out of everything: a zoo without their models is made, and
-an autoencoder and a joint model are trained on it with the demo's settings, and a prior with its own defaults. Samplers
-are then asked for models of 8 seen and of the 8 unseen datasets, and judged as `weightspace evaluate-samples` does.
+an autoencoder and a joint model are trained on it with the demo's settings, a quantised autoencoder with twice as many
+numbers a token, and a prior on each with its own defaults. Samplers are then asked for models of 8 seen and of the 8
+unseen datasets, and judged as `weightspace evaluate-samples` does.
 
     python benchmarks/sampling.py --demo demo --output sampling --seeds 0 1 2
 
-Everything is kept in the output folder; a run that was interrupted goes on. ``--table`` prints what is there.
+Everything is kept in the output folder; a run that was interrupted goes on, and samplers that are there are not judged
+again. ``--table`` prints what is there.
 """
 
 from __future__ import annotations
@@ -30,25 +32,35 @@ from weightspace.sampling.evaluating import EvaluationSettings, Trials, plan_tri
 from weightspace.sampling.opening import Sources, open_sampler
 from weightspace.training.autoencoder import train_autoencoder
 from weightspace.training.joint import train_joint
-from weightspace.training.prior import PriorSettings, train_prior
+from weightspace.training.prior import CodePriorSettings, PriorSettings, train_prior
 from weightspace.zoo.dataset import Zoo, load_zoo
 from weightspace.zoo.exporting import export_folder
 from weightspace.zoo.importing import import_folder
 
 FOLDS = 4
-SAMPLERS = ("flow", "flow+selected", "flow+refined", "kde", "kde+selected", "kde+refined")
+STEPS = ("", "+selected", "+refined")
+SAMPLERS = tuple(f"{base}{step}" for base in ("flow", "codes", "kde") for step in STEPS)
+CODES = {"code_levels": (8, 8, 8), "latent_size": 24}
 SETTINGS = EvaluationSettings(datasets=8, count=4, activations=1)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """Models that have not seen the held-out datasets."""
+    """Models that have not seen the held-out datasets.
+
+    Attributes:
+        zoo: what they were trained on.
+        held_out: the datasets.
+        autoencoder: of latents.
+        joint: the joint model.
+        priors: of latents and of codes, as far as samplers need them.
+    """
 
     zoo: Zoo
     held_out: tuple[str, ...]
     autoencoder: Path
     joint: Path
-    prior: Path
+    priors: tuple[str, ...]
 
 
 def folds(datasets: Sequence[str]) -> list[tuple[str, ...]]:
@@ -57,8 +69,8 @@ def folds(datasets: Sequence[str]) -> list[tuple[str, ...]]:
     return [tuple(str(name) for name in part) for part in np.array_split(shuffled, FOLDS)]
 
 
-def trained(demo: Path, output: Path, seed: int, steps: int | None) -> Trained:
-    """Trains everything on the zoo without the datasets of a fold; what is there already is opened."""
+def trained(demo: Path, output: Path, seed: int, samplers: Sequence[str]) -> Trained:
+    """Trains what samplers need on the zoo without the datasets of a fold; what is there already is opened."""
     whole, settings = load_zoo(demo / "zoo"), DemoSettings()
     held_out = folds(whole.index["dataset"].unique())[seed % FOLDS]
     folder = output / f"seed-{seed}"
@@ -72,16 +84,22 @@ def trained(demo: Path, output: Path, seed: int, steps: int | None) -> Trained:
     autoencoder = train_autoencoder(zoo.path, folder / "autoencoder", one)
     two = replace(settings.joint, split_seed=seed, loop=replace(settings.joint.loop, seed=seed))
     joint = train_joint(zoo.path, folder / "joint", two)
-    loop = PriorSettings().loop
-    three = PriorSettings(split_seed=seed, loop=replace(loop, seed=seed, steps=steps or loop.steps))
-    prior = train_prior(zoo.path, folder / "prior", three, autoencoder=autoencoder, joint=joint)
-    return Trained(zoo, held_out, autoencoder, joint, prior)
+    priors = []
+    if any(name.startswith("flow") for name in samplers):
+        flow = PriorSettings(split_seed=seed, loop=replace(PriorSettings().loop, seed=seed))
+        priors.append(train_prior(zoo.path, folder / "prior", flow, autoencoder=autoencoder, joint=joint))
+    if any(name.startswith("codes") for name in samplers):
+        three = replace(one, encoder=replace(one.encoder, **CODES))
+        quantised = train_autoencoder(zoo.path, folder / "quantised", three)
+        codes = CodePriorSettings(split_seed=seed, loop=replace(CodePriorSettings().loop, seed=seed))
+        priors.append(train_prior(zoo.path, folder / "code-prior", codes, autoencoder=quantised, joint=joint))
+    return Trained(zoo, held_out, autoencoder, joint, tuple(map(str, priors)))
 
 
-def proved(models: Trained) -> list[dict[str, Any]]:
-    """Asks every sampler for models of seen and unseen datasets; returns records of proof rows."""
+def proved(models: Trained, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Asks samplers for models of seen and unseen datasets; returns records of proof rows."""
     joint = load_encoder(models.joint)
-    sources = Sources(joint, (str(models.prior),), models.zoo, str(models.autoencoder))
+    sources = Sources(joint, models.priors, models.zoo, str(models.autoencoder))
     seen = plan_trials(models.zoo, joint, SETTINGS)
     features = {name: dataset_for(joint, name) for name in sorted(models.zoo.index["dataset"].unique())}
     unseen = {name: dataset_for(joint, name) for name in models.held_out}
@@ -94,7 +112,7 @@ def proved(models: Trained) -> list[dict[str, Any]]:
         seen.requests,
         nearest_datasets(*queries),
     )
-    samplers = {name: open_sampler(name, sources).sampler for name in SAMPLERS}
+    samplers = {name: open_sampler(name, sources).sampler for name in names}
     return [asdict(row) for row in prove_trials(samplers, trials, models.zoo, joint, SETTINGS)]
 
 
@@ -123,15 +141,17 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of everything")
     parser.add_argument("--demo", type=Path, help="folder of a finished demo")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, help="training steps of the prior; its default if left out")
+    parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=SAMPLERS)
     parser.add_argument("--table", action="store_true", help="print what the output has, and do nothing else")
     options = parser.parse_args()
     if not options.table and options.demo is None:
         parser.error("--demo: name the folder of a finished demo")
     results = {seed: options.output / f"seed-{seed}" / "proof.json" for seed in options.seeds}
     for seed, path in results.items():
-        if not options.table and not path.exists():
-            rows = proved(trained(options.demo, options.output, seed, options.steps))
+        rows = json.loads(path.read_text()) if path.exists() else []
+        missing = [name for name in options.samplers if name not in {row["sampler"] for row in rows}]
+        if not options.table and missing:
+            rows += proved(trained(options.demo, options.output, seed, missing), missing)
             write_whole(path, json.dumps(rows) + "\n")
     print(
         "\n".join(table({str(seed): json.loads(path.read_text()) for seed, path in results.items() if path.exists()}))

@@ -54,7 +54,8 @@ TINY["weightspace_joint"] = {
 }
 ENCODERS = sorted(TINY)
 _PRIOR = {
-    "condition_size": 4,
+    "class_size": 4,
+    "result_size": 4,
     "activations": ["relu"],
     "hidden_size": 16,
     "num_layers": 2,
@@ -126,7 +127,8 @@ def for_loss(model_type: str, batch: dict[str, Tensor]) -> dict[str, Any]:
         return {
             **{name: batch[name] for name in ("weight_mask", "position_ids", "attention_mask")},
             "latents": latents,
-            "dataset_embeds": torch.eye(models, 4) * torch.arange(models).ne(0)[:, None],
+            "class_features": torch.randn(models, 3, 4, generator=generator)
+            * torch.arange(models).ne(0).view(-1, 1, 1),
             "result_embeds": torch.eye(models, 4) * torch.arange(models).ne(1)[:, None],
             "activation": torch.arange(models).remainder(2),
             **(noise if model_type == "weight_prior" else {}),

@@ -30,7 +30,8 @@ TINY: dict[str, Any] = {
         "num_attention_heads": 2,
         "window": 16,
     },
-    "condition_size": 6,
+    "class_size": 6,
+    "result_size": 6,
     "activations": ["relu", "tanh"],
     "hidden_size": 16,
     "num_layers": 2,
@@ -66,8 +67,8 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def condition(rows: int = 2, seed: int = 1) -> PriorCondition:
-    parts = [torch.nn.functional.normalize(draw(rows, 6, seed=seed + part), dim=-1) for part in range(2)]
-    return PriorCondition(*parts, torch.ones(rows, dtype=torch.int64))
+    result = torch.nn.functional.normalize(draw(rows, 6, seed=seed + 1), dim=-1)
+    return PriorCondition(draw(rows, 4, 6, seed=seed), result, torch.ones(rows, dtype=torch.int64))
 
 
 def places(architecture: Architecture, rows: int = 2) -> dict[str, Tensor]:
@@ -84,7 +85,7 @@ def inputs(rows: int = 2, architecture: Architecture = SHALLOW) -> dict[str, Ten
     return {
         "latents": draw(*where["position_ids"].shape[:2], 4, seed=5).tanh(),
         **where,
-        "dataset_embeds": asked.dataset,
+        "class_features": asked.dataset,
         "result_embeds": asked.result,
         "activation": asked.activation,
     }
@@ -135,7 +136,8 @@ def test_chances_of_all_models_of_one_token_sum_to_one() -> None:
 @torch.no_grad()
 def test_samples_have_the_frequencies_of_the_model() -> None:
     model, asked = build(), condition(1)
-    many = PriorCondition(asked.dataset.expand(4000, -1), asked.result.expand(4000, -1), asked.activation.expand(4000))
+    parts = (asked.dataset.expand(4000, -1, -1), asked.result.expand(4000, -1), asked.activation.expand(4000))
+    many = PriorCondition(*parts)
     found = numbers(model, model.autoencoder.from_codes(sampled(model, many)))[:, 0]
     logits = model(**{**inputs(1), "known": torch.zeros(1, 1, dtype=torch.bool).expand(1, SHALLOW_TOKENS)}).logits
     expected = logits[0, 0, 0].softmax(-1)
@@ -174,7 +176,7 @@ def test_lower_temperatures_stay_closer_to_what_is_expected() -> None:
 @pytest.mark.parametrize("part", ["dataset", "result", "activation"])
 def test_every_part_of_the_condition_matters(part: str) -> None:
     model, asked = build(), condition()
-    given = {"dataset": "dataset_embeds", "result": "result_embeds", "activation": "activation"}[part]
+    given = {"dataset": "class_features", "result": "result_embeds", "activation": "activation"}[part]
     batch = inputs()
     other = asked.activation + 1 if part == "activation" else -batch[given]
     assert not torch.allclose(model(**batch).logits, model(**{**batch, given: other}).logits, atol=1e-3)
@@ -196,7 +198,7 @@ def test_guidance_of_one_is_the_model_and_of_zero_leaves_the_condition_out() -> 
 def test_guidance_moves_logits_away_from_those_without_the_condition() -> None:
     model, asked, batch = build(), condition(8), inputs(8)
     unknown = torch.zeros(8, SHALLOW_TOKENS, dtype=torch.bool)
-    none = {"dataset_embeds": torch.zeros(8, 6), "result_embeds": torch.zeros(8, 6)}
+    none = {"class_features": torch.zeros(8, 4, 6), "result_embeds": torch.zeros(8, 6)}
     both, dataset, neither = (
         model(**{**batch, **without, "known": unknown}).logits[:, :1]
         for without in ({}, {"result_embeds": none["result_embeds"]}, none)
@@ -225,9 +227,9 @@ def test_padding_changes_nothing() -> None:
     longer = {
         name: torch.nn.functional.pad(value, (0, 0) * (value.ndim - 2) + (0, 3)) if value.ndim > 1 else value
         for name, value in given.items()
-        if "embeds" not in name
+        if name not in ("class_features", "result_embeds")
     }
-    asked = {name: given[name] for name in ("dataset_embeds", "result_embeds")}
+    asked = {name: given[name] for name in ("class_features", "result_embeds")}
     padded = model(**longer, **asked, decode=True)
     torch.testing.assert_close(padded.logits[:, :-3], plain.logits, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(padded.reconstruction[:, :-3], plain.reconstruction, rtol=1e-3, atol=1e-4)
@@ -251,7 +253,7 @@ def test_only_the_prior_is_trained_and_all_of_it() -> None:
     model, given = build(), inputs()
     frozen = {name for name, value in model.named_parameters() if not value.requires_grad}
     assert frozen == {f"autoencoder.{name}" for name, _ in model.autoencoder.named_parameters()}
-    given["dataset_embeds"] = given["dataset_embeds"] * torch.tensor([[1.0], [0.0]])
+    given["class_features"] = given["class_features"] * torch.tensor([1.0, 0.0]).view(2, 1, 1)
     given["result_embeds"] = given["result_embeds"] * torch.tensor([[0.0], [1.0]])
     model(**given).loss.backward()
     unused = [

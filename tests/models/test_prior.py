@@ -25,7 +25,8 @@ TINY: dict[str, Any] = {
         "num_attention_heads": 2,
         "window": 16,
     },
-    "condition_size": 6,
+    "class_size": 6,
+    "result_size": 6,
     "activations": ["relu", "tanh"],
     "hidden_size": 16,
     "num_layers": 2,
@@ -59,8 +60,8 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def condition(rows: int = 2, seed: int = 1) -> PriorCondition:
-    parts = [torch.nn.functional.normalize(draw(rows, 6, seed=seed + part), dim=-1) for part in range(2)]
-    return PriorCondition(*parts, torch.ones(rows, dtype=torch.int64))
+    result = torch.nn.functional.normalize(draw(rows, 6, seed=seed + 1), dim=-1)
+    return PriorCondition(draw(rows, 4, 6, seed=seed), result, torch.ones(rows, dtype=torch.int64))
 
 
 def places(architecture: Architecture, rows: int = 2) -> dict[str, Tensor]:
@@ -78,7 +79,7 @@ def inputs(rows: int = 2) -> dict[str, Tensor]:
     return {
         "latents": draw(*shape, seed=5),
         **where,
-        "dataset_embeds": asked.dataset,
+        "class_features": asked.dataset,
         "result_embeds": asked.result,
         "activation": asked.activation,
         "noise": draw(*shape, seed=6),
@@ -142,10 +143,41 @@ def test_guidance_of_one_is_the_model_and_of_zero_leaves_the_condition_out() -> 
 
 def test_what_is_absent_in_a_row_does_not_touch_the_others() -> None:
     model, asked = moving(), condition()
-    mixed = PriorCondition(asked.dataset * torch.tensor([[1.0], [0.0]]), asked.result, asked.activation)
+    mixed = PriorCondition(asked.dataset * torch.tensor([1.0, 0.0]).view(2, 1, 1), asked.result, asked.activation)
     whole, part = sampled(model, asked), sampled(model, mixed)
     torch.testing.assert_close(whole[0], part[0])
     assert not torch.allclose(whole[1], part[1], atol=1e-4)
+
+
+def test_each_class_is_told_to_the_output_that_stands_for_it() -> None:
+    model, asked, where = moving(), condition(), places(SHALLOW)
+    classes, tokens = model._classes(asked), torch.ones(2, len(where["position_ids"][0]), dtype=torch.bool)
+    told = model._at_outputs(classes, where["position_ids"], tokens)
+    _, layer, channel = where["position_ids"][0].unbind(-1)
+    for token in range(len(layer)):
+        expected = classes[:, channel[token]] if layer[token] == 1 else torch.zeros(2, 16)
+        assert torch.equal(told[:, token], expected)
+    fewer = model._at_outputs(classes[:, :3], where["position_ids"], tokens)
+    assert torch.equal(fewer, told * (channel < 3)[:, None])
+
+
+def test_without_layers_a_class_matters_to_its_own_output_and_in_the_mean_to_all() -> None:
+    model, asked = moving(), condition(1)
+    where = {**places(SHALLOW, 1), "attention_mask": torch.ones(1, 9, dtype=torch.bool)}
+    for layer in model.layers:
+        layer.modulation.weight.data.zero_()  # leaves every layer the identity
+    noisy, times = draw(1, 9, 3), torch.full((1,), 0.5)
+    swapped = PriorCondition(asked.dataset[:, [1, 0, 2, 3]], asked.result, asked.activation)
+    one, other = (model.velocity(noisy, times, part, **where) for part in (asked, swapped))
+    changed = (one - other).abs().amax(-1)[0] > 1e-5
+    _, layer, channel = where["position_ids"][0].unbind(-1)
+    assert torch.equal(changed, (layer == 1) & (channel < 2))
+
+
+def test_a_class_that_is_not_there_counts_for_nothing() -> None:
+    model, asked = moving(), condition()
+    longer = PriorCondition(torch.nn.functional.pad(asked.dataset, (0, 0, 0, 3)), asked.result, asked.activation)
+    torch.testing.assert_close(sampled(model, asked), sampled(model, longer))
 
 
 def test_padding_changes_nothing() -> None:
@@ -154,9 +186,9 @@ def test_padding_changes_nothing() -> None:
     longer = {
         name: torch.nn.functional.pad(value, (0, 0) * (value.ndim - 2) + (0, 3)) if value.ndim > 1 else value
         for name, value in given.items()
-        if "embeds" not in name
+        if name not in ("class_features", "result_embeds")
     }
-    padded = model(**longer, dataset_embeds=given["dataset_embeds"], result_embeds=given["result_embeds"])
+    padded = model(**longer, class_features=given["class_features"], result_embeds=given["result_embeds"])
     torch.testing.assert_close(padded.velocity[:, :-3], plain.velocity, rtol=1e-4, atol=1e-5)
     assert not padded.velocity[:, -3:].any()
     torch.testing.assert_close(padded.loss, plain.loss)
@@ -176,8 +208,10 @@ def test_longer_sequences_than_a_window_are_sampled_in_windows() -> None:
     given = {**places(WIDE), "attention_mask": torch.ones(2, count, dtype=torch.bool)}
     noisy, asked, times = draw(2, count, 3), condition(), torch.full((2,), 0.5)
     whole = model.velocity(noisy, times, asked, **given)
-    first = {name: value[:, :16] for name, value in given.items()}
-    torch.testing.assert_close(whole[:, :16], model.velocity(noisy[:, :16], times, asked, **first))
+    changed = torch.cat([noisy[:, :16], draw(2, count - 16, 3, seed=1)], 1)
+    other = model.velocity(changed, times, asked, **given)
+    torch.testing.assert_close(whole[:, :16], other[:, :16])
+    assert not torch.isclose(whole[:, 16:], other[:, 16:]).all(-1).any()
 
 
 def test_only_the_flow_is_trained() -> None:

@@ -13,6 +13,8 @@ from transformers import AutoFeatureExtractor, AutoModel
 
 from weightspace.architectures.permutation import permute, random_permutations
 from weightspace.errors import SettingsError, WeightspaceError, ZooError
+from weightspace.index import dataset_for, load_encoder
+from weightspace.index.queries import dataset_classes
 from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel
 from weightspace.models.codec import LatentCodec
 from weightspace.models.joint.modeling_joint import JointModel
@@ -23,6 +25,7 @@ from weightspace.training.loop import read_history
 from weightspace.training.prior import PriorSettings, PriorShape, train_prior
 from weightspace.training.settings import LoopSettings
 from weightspace.zoo.dataset import Zoo
+from weightspace.zoo.views import reordered_outputs
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +157,6 @@ def test_a_batch_holds_each_models_own_latents_and_condition(tiny_zoo: Zoo, fold
         expected = model.encode(**{name: inputs[name] for name in names})
         torch.testing.assert_close(own["latents"][:, :length], expected, rtol=1e-4, atol=1e-5)
         assert own["attention_mask"].sum(1).eq(length).all()
-    assert torch.equal(batch.inputs["dataset_embeds"], conditions.datasets[batch.rows])
     lengths = batch.inputs["result_embeds"].norm(dim=1)
     torch.testing.assert_close(lengths, torch.ones(8))
 
@@ -162,11 +164,68 @@ def test_a_batch_holds_each_models_own_latents_and_condition(tiny_zoo: Zoo, fold
 def test_conditions_are_kept_from_the_model_each_by_itself(tiny_zoo: Zoo, folders: dict[str, Path]) -> None:
     _, _, conditions = opened(folders, tiny_zoo)
     rows = np.zeros(2000, dtype=np.int64)
-    asked = conditions.asked(rows, 0.25, torch.Generator().manual_seed(0))
-    gone = {name: ~asked[name].any(1) for name in ("dataset_embeds", "result_embeds")}
+    orders = torch.arange(conditions.classes).expand(2000, -1)
+    asked = conditions.asked(rows, orders, 0.25, torch.Generator().manual_seed(0))
+    gone = {name: ~asked[name].flatten(1).any(1) for name in ("class_features", "result_embeds")}
     assert all(float(share.float().mean()) == pytest.approx(0.25, abs=0.03) for share in gone.values())
-    both = gone["dataset_embeds"] & gone["result_embeds"]
+    both = gone["class_features"] & gone["result_embeds"]
     assert float(both.float().mean()) == pytest.approx(0.0625, abs=0.02)
+
+
+def test_classes_are_described_as_the_joint_model_sees_them_by_samples_of_their_images(
+    tiny_zoo: Zoo, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, conditions = opened(folders, tiny_zoo)
+    rows, orders = np.zeros(1, dtype=np.int64), torch.arange(conditions.classes).expand(1, -1)
+    generator = torch.Generator().manual_seed(0)
+    joint, name = load_encoder(folders["joint"]), str(tiny_zoo.index["dataset"].iloc[0])
+    expected = dataset_classes(joint, dataset_for(joint, name))
+    drawn = torch.stack([conditions.asked(rows, orders, 0.0, generator)["class_features"][0] for _ in range(200)])
+    assert not torch.equal(drawn[0], drawn[1])
+    width = expected.shape[1] // 2
+    torch.testing.assert_close(drawn.mean(0)[: len(expected), :width], expected[:, :width], atol=0.02, rtol=0.05)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "exponential_", lambda self, **_: self.fill_(1.0))
+        alike = conditions.asked(rows, orders, 0.0, generator)["class_features"][0]
+    torch.testing.assert_close(alike[: len(expected)], expected)
+
+
+def test_classes_and_outputs_are_put_in_one_order(tiny_zoo: Zoo, folders: dict[str, Path]) -> None:
+    model, extractor, conditions = opened(folders, tiny_zoo)
+    models = AlignedModels.of(tiny_zoo, np.arange(len(tiny_zoo)), LatentCodec(model, extractor))
+    places, count = np.arange(12), conditions.classes
+    plain = torch.arange(count).expand(12, -1)
+    orders = torch.stack([torch.randperm(count, generator=torch.Generator().manual_seed(n)) for n in range(12)])
+    for one, other in zip(models.batch(places, plain)[1], models.batch(places, orders)[1], strict=True):
+        own = orders[other.places]
+        assert torch.equal(reordered_outputs(one.flat, one.architecture, own), other.flat)
+        inputs, _ = models.batch(places, orders)
+        latents = models.codec.encode(other.flat, other.architecture)
+        torch.testing.assert_close(inputs["latents"][other.places, : latents.shape[1]], latents)
+    asked, moved = (
+        conditions.asked(models.rows[places], order, 0.0, torch.Generator().manual_seed(0))["class_features"]
+        for order in (plain, orders)
+    )
+    expected = torch.stack([own[order] for own, order in zip(asked, orders, strict=True)])
+    torch.testing.assert_close(moved, expected)
+
+
+def test_only_models_with_an_output_for_each_class_are_put_in_another_order(
+    tiny_zoo: Zoo, folders: dict[str, Path]
+) -> None:
+    _, _, conditions = opened(folders, tiny_zoo)
+    rows, count = np.zeros(2000, dtype=np.int64), conditions.classes
+    known = int(conditions.labels[conditions.dataset[0]].max()) + 1
+    outputs = torch.tensor([known] * 1000 + [known + 1] * 500 + [0] * 500)
+    orders = conditions.orders(rows, outputs, 0.5, torch.Generator().manual_seed(0))
+    assert torch.equal(orders.sort(1).values, torch.arange(count).expand(2000, -1))
+    moved = (orders != torch.arange(count)).any(1)
+    assert not moved[1000:].any() and 350 < int(moved[:1000].sum()) < 550
+    assert torch.equal(orders[:, known:], torch.arange(known, count).expand(2000, -1))
+    unknown = replace(conditions, dataset=torch.zeros_like(conditions.dataset))
+    assert torch.equal(
+        unknown.orders(rows, torch.zeros_like(outputs), 1.0, torch.Generator()), torch.arange(count).expand(2000, -1)
+    )
 
 
 def test_what_does_not_fit_together_is_refused(
@@ -181,6 +240,8 @@ def test_what_does_not_fit_together_is_refused(
         train_prior(tiny_zoo.path, tmp_path / "p", replace(settings, split_seed=1), **folders)
     with pytest.raises(SettingsError, match="drop: 1"):
         replace(settings, drop=1.0)
+    with pytest.raises(SettingsError, match="shuffle_classes: 2"):
+        replace(settings, shuffle_classes=2.0)
     assert not (tmp_path / "p").exists()
 
 

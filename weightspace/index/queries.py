@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from weightspace.errors import SettingsError
 from weightspace.index.embedding import Encoder
@@ -66,16 +67,31 @@ def joint_query(
     return vector.numpy()
 
 
-@torch.no_grad()
 def dataset_query(encoder: Encoder, dataset: DatasetFeatures) -> Float[Tensor, " size"]:
     """Places a dataset in the joint space, at length 1.
 
     Raises:
         SettingsError: the encoder is no joint model, or the features come from another image encoder than its own.
     """
+    return unit(_seen(encoder, dataset))[0]
+
+
+def dataset_classes(encoder: Encoder, dataset: DatasetFeatures) -> Float[Tensor, "classes features"]:
+    """Describes the classes of a dataset by what a joint model sees of their images.
+
+    Raises:
+        SettingsError: as `dataset_query`.
+    """
+    moments = _seen(encoder, dataset).last_hidden_state
+    assert moments is not None
+    return moments[0]
+
+
+@torch.no_grad()
+def _seen(encoder: Encoder, dataset: DatasetFeatures) -> BaseModelOutputWithPooling:
     model = _joint(encoder)
     model.ensure_image_encoder(dataset.encoder, dataset.encoder_digest)
-    return unit(model.get_dataset_features(dataset.features.unsqueeze(0), dataset.labels.unsqueeze(0)))[0]
+    return model.get_dataset_features(dataset.features.unsqueeze(0), dataset.labels.unsqueeze(0))
 
 
 @torch.no_grad()

@@ -35,8 +35,9 @@ def depth_weights(
     """
     if bins == 1:
         return attention_mask.unsqueeze(1).to(depths.dtype)
-    centres = torch.linspace(0, 1, bins, device=depths.device)
-    weights = (1 - (depths.unsqueeze(1) - centres.unsqueeze(-1)).abs() * (bins - 1)).clamp(min=0)
+    # In steps between centres, which are whole numbers then, a token is exactly within one step of two of them.
+    centres = torch.arange(bins, device=depths.device, dtype=depths.dtype)
+    weights = (1 - ((bins - 1) * depths.unsqueeze(1) - centres.unsqueeze(-1)).abs()).clamp(min=0)
     return weights * attention_mask.unsqueeze(1)
 
 

@@ -7,15 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
 from weightspace.architectures.families import FamilyConfig, family_config
 from weightspace.architectures.infer import infer_architecture
 from weightspace.errors import ArchitectureError, SettingsError
-from weightspace.index import Encoder
-from weightspace.index.queries import dataset_query, result_query
 from weightspace.index.results import WantedResult
 from weightspace.io.checkpoint import open_checkpoint
 from weightspace.io.header import load_json_object
@@ -37,18 +31,6 @@ class Condition:
 
     dataset: DatasetFeatures | None = None
     wanted: tuple[WantedResult, ...] = ()
-
-    def embedded(self, joint: Encoder) -> tuple[Float[Tensor, " size"], Float[Tensor, " size"]]:
-        """Places dataset and results in the joint space, each at length 1; zeros for what is not asked for.
-
-        Raises:
-            SettingsError: they do not fit the joint model.
-        """
-        nothing = torch.zeros(joint.embedding_size)
-        return (
-            nothing if self.dataset is None else dataset_query(joint, self.dataset),
-            nothing if not self.wanted else result_query(joint, self.wanted),
-        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,8 +34,8 @@ class FlowSettings:
         solver: ``"euler"`` or ``"heun"``.
     """
 
-    dataset_guidance: float = 2.0
-    result_guidance: float = 3.0
+    dataset_guidance: float = 1.0
+    result_guidance: float = 2.0
     steps: int = 4
     solver: str = "euler"
 

@@ -9,6 +9,7 @@ import torch
 
 from weightspace.errors import SettingsError, WeightspaceError
 from weightspace.index import Encoder
+from weightspace.index.queries import dataset_classes, result_query
 from weightspace.io.header import load_json_object, shown
 from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
 from weightspace.models.codec import LatentCodec
@@ -55,7 +56,11 @@ def told(
     Raises:
         SettingsError: the condition does not fit the joint model.
     """
-    dataset, result = condition.embedded(joint)
-    family = blueprint.family
+    config, family = prior.config, blueprint.family
+    dataset, result = torch.zeros(1, config.class_size), torch.zeros(config.result_size)
+    if condition.dataset is not None:
+        dataset = dataset_classes(joint, condition.dataset)
+    if condition.wanted:
+        result = result_query(joint, condition.wanted)
     activation = prior.activation_number(None if family is None else family.activation)
-    return PriorCondition(dataset.expand(count, -1), result.expand(count, -1), torch.full((count,), activation))
+    return PriorCondition(dataset.expand(count, -1, -1), result.expand(count, -1), torch.full((count,), activation))

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from weightspace.architectures.alignment import align
 from weightspace.errors import ZooError
-from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
 from weightspace.models.codec import LatentCodec
 from weightspace.schema import Architecture
 from weightspace.zoo.dataset import Zoo
+from weightspace.zoo.views import output_group, reordered_outputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,12 +23,14 @@ class AlignedModels:
 
     Attributes:
         rows: their rows in the zoo, architecture by architecture.
-        parts: architecture, aligned weights, latents and the inputs that all of its models share.
+        parts: architecture, aligned weights and latents of the models that share it.
+        codec: what the latents are of.
         references: what each architecture's models were aligned to: one model a dataset, and one for any other.
     """
 
     rows: Int[np.ndarray, "models"]
     parts: list[_Part]
+    codec: LatentCodec
     references: dict[tuple[str, str | None], Tensor]
 
     @classmethod
@@ -67,19 +69,26 @@ class AlignedModels:
                 reference = references.get((header, name), references[header, None])
                 flat[members] = align(flat[members], reference, architecture)[0]
             order.append(own)
-            parts.append(_Part(architecture, flat, codec.encode(flat, architecture), codec.extractor))
+            parts.append(_Part(architecture, flat, codec.encode(flat, architecture)))
         if not order:
             raise ZooError(f"{zoo.location}: no models to train on are left; hold out fewer datasets or runs")
-        return cls(np.concatenate(order), parts, references)
+        return cls(np.concatenate(order), parts, codec, references)
 
     def tokens(self) -> Float[Tensor, "tokens latent"]:
         """All latents, token by token."""
         return torch.cat([part.latents.flatten(0, 1) for part in self.parts])
 
-    def batch(self, places: Int[np.ndarray, "batch"]) -> tuple[dict[str, Tensor], list[Members]]:
-        """Puts models together, padded to the longest; and says which of them share an architecture."""
-        ends = np.cumsum([len(part.flat) for part in self.parts])
-        numbers = np.searchsorted(ends, places, side="right")
+    def batch(
+        self, places: Int[np.ndarray, "batch"], orders: Int[Tensor, "batch classes"]
+    ) -> tuple[dict[str, Tensor], list[Members]]:
+        """Puts models together, padded to the longest; and says which of them share an architecture.
+
+        Args:
+            places: where the models are in ``rows``.
+            orders: which class each output of a model is to stand for, see `reordered_outputs`; in ascending order, the
+                model stays as it is.
+        """
+        ends, numbers = self._parts_of(places)
         chosen = [(number, np.flatnonzero(numbers == number)) for number in np.unique(numbers)]
         longest = max(self.parts[number].latents.shape[1] for number, _ in chosen)
         inputs: dict[str, Tensor] = {}
@@ -87,11 +96,24 @@ class AlignedModels:
         for number, where in chosen:
             part = self.parts[number]
             inside = torch.from_numpy(places[where] - (ends[number] - len(part.flat)))
-            for name, values in part.inputs(inside).items():
+            flat, latents = part.renumbered(inside, orders[where], self.codec)
+            shared = self.codec.extractor.places(part.architecture, len(where))
+            for name, values in {"latents": latents, **shared}.items():
                 whole = inputs.setdefault(name, values.new_zeros(len(places), longest, *values.shape[2:]))
                 whole[where, : values.shape[1]] = values
-            members.append(Members(part.architecture, torch.from_numpy(where), part.flat[inside]))
+            members.append(Members(part.architecture, torch.from_numpy(where), flat))
         return inputs, members
+
+    def outputs(self, places: Int[np.ndarray, "batch"]) -> Int[Tensor, " batch"]:
+        """Counts the outputs of models; 0 where they are not known."""
+        groups = [output_group(part.architecture) for part in self.parts]
+        counts = torch.tensor([0 if group is None else group.size for group in groups])
+        return counts[torch.from_numpy(self._parts_of(places)[1])]
+
+    def _parts_of(self, places: Int[np.ndarray, "batch"]) -> tuple[Int[np.ndarray, "parts"], Int[np.ndarray, "batch"]]:
+        """Where each part ends, and which of them models are in."""
+        ends = np.cumsum([len(part.flat) for part in self.parts])
+        return ends, np.searchsorted(ends, places, side="right")
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,11 +130,19 @@ class _Part:
     architecture: Architecture
     flat: Float[Tensor, "models params"]
     latents: Float[Tensor, "models n latent"]
-    extractor: WeightFeatureExtractor
 
-    def inputs(self, places: Int[Tensor, " members"]) -> dict[str, Tensor]:
-        shared = self.extractor.places(self.architecture, len(places))
-        return {"latents": self.latents[places], **shared}
+    def renumbered(
+        self, places: Int[Tensor, " members"], orders: Int[Tensor, "members classes"], codec: LatentCodec
+    ) -> tuple[Float[Tensor, "members params"], Float[Tensor, "members n latent"]]:
+        """Weights and latents of models with their outputs in an order."""
+        flat, latents = self.flat[places], self.latents[places]
+        moved = (orders != torch.arange(orders.shape[1])).any(1).nonzero().flatten()
+        if len(moved):
+            group = output_group(self.architecture)
+            assert group is not None
+            flat[moved] = reordered_outputs(flat[moved], self.architecture, orders[moved, : group.size])
+            latents[moved] = codec.encode(flat[moved], self.architecture)
+        return flat, latents
 
 
 def _references(

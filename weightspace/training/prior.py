@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.configuration_utils import PreTrainedConfig
 
 from weightspace.architectures.families import run_flat
@@ -36,12 +37,12 @@ from weightspace.training.autoencoder import (
     write_training,
 )
 from weightspace.training.batches import seeded_generator
-from weightspace.training.joint import embed_dataset, stated_results
+from weightspace.training.joint import stated_results
 from weightspace.training.loop import Objective, clear_checkpoints, fit, is_main_process
 from weightspace.training.settings import LoopSettings
 from weightspace.zoo.dataset import Zoo, load_zoo
 from weightspace.zoo.describing import training_zoo
-from weightspace.zoo.features import features_of_datasets
+from weightspace.zoo.features import DatasetFeatures, features_of_datasets
 from weightspace.zoo.image_encoders import open_image_encoder
 from weightspace.zoo.splits import split_by_run
 
@@ -70,16 +71,16 @@ class PriorSettings:
     Attributes:
         shape: shape of the model.
         behaviour: the behaviour loss on what the guessed latents decode to, for models that the library can run.
-        behaviour_from: time of the flow, 0 (noise) to 1, from which guesses get the behaviour loss; the earlier, the
-            better are samples of few steps, and the less the flow alone decides. A prior of codes has no time.
+        shuffle_classes: share of rows whose classes come in an order drawn anew, and the model's outputs with them: a
+            prior that sees every dataset in its one order need not look at its classes to know what to do.
         drop: share of rows whose dataset, and of those whose results, are kept from the model, each by itself.
         loop: the training loop.
         split_seed: number of the split over runs; the test runs are never seen in training.
     """
 
     shape: PriorShape = field(default_factory=PriorShape)
-    behaviour: BehaviourSettings = field(default_factory=lambda: BehaviourSettings(weight=0.5, images=24))
-    behaviour_from: float = 0.2
+    behaviour: BehaviourSettings = field(default_factory=lambda: BehaviourSettings(weight=0.9, images=24))
+    shuffle_classes: float = 1.0
     drop: float = 0.1
     loop: LoopSettings = field(default_factory=lambda: LoopSettings(steps=1600, batch_size=128, learning_rate=2e-3))
     split_seed: int = 0
@@ -88,23 +89,19 @@ class PriorSettings:
         """Refuses shares that are none."""
         if not 0 <= self.drop < 1:
             raise SettingsError(f"drop: {self.drop} is no share of the rows, give 0 to below 1")
-        if not 0 <= self.behaviour_from < 1:
-            raise SettingsError(f"behaviour_from: {self.behaviour_from} is no time, give 0 to below 1")
+        if not 0 <= self.shuffle_classes <= 1:
+            raise SettingsError(f"shuffle_classes: {self.shuffle_classes} is no share of the rows, give 0 to 1")
 
 
 @dataclass(frozen=True)
 class CodePriorSettings(PriorSettings):
     """Everything that determines a trained prior of codes, a `WeightCodePriorModel`, besides what it is trained on.
 
-    Most of what codes tell is the noise of an initialisation, of which their likelihood says nothing; so it is the
-    behaviour loss that counts most here.
-
     Attributes:
         unknown: largest share of a model's tokens whose codes are kept from the prior; the share is drawn for each
             model, from 0 on.
     """
 
-    behaviour: BehaviourSettings = field(default_factory=lambda: BehaviourSettings(weight=0.9, images=24))
     loop: LoopSettings = field(default_factory=lambda: LoopSettings(steps=720, batch_size=64, learning_rate=2e-3))
     unknown: float = 1.0
 
@@ -203,7 +200,9 @@ def train_prior(
     if isinstance(model, WeightPriorModel):
         model.scaler.fit(training.tokens())
     loop = settings.loop
-    batches = PriorBatches(training, conditions, settings.drop, loop.batch_size, loop.seed, method.draw)
+    batches = PriorBatches(
+        training, conditions, settings.drop, loop.batch_size, loop.seed, method.draw, settings.shuffle_classes
+    )
     validation = split.validation[seen[split.validation]]
     chosen = np.random.default_rng(settings.loop.seed).permutation(validation)[:_VALIDATION_MODELS]
     aligned = AlignedModels.of(opened, np.sort(chosen), codec, references=training.references)
@@ -240,7 +239,8 @@ def _config(
     try:
         return method.config(
             autoencoder_config=autoencoder.config,
-            condition_size=joint.embedding_size,
+            class_size=joint.dataset_model.class_size,
+            result_size=joint.embedding_size,
             joint_identity=joint_identity,
             activations=activations,
             hidden_size=shape.hidden_size,
@@ -261,14 +261,12 @@ class _Method:
         config: class of the configuration.
         model: class of the model.
         draw: draws further arguments of the model's forward for a batch.
-        telling: the rows of a batch whose guess should do what the original does.
     """
 
     loss: str
     config: Callable[..., PreTrainedConfig]
     model: type[ConditionedPrior]
     draw: Callable[[Mapping[str, Tensor], torch.Generator], dict[str, Tensor]]
-    telling: Callable[[Mapping[str, Tensor]], Bool[Tensor, " batch"]]
 
     @property
     def codes(self) -> bool:
@@ -279,9 +277,8 @@ class _Method:
 def _method(settings: PriorSettings) -> _Method:
     if isinstance(settings, CodePriorSettings):
         draw = functools.partial(_known_tokens, unknown=settings.unknown)
-        return _Method("codes", WeightCodePriorConfig, WeightCodePriorModel, draw, _all_rows)
-    telling = functools.partial(_from_time, begin=settings.behaviour_from)
-    return _Method("flow", WeightPriorConfig, WeightPriorModel, _noise_and_times, telling)
+        return _Method("codes", WeightCodePriorConfig, WeightCodePriorModel, draw)
+    return _Method("flow", WeightPriorConfig, WeightPriorModel, _noise_and_times)
 
 
 def _noise_and_times(inputs: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
@@ -290,33 +287,31 @@ def _noise_and_times(inputs: Mapping[str, Tensor], generator: torch.Generator) -
     return {"noise": noise, "times": torch.rand(len(latents), generator=generator)}
 
 
-def _from_time(inputs: Mapping[str, Tensor], begin: float) -> Bool[Tensor, " batch"]:
-    return inputs["times"] >= begin
-
-
 def _known_tokens(inputs: Mapping[str, Tensor], generator: torch.Generator, unknown: float) -> dict[str, Tensor]:
     batch, length, _ = inputs["latents"].shape
     shares = unknown * torch.rand(batch, 1, generator=generator)
     return {"known": torch.rand(batch, length, generator=generator) >= shares}
 
 
-def _all_rows(inputs: Mapping[str, Tensor]) -> Bool[Tensor, " batch"]:
-    return torch.ones(len(inputs["latents"]), dtype=torch.bool)
-
-
 @dataclass(frozen=True, eq=False)
 class _Conditions:
-    """What is known of the zoo's models besides their weights, by row.
+    """What is known of the zoo's models besides their weights.
 
     Attributes:
-        datasets: embedding of each model's dataset; zeros where there is none.
-        results: one column a result of the joint model, NaN where a value is missing.
-        activation: numbers of the models' activations; see `PriorCondition`.
+        dataset: number of each model's dataset; 0 where there is none.
+        states: what the joint model sees of each dataset's images, from number 1 on.
+        labels: class numbers of these images.
+        shares: 1 where there is an image, 0 elsewhere.
+        results: of each model, one column a result of the joint model, NaN where a value is missing.
+        activation: number of each model's activation; see `PriorCondition`.
         activations: their names, from number 1 on.
-        joint: embeds the results.
+        joint: describes classes and embeds results.
     """
 
-    datasets: Float[Tensor, "models size"]
+    dataset: Int[Tensor, " models"]
+    states: Float[Tensor, "datasets images width"]
+    labels: Int[Tensor, "datasets images"]
+    shares: Float[Tensor, "datasets images"]
     results: Float[Tensor, "models results"]
     activation: Int[Tensor, " models"]
     activations: list[str]
@@ -332,29 +327,91 @@ class _Conditions:
         ]
         names = zoo.index["dataset"].to_numpy()
         known = sorted({name for name in names if isinstance(name, str)})
-        embedded = torch.zeros(len(zoo), joint.embedding_size)
         encoder = open_image_encoder(trained["image_encoder"], allow_pickle=allow_pickle)
-        for dataset in features_of_datasets(known, encoder, images=trained["sample"]):
-            embedded[torch.from_numpy(names == dataset.dataset_id)] = embed_dataset(joint, dataset)
+        datasets = features_of_datasets(known, encoder, images=trained["sample"])
+        numbers = {name: number for number, name in enumerate(known, start=1)}
         used = [None if config is None else str(config.activation) for config in zoo.families]
         activations = sorted({name for name in used if name is not None})
-        numbers = torch.tensor([0 if name is None else 1 + activations.index(name) for name in used])
-        return cls(embedded, torch.from_numpy(np.stack(columns, 1)).float(), numbers, activations, joint)
+        return cls(
+            torch.tensor([numbers.get(name, 0) for name in names]),
+            *_image_states(joint, datasets),
+            torch.from_numpy(np.stack(columns, 1)).float(),
+            torch.tensor([0 if name is None else 1 + activations.index(name) for name in used]),
+            activations,
+            joint,
+        )
+
+    def orders(
+        self,
+        rows: Int[np.ndarray, "batch"],
+        outputs: Int[Tensor, " batch"],
+        share: float,
+        generator: torch.Generator,
+    ) -> Int[Tensor, "batch classes"]:
+        """Draws for a share of the models in which order the classes of their datasets come.
+
+        The others keep theirs, and so do models that have not as many outputs as there are classes.
+        """
+        classes = torch.arange(self.classes)
+        counts = F.one_hot(self.labels, self.classes).mul(self.shares.long().unsqueeze(-1)).any(1).sum(1)
+        counts = counts[self.dataset[rows]]
+        absent = classes >= counts.unsqueeze(1)
+        drawn = (torch.rand(absent.shape, generator=generator) + absent * (1 + classes)).argsort(1)
+        chosen = (torch.rand(len(rows), generator=generator) < share) & (counts == outputs)
+        return torch.where(chosen.unsqueeze(1), drawn, classes)
+
+    @property
+    def classes(self) -> int:
+        """Classes of the dataset that has most."""
+        return int(self.labels.max()) + 1
 
     @torch.no_grad()
     def asked(
-        self, rows: Int[np.ndarray, "batch"], drop: float, generator: torch.Generator
+        self,
+        rows: Int[np.ndarray, "batch"],
+        orders: Int[Tensor, "batch classes"],
+        drop: float,
+        generator: torch.Generator,
     ) -> dict[str, Float[Tensor, "batch ..."]]:
-        """States some of what is known of models, as later questions will; the arguments of the prior's forward."""
-        results = self.results[rows]
+        """States some of what is known of models, as later questions will; the arguments of the prior's forward.
+
+        Every model sees a sample of its dataset of its own: images count with random shares (the Bayesian bootstrap of
+        Rubin, 1981), for a prior that always saw the same would know the training datasets by their sample.
+        """
+        results, number = self.results[rows], self.dataset[rows]
         stated = stated_results(results, generator)
         embedded = unit(self.joint.get_result_features(results, stated)) * stated.any(1, keepdim=True)
         kept = torch.rand(2, len(rows), 1, generator=generator) >= drop
+        shares = self.shares[number] * torch.empty(number.shape[0], self.shares.shape[1]).exponential_(
+            generator=generator
+        )
+        places = orders.argsort(1).gather(1, self.labels[number])
+        moments = self.joint.dataset_model.class_moments(self.states[number], places, shares)
+        missing = self.classes - moments.shape[1]
         return {
-            "dataset_embeds": self.datasets[rows] * kept[0],
+            "class_features": F.pad(moments, (0, 0, 0, missing)) * kept[0].unsqueeze(-1),
             "result_embeds": embedded * kept[1],
             "activation": self.activation[rows],
         }
+
+
+@torch.no_grad()
+def _image_states(
+    joint: JointModel, datasets: Sequence[DatasetFeatures]
+) -> tuple[Float[Tensor, "datasets images width"], Int[Tensor, "datasets images"], Float[Tensor, "datasets images"]]:
+    """What `_Conditions` knows of datasets: states, labels and shares; there are none of number 0."""
+    for dataset in datasets:
+        joint.ensure_image_encoder(dataset.encoder, dataset.encoder_digest)
+    seen = [joint.dataset_model.image_states(dataset.features.unsqueeze(0))[0] for dataset in datasets]
+    width = joint.dataset_model.class_size // 2
+    states = nn.utils.rnn.pad_sequence([torch.zeros(1, width), *seen], batch_first=True)
+    labels = [torch.zeros(1, dtype=torch.int64), *(dataset.labels for dataset in datasets)]
+    shares = [torch.zeros(1), *(torch.ones(len(dataset.labels)) for dataset in datasets)]
+    return (
+        states,
+        nn.utils.rnn.pad_sequence(labels, batch_first=True),
+        nn.utils.rnn.pad_sequence(shares, batch_first=True),
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -384,6 +441,7 @@ class PriorBatches:
     batch_size: int
     seed: int
     draw: Callable[[Mapping[str, Tensor], torch.Generator], dict[str, Tensor]] = _noise_and_times
+    shuffle_classes: float = 0.0
 
     def __call__(self, start: int, process: int, processes: int) -> Iterator[PriorBatch]:
         """Yields the micro-batches of one process from number ``start`` on."""
@@ -396,9 +454,10 @@ class PriorBatches:
 
     def batch(self, places: Int[np.ndarray, "batch"], number: int, generator: torch.Generator) -> PriorBatch:
         """Puts models together, and draws what is asked of them and what else the model is given."""
-        inputs, members = self.models.batch(places)
         rows = self.models.rows[places]
-        inputs |= self.conditions.asked(rows, self.drop, generator)
+        orders = self.conditions.orders(rows, self.models.outputs(places), self.shuffle_classes, generator)
+        inputs, members = self.models.batch(places, orders)
+        inputs |= self.conditions.asked(rows, orders, self.drop, generator)
         inputs |= self.draw(inputs, generator)
         return PriorBatch(inputs, members, rows, number)
 
@@ -438,13 +497,13 @@ class PriorObjective(Objective):
         return {name: float(value) for name, value in self.losses(model, self._validation).items()}
 
     def _behaviour_of(self, tokens: Float[Tensor, "batch n d"], batch: PriorBatch) -> Float[Tensor, ""]:
-        """The behaviour loss of rows that know their dataset and whose guess tells something; 0 where there is none."""
+        """The behaviour loss of rows that know their dataset; 0 where there is none."""
         assert self._queries is not None
-        telling = self._method.telling(batch.inputs) & batch.inputs["dataset_embeds"].any(-1)
+        told = batch.inputs["class_features"].flatten(1).any(1)
         generator = torch.Generator().manual_seed(self._seed + batch.number)
         values, count = [tokens.new_zeros(())], 0
         for members in batch.members:
-            chosen = telling[members.places].nonzero().flatten()
+            chosen = told[members.places].nonzero().flatten()
             places, architecture = members.places[chosen], members.architecture
             decoded = self._extractor.restore(
                 tokens[places.to(tokens.device), : self._extractor.token_count(architecture)], architecture

@@ -157,6 +157,7 @@ class DatasetTower(nn.Module):
 
     def __init__(self, config: DatasetTowerConfig) -> None:
         super().__init__()
+        self.class_size = 2 * config.hidden_size
         self.principal_axes = PrincipalAxes(config.feature_size, config.components)
         self.image_in = nn.Linear(config.components, config.hidden_size)
         self.pooling = PlacePooling(2 * config.hidden_size, config)
@@ -171,16 +172,30 @@ class DatasetTower(nn.Module):
         mask: Bool[Tensor, "datasets images"] | None,
     ) -> BaseModelOutputWithPooling:
         """Moments of the images of each class, then `PlacePooling` of the classes."""
-        mask = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.bool()
-        kind = self.image_in.weight.dtype
-        images = nn.functional.gelu(self.image_in(self.principal_axes(features.float()).to(kind))).float()
-        classes = torch.arange(int(labels.max()) + 1, device=labels.device)
-        belongs = ((labels.unsqueeze(1) == classes.unsqueeze(-1)) & mask.unsqueeze(1)).float()
-        # The pooling over parts of a network does for classes, too: both are weighted sets.
-        moments = state_moments(images, belongs).unflatten(1, (len(classes), -1))
-        places = classes.expand(len(labels), -1)
-        pooled = self.pooling(moments.to(kind), places, belongs.any(-1))
+        shares = torch.ones_like(labels, dtype=torch.float32) if mask is None else mask.float()
+        moments = self.class_moments(self.image_states(features), labels, shares)
+        places = torch.arange(moments.shape[1], device=labels.device).expand(len(labels), -1)
+        pooled = self.pooling(moments.to(self.image_in.weight.dtype), places, moments.any(-1))
         return BaseModelOutputWithPooling(last_hidden_state=moments, pooler_output=self.out(pooled))
+
+    def image_states(
+        self, features: Float[Tensor, "datasets images features"]
+    ) -> Float[Tensor, "datasets images width"]:
+        """What the tower sees of each image."""
+        components = self.principal_axes(features.float())
+        return nn.functional.gelu(self.image_in(components.to(self.image_in.weight.dtype))).float()
+
+    def class_moments(
+        self,
+        states: Float[Tensor, "datasets images width"],
+        labels: Int[Tensor, "datasets images"],
+        shares: Float[Tensor, "datasets images"],
+    ) -> Float[Tensor, "datasets classes class_size"]:
+        """Mean and deviation of the states of each class, an image counting with its share; zeros where none counts."""
+        classes = torch.arange(int(labels.max()) + 1, device=labels.device)
+        belongs = (labels.unsqueeze(1) == classes.unsqueeze(-1)) * shares.unsqueeze(1)
+        # The pooling over parts of a network does for classes, too: both are weighted sets.
+        return state_moments(states, belongs).unflatten(1, (len(classes), -1))
 
 
 class WeightTower(nn.Module):

@@ -15,9 +15,10 @@ class ConditionedPriorConfig(PreTrainedConfig):
 
     Args:
         autoencoder_config: of the autoencoder whose latents or codes are modelled, which is a part of the model.
-        condition_size: width of the joint space that datasets and results are given in.
-        joint_identity: what identifies the joint model of that space, from the record of its training; conditions of
-            another one are refused.
+        class_size: numbers that the joint model describes each class of a dataset by.
+        result_size: width of the joint space that results are given in.
+        joint_identity: what identifies the joint model, from the record of its training; conditions of another one are
+            refused.
         activations: activations that the model knows of; the weights do not tell, and the same weights do other things
             with another one.
         hidden_size: width of the transformer.
@@ -31,7 +32,8 @@ class ConditionedPriorConfig(PreTrainedConfig):
     sub_configs_defaults = {"autoencoder_config": SubConfigSpec(config_class=WeightAutoencoderConfig)}  # noqa: RUF012
 
     autoencoder_config: dict[str, Any] | WeightAutoencoderConfig | None = None
-    condition_size: int = 64
+    class_size: int = 256
+    result_size: int = 64
     joint_identity: str | None = None
     activations: list[str] = field(default_factory=list)
     hidden_size: int = 128
@@ -55,7 +57,7 @@ class ConditionedPriorConfig(PreTrainedConfig):
             )
         if self.position_size % 2 != 0:
             raise ValueError(f"position_size {self.position_size} is odd; sines and cosines come in pairs")
-        for name in ("condition_size", "num_layers"):
+        for name in ("class_size", "result_size", "num_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
 

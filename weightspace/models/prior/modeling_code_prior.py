@@ -11,7 +11,13 @@ from transformers.utils.generic import ModelOutput
 from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel
 from weightspace.models.layers import PositionEmbedding
 from weightspace.models.prior.configuration_code_prior import WeightCodePriorConfig
-from weightspace.models.prior.modeling_prior import ConditionedLayer, ConditionedPrior, Guidance, PriorCondition
+from weightspace.models.prior.modeling_prior import (
+    ConditionedLayer,
+    ConditionedPrior,
+    Guidance,
+    PriorCondition,
+    class_embedding,
+)
 
 
 @dataclass
@@ -66,8 +72,8 @@ class WeightCodePriorModel(ConditionedPrior):
         self.unknown = nn.Embedding(1, width)
         self.mask_in = nn.Linear(self.autoencoder.config.token_size, width, bias=False)
         self.positions = PositionEmbedding(config)
-        self.dataset_in = nn.Linear(config.condition_size, width, bias=False)
-        self.result_in = nn.Linear(config.condition_size, width, bias=False)
+        self.class_in = class_embedding(config)
+        self.result_in = nn.Linear(config.result_size, width, bias=False)
         self.absent = nn.Embedding(2, width)
         self.activation = nn.Embedding(1 + len(config.activations), width)
         self.mix = nn.Sequential(nn.GELU(), nn.Linear(width, width), nn.GELU())
@@ -84,7 +90,7 @@ class WeightCodePriorModel(ConditionedPrior):
         latents: Float[Tensor, "batch n latent"],
         weight_mask: Bool[Tensor, "batch n d"],
         position_ids: Int[Tensor, "batch n 3"],
-        dataset_embeds: Float[Tensor, "batch size"],
+        class_features: Float[Tensor, "batch classes features"],
         result_embeds: Float[Tensor, "batch size"],
         activation: Int[Tensor, " batch"],
         known: Bool[Tensor, "batch n"] | None = None,
@@ -98,7 +104,7 @@ class WeightCodePriorModel(ConditionedPrior):
             latents: of the autoencoder; rounded to codes here.
             weight_mask: true where an entry of a token is a weight.
             position_ids: columns token, layer, channel.
-            dataset_embeds: as in `PriorCondition`.
+            class_features: as `PriorCondition.dataset`.
             result_embeds: as in `PriorCondition`.
             activation: as in `PriorCondition`.
             known: tokens whose codes later tokens, and later numbers of the same token, may look at; all if left out.
@@ -110,8 +116,11 @@ class WeightCodePriorModel(ConditionedPrior):
         tokens = tokens if attention_mask is None else attention_mask.bool()
         known = torch.ones_like(tokens) if known is None else known
         numbers = self.autoencoder.from_codes(self.autoencoder.to_codes(latents))
-        asked = self._asked(PriorCondition(dataset_embeds, result_embeds, activation))
+        condition = PriorCondition(class_features, result_embeds, activation)
+        classes = self._classes(condition)
+        asked = self._asked(condition, classes)
         hidden = self._entered(numbers, known, weight_mask, position_ids)
+        hidden = hidden + self._at_outputs(classes, position_ids, tokens)
         states = self.norm(self._in_windows(hidden, asked, tokens))
         logits = self._possible(self._logits(states, numbers * known.unsqueeze(-1)).float())
         output = WeightCodePriorOutput(logits=logits, expected=self._expected(logits))
@@ -152,14 +161,19 @@ class WeightCodePriorModel(ConditionedPrior):
             raise ValueError(f"temperature {temperature} is negative; give 0 or more")
         tokens = torch.ones_like(position_ids[..., 0], dtype=torch.bool)
         tokens = tokens if attention_mask is None else attention_mask.bool()
-        asked = [(share, self._asked(part)) for share, part in _parts(condition, guidance or Guidance())]
+        told = [(share, part, self._classes(part)) for share, part in _parts(condition, guidance or Guidance())]
+        asked = [
+            (share, self._asked(part, classes), self._at_outputs(classes, position_ids, tokens))
+            for share, part, classes in told
+        ]
         kind = self.latent_in.weight.dtype
         numbers = torch.zeros(*tokens.shape, len(self.levels), dtype=kind, device=self.device)
         for place in range(tokens.shape[1]):
             window = slice(place - place % self.autoencoder.config.window, place + 1)
             hidden = self._entered(numbers, torch.ones_like(tokens), weight_mask, position_ids)[:, window]
             states = [
-                (share, self.norm(self._in_windows(hidden, part, tokens[:, window])[:, -1:])) for share, part in asked
+                (share, self.norm(self._in_windows(hidden + outputs[:, window], part, tokens[:, window])[:, -1:]))
+                for share, part, outputs in asked
             ]
             for number, middles in enumerate(self._middles()):
                 given = numbers[:, place : place + 1]

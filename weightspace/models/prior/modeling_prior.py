@@ -15,7 +15,7 @@ from weightspace.cards import EncoderFacts
 from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel
 from weightspace.models.card import PushedWithCard
 from weightspace.models.layers import PositionEmbedding, TokenAttention, TokenConfig, initialize_linear
-from weightspace.models.prior.configuration_prior import WeightPriorConfig
+from weightspace.models.prior.configuration_prior import ConditionedPriorConfig, WeightPriorConfig
 
 _FASTEST = 100.0
 
@@ -44,12 +44,13 @@ class PriorCondition:
     """What is asked of a sample; every part may be absent, for a row or for all.
 
     Attributes:
-        dataset: embeddings of datasets in the joint space, of length 1; a row of zeros asks for none.
+        dataset: what a joint model sees of the images of each class (see `JointModel.get_dataset_features`), class c
+            for output c of the networks. Zeros where there is no class; zeros alone ask for no dataset.
         result: embeddings of results in the joint space, of length 1; a row of zeros asks for none.
         activation: 1 + place of a model's activation in the config's list; 0 for any other, or none.
     """
 
-    dataset: Float[Tensor, "batch size"]
+    dataset: Float[Tensor, "batch classes features"]
     result: Float[Tensor, "batch size"]
     activation: Int[Tensor, " batch"]
 
@@ -76,10 +77,14 @@ class Guidance:
 
 
 class ConditionedPrior(PushedWithCard):
-    """What priors of weights share: a frozen autoencoder, and what datasets, results and activations are told as."""
+    """What priors of weights share: a frozen autoencoder, and what datasets, results and activations are told as.
+
+    A dataset is told as its classes, each at the output that stands for it, and their mean to all tokens: with classes
+    in another order, outputs in that order are asked for.
+    """
 
     autoencoder: WeightAutoencoderModel
-    dataset_in: nn.Linear
+    class_in: nn.Sequential
     result_in: nn.Linear
     absent: nn.Embedding
     activation: nn.Embedding
@@ -106,17 +111,37 @@ class ConditionedPrior(PushedWithCard):
         known = self.config.activations
         return 1 + known.index(activation) if activation in known else 0
 
-    def _asked(self, condition: PriorCondition, besides: Tensor | None = None) -> Float[Tensor, "batch width"]:
+    def _asked(
+        self, condition: PriorCondition, classes: Float[Tensor, "batch classes width"], besides: Tensor | None = None
+    ) -> Float[Tensor, "batch width"]:
         """Mixes the parts of a condition, and what else is told of each row, to what the layers are modulated by."""
+        count, result = condition.dataset.any(-1).sum(1, keepdim=True), condition.result
+        # Entries of embeddings of length 1 are small: at this scale the layer starts with outputs of variance 1.
+        scaled = result.to(classes.dtype) * result.shape[-1] ** 0.5
+        told = (classes.sum(1) / count.clamp(min=1), self.result_in(scaled))
         asked = self.activation(condition.activation)
         asked = asked if besides is None else besides + asked
-        parts = (condition.dataset, self.dataset_in), (condition.result, self.result_in)
-        for number, (values, enter) in enumerate(parts):
-            # Entries of embeddings of length 1 are small: at this scale the layer starts with outputs of variance 1.
-            scaled = values.to(asked.dtype) * values.shape[-1] ** 0.5
-            asked = asked + torch.where(values.any(-1, keepdim=True), enter(scaled), self.absent.weight[number])
+        for number, (part, known) in enumerate(zip(told, (count > 0, result.any(-1, keepdim=True)), strict=True)):
+            asked = asked + torch.where(known, part, self.absent.weight[number])
         mixed: Tensor = self.mix(asked)
         return mixed
+
+    def _classes(self, condition: PriorCondition) -> Float[Tensor, "batch classes width"]:
+        """What is told of each class; zeros where there is none."""
+        told: Tensor = self.class_in(condition.dataset.to(self.result_in.weight.dtype))
+        return told * condition.dataset.any(-1, keepdim=True)
+
+    def _at_outputs(
+        self,
+        classes: Float[Tensor, "batch classes width"],
+        position_ids: Int[Tensor, "batch n 3"],
+        attention_mask: Bool[Tensor, "batch n"],
+    ) -> Float[Tensor, "batch n width"]:
+        """Puts what is told of each class where the output is that stands for it, a channel of the last layer."""
+        _, layers, channels = position_ids.masked_fill(~attention_mask.unsqueeze(-1), -1).unbind(-1)
+        outputs = (layers == layers.amax(1, keepdim=True)) & (channels >= 0) & (channels < classes.shape[1])
+        places = torch.where(outputs, channels, 0).unsqueeze(-1).expand(-1, -1, classes.shape[-1])
+        return classes.gather(1, places) * outputs.unsqueeze(-1)
 
     def _in_windows(self, hidden: Tensor, asked: Tensor, attention_mask: Tensor) -> Tensor:
         """Runs the layers on the windows that the autoencoder sees, so that cost grows with the sequence's length."""
@@ -139,9 +164,9 @@ class WeightPriorModel(ConditionedPrior):
 
     A transformer learns the velocity :math:`v(z_t, t, D, R)` that carries noise :math:`z_0` on straight lines to
     latents :math:`z_1`, by the mean squared error to :math:`z_1 - z_0` at :math:`z_t = (1 - t) z_0 + t z_1`. Datasets
-    and results come as embeddings of a joint model, and each is dropped in a share of the training rows, so that one
-    model gives P(W | D, R), P(W | D), P(W | R) and P(W), and each can be guided by itself (Ho and Salimans, 2022;
-    two conditions as in Brooks et al., 2023, eq. 3):
+    and results come as a joint model sees them, and each is dropped in a share of the training rows, so that one model
+    gives P(W | D, R), P(W | D), P(W | R) and P(W), and each can be guided by itself (Ho and Salimans, 2022; two
+    conditions as in Brooks et al., 2023, eq. 3):
 
     .. math:: v = v(\cdot) + g_D (v(D) - v(\cdot)) + g_R (v(D, R) - v(D))
 
@@ -169,8 +194,8 @@ class WeightPriorModel(ConditionedPrior):
         self.mask_in = nn.Linear(self.autoencoder.config.token_size, width, bias=False)
         self.positions = PositionEmbedding(config)
         self.time_in = nn.Linear(config.time_size, width)
-        self.dataset_in = nn.Linear(config.condition_size, width, bias=False)
-        self.result_in = nn.Linear(config.condition_size, width, bias=False)
+        self.class_in = class_embedding(config)
+        self.result_in = nn.Linear(config.result_size, width, bias=False)
         self.absent = nn.Embedding(2, width)
         self.activation = nn.Embedding(1 + len(config.activations), width)
         self.mix = nn.Sequential(nn.GELU(), nn.Linear(width, width), nn.GELU())
@@ -200,9 +225,10 @@ class WeightPriorModel(ConditionedPrior):
             position_ids: columns token, layer, channel.
             attention_mask: true where there is a token.
         """
-        kind = self.latent_in.weight.dtype
-        asked = self._asked(condition, self.time_in(_waves(times, self.config.time_size).to(kind)))
+        kind, classes = self.latent_in.weight.dtype, self._classes(condition)
+        asked = self._asked(condition, classes, self.time_in(_waves(times, self.config.time_size).to(kind)))
         hidden = self.latent_in(noisy.to(kind)) + self.positions(position_ids) + self.mask_in(weight_mask.to(kind))
+        hidden = hidden + self._at_outputs(classes, position_ids, attention_mask)
         hidden = self._in_windows(hidden, asked, attention_mask)
         velocity: Tensor = self.velocity_out(self.norm(hidden))
         return velocity * attention_mask.unsqueeze(-1)
@@ -212,7 +238,7 @@ class WeightPriorModel(ConditionedPrior):
         latents: Float[Tensor, "batch n latent"],
         weight_mask: Bool[Tensor, "batch n d"],
         position_ids: Int[Tensor, "batch n 3"],
-        dataset_embeds: Float[Tensor, "batch size"],
+        class_features: Float[Tensor, "batch classes features"],
         result_embeds: Float[Tensor, "batch size"],
         activation: Int[Tensor, " batch"],
         noise: Float[Tensor, "batch n latent"],
@@ -227,7 +253,7 @@ class WeightPriorModel(ConditionedPrior):
             latents: of the autoencoder, in its own units.
             weight_mask: as in `velocity`.
             position_ids: as in `velocity`.
-            dataset_embeds: as in `PriorCondition`.
+            class_features: as `PriorCondition.dataset`.
             result_embeds: as in `PriorCondition`.
             activation: as in `PriorCondition`.
             noise: standard normal.
@@ -240,7 +266,7 @@ class WeightPriorModel(ConditionedPrior):
         tokens = tokens if attention_mask is None else attention_mask.bool()
         goal, share = self.scaler(latents.float()), times.view(-1, 1, 1)
         noisy = (1 - share) * noise + share * goal
-        condition = PriorCondition(dataset_embeds, result_embeds, activation)
+        condition = PriorCondition(class_features, result_embeds, activation)
         velocity = self.velocity(noisy, times, condition, weight_mask, position_ids, tokens).float()
         output = WeightPriorOutput(velocity=velocity, times=times)
         output["denoised"] = self.scaler.inverse(noisy + (1 - share) * velocity)
@@ -316,6 +342,12 @@ class WeightPriorModel(ConditionedPrior):
         dataset = self.velocity(state, times, condition.without(result=True), *where).float()
         neither = self.velocity(state, times, condition.without(dataset=True, result=True), *where).float()
         return neither + guidance.dataset * (dataset - neither) + guidance.result * (both - dataset)
+
+
+def class_embedding(config: ConditionedPriorConfig) -> nn.Sequential:
+    """Makes the layers that what a joint model sees of a class goes through."""
+    norm = nn.LayerNorm(config.class_size, eps=config.layer_norm_eps)
+    return nn.Sequential(norm, nn.Linear(config.class_size, config.hidden_size))
 
 
 class LatentScaler(nn.Module):
