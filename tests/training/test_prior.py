@@ -21,6 +21,7 @@ from weightspace.models.joint.modeling_joint import JointModel
 from weightspace.training import prior
 from weightspace.training.aligned import AlignedModels
 from weightspace.training.autoencoder import BehaviourSettings, read_training
+from weightspace.training.conditions import Conditions
 from weightspace.training.loop import read_history
 from weightspace.training.prior import PriorSettings, PriorShape, train_prior
 from weightspace.training.settings import LoopSettings
@@ -63,7 +64,7 @@ def opened(folders: dict[str, Path], zoo: Zoo) -> tuple[WeightAutoencoderModel, 
     joint = JointModel.from_pretrained(folders["joint"]).eval()
     state = read_training(folders["joint"])
     assert state is not None
-    conditions = prior._Conditions.of(zoo, joint, state["settings"])
+    conditions = Conditions.of(zoo, joint, state["settings"])
     model = WeightAutoencoderModel.from_pretrained(folders["autoencoder"]).eval()
     return model, AutoFeatureExtractor.from_pretrained(folders["autoencoder"]), conditions
 
@@ -215,7 +216,7 @@ def test_only_models_with_an_output_for_each_class_are_put_in_another_order(
 ) -> None:
     _, _, conditions = opened(folders, tiny_zoo)
     rows, count = np.zeros(2000, dtype=np.int64), conditions.classes
-    known = int(conditions.labels[conditions.dataset[0]].max()) + 1
+    known = int(conditions.datasets.counts[conditions.dataset[0]])
     outputs = torch.tensor([known] * 1000 + [known + 1] * 500 + [0] * 500)
     orders = conditions.orders(rows, outputs, 0.5, torch.Generator().manual_seed(0))
     assert torch.equal(orders.sort(1).values, torch.arange(count).expand(2000, -1))

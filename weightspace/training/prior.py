@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.configuration_utils import PreTrainedConfig
 
 from weightspace.architectures.families import run_flat
@@ -22,8 +21,7 @@ from weightspace.losses import behaviour_loss
 from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
 from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel
 from weightspace.models.codec import LatentCodec
-from weightspace.models.joint.configuration_joint import ResultTowerConfig
-from weightspace.models.joint.modeling_joint import JointModel, unit
+from weightspace.models.joint.modeling_joint import JointModel
 from weightspace.models.prior.configuration_code_prior import WeightCodePriorConfig
 from weightspace.models.prior.configuration_prior import WeightPriorConfig
 from weightspace.models.prior.modeling_code_prior import WeightCodePriorModel
@@ -37,13 +35,11 @@ from weightspace.training.autoencoder import (
     write_training,
 )
 from weightspace.training.batches import seeded_generator
-from weightspace.training.joint import stated_results
+from weightspace.training.conditions import Conditions
 from weightspace.training.loop import Objective, clear_checkpoints, fit, is_main_process
 from weightspace.training.settings import LoopSettings
 from weightspace.zoo.dataset import Zoo, load_zoo
 from weightspace.zoo.describing import training_zoo
-from weightspace.zoo.features import DatasetFeatures, features_of_datasets
-from weightspace.zoo.image_encoders import open_image_encoder
 from weightspace.zoo.splits import split_by_run
 
 _VALIDATION_MODELS = 256
@@ -190,7 +186,7 @@ def train_prior(
     codec = LatentCodec(own, extractor)
     own.config.name_or_path = ""  # where it lies on this machine is nothing that a card should say
     seen = ~opened.index["dataset"].isin(held_out).to_numpy()
-    conditions = _Conditions.of(opened, joint_model, records["joint"]["settings"], allow_pickle=allow_pickle)
+    conditions = Conditions.of(opened, joint_model, records["joint"]["settings"], allow_pickle=allow_pickle)
     training = AlignedModels.of(opened, split.train[seen[split.train]], codec)
     torch.manual_seed(settings.loop.seed)
     model = method.model(
@@ -294,127 +290,6 @@ def _known_tokens(inputs: Mapping[str, Tensor], generator: torch.Generator, unkn
 
 
 @dataclass(frozen=True, eq=False)
-class _Conditions:
-    """What is known of the zoo's models besides their weights.
-
-    Attributes:
-        dataset: number of each model's dataset; 0 where there is none.
-        states: what the joint model sees of each dataset's images, from number 1 on.
-        labels: class numbers of these images.
-        shares: 1 where there is an image, 0 elsewhere.
-        results: of each model, one column a result of the joint model, NaN where a value is missing.
-        activation: number of each model's activation; see `PriorCondition`.
-        activations: their names, from number 1 on.
-        joint: describes classes and embeds results.
-    """
-
-    dataset: Int[Tensor, " models"]
-    states: Float[Tensor, "datasets images width"]
-    labels: Int[Tensor, "datasets images"]
-    shares: Float[Tensor, "datasets images"]
-    results: Float[Tensor, "models results"]
-    activation: Int[Tensor, " models"]
-    activations: list[str]
-    joint: JointModel
-
-    @classmethod
-    def of(cls, zoo: Zoo, joint: JointModel, trained: Mapping[str, Any], *, allow_pickle: bool = False) -> _Conditions:
-        config = joint.config.result_config
-        assert isinstance(config, ResultTowerConfig)
-        columns = [
-            zoo.index[name].to_numpy(dtype=np.float64) if name in zoo.index else np.full(len(zoo), np.nan)
-            for name in config.results
-        ]
-        names = zoo.index["dataset"].to_numpy()
-        known = sorted({name for name in names if isinstance(name, str)})
-        encoder = open_image_encoder(trained["image_encoder"], allow_pickle=allow_pickle)
-        datasets = features_of_datasets(known, encoder, images=trained["sample"])
-        numbers = {name: number for number, name in enumerate(known, start=1)}
-        used = [None if config is None else str(config.activation) for config in zoo.families]
-        activations = sorted({name for name in used if name is not None})
-        return cls(
-            torch.tensor([numbers.get(name, 0) for name in names]),
-            *_image_states(joint, datasets),
-            torch.from_numpy(np.stack(columns, 1)).float(),
-            torch.tensor([0 if name is None else 1 + activations.index(name) for name in used]),
-            activations,
-            joint,
-        )
-
-    def orders(
-        self,
-        rows: Int[np.ndarray, "batch"],
-        outputs: Int[Tensor, " batch"],
-        share: float,
-        generator: torch.Generator,
-    ) -> Int[Tensor, "batch classes"]:
-        """Draws for a share of the models in which order the classes of their datasets come.
-
-        The others keep theirs, and so do models that have not as many outputs as there are classes.
-        """
-        classes = torch.arange(self.classes)
-        counts = F.one_hot(self.labels, self.classes).mul(self.shares.long().unsqueeze(-1)).any(1).sum(1)
-        counts = counts[self.dataset[rows]]
-        absent = classes >= counts.unsqueeze(1)
-        drawn = (torch.rand(absent.shape, generator=generator) + absent * (1 + classes)).argsort(1)
-        chosen = (torch.rand(len(rows), generator=generator) < share) & (counts == outputs)
-        return torch.where(chosen.unsqueeze(1), drawn, classes)
-
-    @property
-    def classes(self) -> int:
-        """Classes of the dataset that has most."""
-        return int(self.labels.max()) + 1
-
-    @torch.no_grad()
-    def asked(
-        self,
-        rows: Int[np.ndarray, "batch"],
-        orders: Int[Tensor, "batch classes"],
-        drop: float,
-        generator: torch.Generator,
-    ) -> dict[str, Float[Tensor, "batch ..."]]:
-        """States some of what is known of models, as later questions will; the arguments of the prior's forward.
-
-        Every model sees a sample of its dataset of its own: images count with random shares (the Bayesian bootstrap of
-        Rubin, 1981), for a prior that always saw the same would know the training datasets by their sample.
-        """
-        results, number = self.results[rows], self.dataset[rows]
-        stated = stated_results(results, generator)
-        embedded = unit(self.joint.get_result_features(results, stated)) * stated.any(1, keepdim=True)
-        kept = torch.rand(2, len(rows), 1, generator=generator) >= drop
-        shares = self.shares[number] * torch.empty(number.shape[0], self.shares.shape[1]).exponential_(
-            generator=generator
-        )
-        places = orders.argsort(1).gather(1, self.labels[number])
-        moments = self.joint.dataset_model.class_moments(self.states[number], places, shares)
-        missing = self.classes - moments.shape[1]
-        return {
-            "class_features": F.pad(moments, (0, 0, 0, missing)) * kept[0].unsqueeze(-1),
-            "result_embeds": embedded * kept[1],
-            "activation": self.activation[rows],
-        }
-
-
-@torch.no_grad()
-def _image_states(
-    joint: JointModel, datasets: Sequence[DatasetFeatures]
-) -> tuple[Float[Tensor, "datasets images width"], Int[Tensor, "datasets images"], Float[Tensor, "datasets images"]]:
-    """What `_Conditions` knows of datasets: states, labels and shares; there are none of number 0."""
-    for dataset in datasets:
-        joint.ensure_image_encoder(dataset.encoder, dataset.encoder_digest)
-    seen = [joint.dataset_model.image_states(dataset.features.unsqueeze(0))[0] for dataset in datasets]
-    width = joint.dataset_model.class_size // 2
-    states = nn.utils.rnn.pad_sequence([torch.zeros(1, width), *seen], batch_first=True)
-    labels = [torch.zeros(1, dtype=torch.int64), *(dataset.labels for dataset in datasets)]
-    shares = [torch.zeros(1), *(torch.ones(len(dataset.labels)) for dataset in datasets)]
-    return (
-        states,
-        nn.utils.rnn.pad_sequence(labels, batch_first=True),
-        nn.utils.rnn.pad_sequence(shares, batch_first=True),
-    )
-
-
-@dataclass(frozen=True, eq=False)
 class PriorBatch:
     """Models as latents, with what is asked of them.
 
@@ -436,7 +311,7 @@ class PriorBatches:
     """Endless micro-batches; see `weightspace.training.loop.Batches`."""
 
     models: AlignedModels
-    conditions: _Conditions
+    conditions: Conditions
     drop: float
     batch_size: int
     seed: int
@@ -469,7 +344,7 @@ class PriorObjective(Objective):
         self,
         zoo: Zoo,
         validation: AlignedModels,
-        conditions: _Conditions,
+        conditions: Conditions,
         extractor: WeightFeatureExtractor,
         settings: PriorSettings,
     ) -> None:
