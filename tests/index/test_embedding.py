@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from weightspace.errors import WeightspaceError, ZooError
 from weightspace.index import embed, embed_zoo, load_encoder, save_embeddings
@@ -53,6 +54,12 @@ class TestEncoder:
         shutil.copytree(tiny_encoder, tmp_path / "half")
         (tmp_path / "half" / "model.safetensors").unlink()
         with pytest.raises(WeightspaceError, match="half: the encoder cannot be loaded"):
+            load_encoder(tmp_path / "half")
+        stored = load_file(tiny_encoder / "model.safetensors")
+        lacking = {name: value for name, value in stored.items() if "attention" not in name}
+        save_file(lacking, tmp_path / "half" / "model.safetensors", metadata={"format": "pt"})
+        words = rf"cannot be loaded: its file lacks {len(stored) - len(lacking)} of the tensors .* e\.g\. .*attention"
+        with pytest.raises(WeightspaceError, match=words):
             load_encoder(tmp_path / "half")
 
 

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from weightspace.cli.main import main
-from weightspace.errors import SettingsError, ZooError
+from weightspace.errors import SettingsError, WeightspaceError, ZooError
 from weightspace.index import described_dataset, load_encoder
 from weightspace.sampling.evaluating import (
     EvaluationSettings,
@@ -178,6 +180,14 @@ class TestNames:
             SettingsError, match="holds a model of type 'weight_autoencoder'; give what `train prior` wrote"
         ):
             open_sampler("flow", Sources(load_encoder(tiny_clip_joint), (str(tiny_encoder),)))
+
+    def test_a_prior_that_lacks_weights(self, tiny_clip_joint: Path, tiny_prior: Path, tmp_path: Path) -> None:
+        shutil.copytree(tiny_prior, tmp_path / "p")
+        stored = load_file(tmp_path / "p" / "model.safetensors")
+        del stored["result_in.weight"]
+        save_file(stored, tmp_path / "p" / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(WeightspaceError, match=r"lacks 1 of the tensors .* result_in\.weight; train it again"):
+            open_sampler("flow", Sources(load_encoder(tiny_clip_joint), (str(tmp_path / "p"),)))
 
     def test_of_sources_say_nothing_of_this_machine(
         self, tiny_clip_joint: Path, tiny_prior: Path, tiny_zoo: Zoo

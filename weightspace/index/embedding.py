@@ -25,6 +25,7 @@ from weightspace.models.autoencoder.feature_extraction_autoencoder import Weight
 from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel
 from weightspace.models.codec import LatentCodec
 from weightspace.models.joint.modeling_joint import JointModel
+from weightspace.models.loading import load_whole
 from weightspace.schema import Architecture, ModelRef
 from weightspace.zoo.dataset import Zoo, load_zoo
 from weightspace.zoo.storage import replacing
@@ -139,7 +140,7 @@ def load_encoder(location: str | Path, options: HubOptions | None = None) -> Enc
     """
     path, name = saved_folder(location, options, kind="encoder")
     try:
-        model = AutoModel.from_pretrained(path).eval()
+        model = load_whole(AutoModel, path)
         extractor = AutoFeatureExtractor.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise WeightspaceError(f"{location}: the encoder cannot be loaded: {str(error).splitlines()[0]}") from error

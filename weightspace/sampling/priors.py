@@ -13,6 +13,7 @@ from weightspace.index.queries import dataset_classes, result_query
 from weightspace.io.header import load_json_object, shown
 from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
 from weightspace.models.codec import LatentCodec
+from weightspace.models.loading import load_whole
 from weightspace.models.prior.modeling_prior import ConditionedPrior, PriorCondition
 from weightspace.sampling.conditions import Blueprint, Condition
 from weightspace.training.autoencoder import read_training
@@ -30,6 +31,7 @@ def load_prior(folder: str | Path, joint: Encoder, kind: type[P]) -> tuple[P, La
 
     Raises:
         WeightspaceError: there is no prior of this kind, or it was trained with another joint model.
+        ValueError: its file lacks weights.
     """
     if not (Path(folder) / "config.json").is_file():
         raise WeightspaceError(f"{folder}: no prior (there is no config.json); train one or check the path")
@@ -38,7 +40,7 @@ def load_prior(folder: str | Path, joint: Encoder, kind: type[P]) -> tuple[P, La
     wanted = kind.config_class.model_type
     if found != wanted:
         raise SettingsError(f"{folder}: holds a model of type {shown(found)}; give a prior of type {wanted}")
-    prior = kind.from_pretrained(folder).eval()
+    prior = load_whole(kind, folder)
     record = read_training(joint.path)
     if record is None or prior.config.joint_identity != record["identity"]:
         raise SettingsError(
