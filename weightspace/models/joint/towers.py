@@ -160,7 +160,7 @@ class DatasetTower(nn.Module):
         self.class_size = 2 * config.hidden_size
         self.principal_axes = PrincipalAxes(config.feature_size, config.components)
         self.image_in = nn.Linear(config.components, config.hidden_size)
-        self.pooling = PlacePooling(2 * config.hidden_size, config)
+        self.pooling = PlacePooling(self.class_size, config)
         self.out = nn.Sequential(
             nn.LayerNorm(self.pooling.size), nn.Linear(self.pooling.size, 2 * config.hidden_size), nn.GELU()
         )

@@ -11,13 +11,7 @@ from transformers.utils.generic import ModelOutput
 from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel
 from weightspace.models.layers import PositionEmbedding
 from weightspace.models.prior.configuration_code_prior import WeightCodePriorConfig
-from weightspace.models.prior.modeling_prior import (
-    ConditionedLayer,
-    ConditionedPrior,
-    Guidance,
-    PriorCondition,
-    class_embedding,
-)
+from weightspace.models.prior.modeling_prior import ConditionedPrior, Guidance, PriorCondition
 
 
 @dataclass
@@ -72,13 +66,7 @@ class WeightCodePriorModel(ConditionedPrior):
         self.unknown = nn.Embedding(1, width)
         self.mask_in = nn.Linear(self.autoencoder.config.token_size, width, bias=False)
         self.positions = PositionEmbedding(config)
-        self.class_in = class_embedding(config)
-        self.result_in = nn.Linear(config.result_size, width, bias=False)
-        self.absent = nn.Embedding(2, width)
-        self.activation = nn.Embedding(1 + len(config.activations), width)
-        self.mix = nn.Sequential(nn.GELU(), nn.Linear(width, width), nn.GELU())
-        self.layers = nn.ModuleList(ConditionedLayer(config) for _ in range(config.num_layers))
-        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self._add_conditioned_layers(config)
         self.number_from_state = nn.Linear(width, latent * config.number_size)
         self.number_from_numbers = nn.Linear(latent, latent * config.number_size, bias=False)
         self.level_out = nn.Linear(config.number_size, max(self.levels))

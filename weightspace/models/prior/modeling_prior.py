@@ -84,13 +84,18 @@ class ConditionedPrior(PushedWithCard):
     """
 
     autoencoder: WeightAutoencoderModel
-    class_in: nn.Sequential
-    result_in: nn.Linear
-    absent: nn.Embedding
-    activation: nn.Embedding
-    mix: nn.Sequential
-    layers: nn.ModuleList
     causal = False
+
+    def _add_conditioned_layers(self, config: ConditionedPriorConfig) -> None:
+        """Makes what conditions go through, and the layers that they modulate."""
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.class_in = nn.Sequential(nn.LayerNorm(config.class_size, eps=eps), nn.Linear(config.class_size, width))
+        self.result_in = nn.Linear(config.result_size, width, bias=False)
+        self.absent = nn.Embedding(2, width)
+        self.activation = nn.Embedding(1 + len(config.activations), width)
+        self.mix = nn.Sequential(nn.GELU(), nn.Linear(width, width), nn.GELU())
+        self.layers = nn.ModuleList(ConditionedLayer(config) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(width, eps=eps)
 
     def card_facts(self) -> EncoderFacts:
         """Returns what the model itself knows."""
@@ -194,13 +199,7 @@ class WeightPriorModel(ConditionedPrior):
         self.mask_in = nn.Linear(self.autoencoder.config.token_size, width, bias=False)
         self.positions = PositionEmbedding(config)
         self.time_in = nn.Linear(config.time_size, width)
-        self.class_in = class_embedding(config)
-        self.result_in = nn.Linear(config.result_size, width, bias=False)
-        self.absent = nn.Embedding(2, width)
-        self.activation = nn.Embedding(1 + len(config.activations), width)
-        self.mix = nn.Sequential(nn.GELU(), nn.Linear(width, width), nn.GELU())
-        self.layers = nn.ModuleList(ConditionedLayer(config) for _ in range(config.num_layers))
-        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self._add_conditioned_layers(config)
         self.velocity_out = nn.Linear(width, latent)
         _start_at_zero(self.velocity_out)  # the first guess is no motion
         self.post_init()
@@ -342,12 +341,6 @@ class WeightPriorModel(ConditionedPrior):
         dataset = self.velocity(state, times, condition.without(result=True), *where).float()
         neither = self.velocity(state, times, condition.without(dataset=True, result=True), *where).float()
         return neither + guidance.dataset * (dataset - neither) + guidance.result * (both - dataset)
-
-
-def class_embedding(config: ConditionedPriorConfig) -> nn.Sequential:
-    """Makes the layers that what a joint model sees of a class goes through."""
-    norm = nn.LayerNorm(config.class_size, eps=config.layer_norm_eps)
-    return nn.Sequential(norm, nn.Linear(config.class_size, config.hidden_size))
 
 
 class LatentScaler(nn.Module):
