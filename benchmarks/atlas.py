@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from weightspace.analysis.atlas import build_atlas, write_atlas
+from weightspace.report.atlas import build_atlas, write_atlas
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))

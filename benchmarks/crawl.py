@@ -54,8 +54,8 @@ def plain_requests(models: int) -> float:
     from huggingface_hub.file_download import get_hf_file_metadata
     from huggingface_hub.utils import build_hf_headers, get_session
 
+    from weightspace.crawl.plan import CrawlSettings, make_plan
     from weightspace.io.hub import HubOptions
-    from weightspace.zoo.crawling.plan import CrawlSettings, make_plan
 
     start = time.perf_counter()
     plan = make_plan(CrawlSettings(limit=models), HubOptions(token=False))
@@ -73,9 +73,9 @@ def plain_requests(models: int) -> float:
 
 def whole_crawl(models: int) -> float:
     """Crawls into a zoo, the listing included."""
+    from weightspace.crawl.plan import CrawlSettings
+    from weightspace.crawl.run import crawl, prepare_crawl
     from weightspace.io.hub import HubOptions
-    from weightspace.zoo.crawling.plan import CrawlSettings
-    from weightspace.zoo.crawling.run import crawl, prepare_crawl
 
     with tempfile.TemporaryDirectory() as folder:
         options = HubOptions(token=False)

@@ -138,7 +138,7 @@ def ways() -> dict[str, dict[str, Callable[[], Any]]]:
         return found
 
     def sampled() -> object:
-        from weightspace.architectures.infer import infer_architecture
+        from weightspace.networks.infer import infer_architecture
 
         checkpoint = open_checkpoint(REPO)
         architecture = infer_architecture(checkpoint.specs.values())

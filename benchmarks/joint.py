@@ -24,11 +24,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from weightspace.analysis.retrieval import first_ranks, result_correlation, retrieval, same_identity
+from weightspace.data.features import DatasetFeatures, features_of_datasets
+from weightspace.data.image_encoders import open_image_encoder
 from weightspace.demo import DemoSettings
+from weightspace.encoder import Encoder, load_encoder
 from weightspace.errors import SettingsError, WeightspaceError
 from weightspace.files import write_whole
-from weightspace.index import Encoder, load_encoder
 from weightspace.models.joint.configuration_joint import PAIRS
 from weightspace.models.joint.modeling_joint import JointModel, unit
 from weightspace.probes import (
@@ -45,10 +46,9 @@ from weightspace.probes import (
     split_by_run,
 )
 from weightspace.probes.zoo import encoder_features
+from weightspace.stats.retrieval import first_ranks, result_correlation, retrieval, same_identity
 from weightspace.training.joint import JointSettings, embed_dataset, train_joint
 from weightspace.zoo.dataset import load_zoo
-from weightspace.zoo.features import DatasetFeatures, features_of_datasets
-from weightspace.zoo.image_encoders import open_image_encoder
 
 RESULT = "test_accuracy"
 FOLDS, REPLICATES, QUERIES = 4, 400, 40

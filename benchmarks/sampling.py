@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 
 from weightspace.demo import DemoSettings
+from weightspace.encoder import load_encoder
+from weightspace.evaluation.controls import nearest_datasets
 from weightspace.files import write_whole
-from weightspace.index import dataset_for, load_encoder
-from weightspace.index.queries import dataset_query
-from weightspace.sampling.controls import nearest_datasets
-from weightspace.sampling.evaluating import EvaluationSettings, Trials, plan_trials, prove_trials
 from weightspace.sampling.opening import Sources, open_sampler
+from weightspace.sampling.trials import EvaluationSettings, Trials, plan_trials, prove_trials
+from weightspace.search.queries import dataset_for, dataset_query
 from weightspace.training.autoencoder import train_autoencoder
 from weightspace.training.joint import train_joint
 from weightspace.training.prior import CodePriorSettings, PriorSettings, train_prior

@@ -20,8 +20,8 @@ import numpy as np
 import pandas as pd
 from huggingface_hub import constants
 
-from weightspace.index import EmbeddingIndex
-from weightspace.index.approximate import ApproximateSearch
+from weightspace.search.approximate import ApproximateSearch
+from weightspace.search.index import EmbeddingIndex
 
 QUERIES, K = 100, 10
 Search = Callable[[np.ndarray, int], Any]

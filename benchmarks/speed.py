@@ -30,17 +30,17 @@ import plain
 import torch
 from torch import Tensor
 
-from weightspace.architectures.alignment import align
-from weightspace.architectures.families import build_module, config_mapping, initialize
-from weightspace.architectures.flat import flatten, unflatten
-from weightspace.architectures.infer import infer_architecture
-from weightspace.architectures.permutation import permute, random_permutations
 from weightspace.cli.main import tune_process
+from weightspace.data.images import ImageDataset, load_images
 from weightspace.io.checkpoint import checkpoint_bytes
+from weightspace.networks.alignment import align
+from weightspace.networks.families import build_module, config_mapping, initialize
+from weightspace.networks.flat import flatten, unflatten
+from weightspace.networks.infer import infer_architecture
+from weightspace.networks.permutation import permute, random_permutations
+from weightspace.networks.population import Recipe, Snapshot, train_population
 from weightspace.schema import Architecture, ModelRef, TensorSpec, ZooEntry
 from weightspace.tokenizers import get_tokenizer
-from weightspace.zoo.images import ImageDataset, load_images
-from weightspace.zoo.population import Recipe, Snapshot, train_population
 from weightspace.zoo.training import ZooSettings, draw_recipes
 from weightspace.zoo.views import permuted_views
 from weightspace.zoo.writer import ZooWriter
@@ -387,7 +387,7 @@ def peak_of(work: str, zoo: Path) -> float:
 
 
 def print_peak(work: str, path: str) -> None:
-    from weightspace.index import Encoder, embed_zoo
+    from weightspace.encoder import Encoder, embed_zoo
     from weightspace.models.autoencoder.configuration_autoencoder import WeightAutoencoderConfig
     from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
     from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel

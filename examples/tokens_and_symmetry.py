@@ -23,8 +23,8 @@ from weightspace import (
     open_checkpoint,
     save_checkpoint,
 )
-from weightspace.architectures.flat import flatten, unflatten
-from weightspace.architectures.permutation import permute, random_permutations
+from weightspace.networks.flat import flatten, unflatten
+from weightspace.networks.permutation import permute, random_permutations
 
 
 def main() -> None:

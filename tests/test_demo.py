@@ -8,15 +8,15 @@ import pytest
 
 from weightspace.cards import EncoderFacts
 from weightspace.cards.record import read_record
+from weightspace.data.image_encoders import OFFLINE_ENCODER
 from weightspace.demo import DemoSettings, run_demo
 from weightspace.errors import SettingsError
-from weightspace.sampling.evaluating import EvaluationSettings
-from weightspace.sampling.finetuning import FineTuning
-from weightspace.sampling.proof import SAMPLES, ProofSettings, accuracy_after
+from weightspace.evaluation.finetuning import FineTuning
+from weightspace.evaluation.proof import SAMPLES, ProofSettings, accuracy_after
+from weightspace.sampling.trials import EvaluationSettings
 from weightspace.training.autoencoder import AutoencoderSettings, EncoderSettings, read_training
 from weightspace.training.joint import JointSettings, TowerSettings
 from weightspace.training.settings import LoopSettings
-from weightspace.zoo.image_encoders import OFFLINE_ENCODER
 from weightspace.zoo.training import ZooSettings
 
 LOOP = LoopSettings(steps=4, batch_size=8, mixed_precision="no", tracker="none", validate_every=4)

@@ -14,8 +14,8 @@ import torch
 from loopback_hub import LoopbackHub
 
 from weightspace.cli.main import main
+from weightspace.encoder import embed, load_encoder
 from weightspace.errors import CheckpointError, HubError, SettingsError, TokenError, WeightspaceError
-from weightspace.index import embed, load_encoder
 from weightspace.inspection import inspect_location
 from weightspace.io.checkpoint import save_checkpoint
 from weightspace.io.hub import HubFile

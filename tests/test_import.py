@@ -27,7 +27,7 @@ def test_import_is_light(module: str) -> None:
 
 def test_tokenizing_needs_no_heavy_library() -> None:
     heavy = [name for name in HEAVY if name not in ("numpy", "torch")]
-    modules = "weightspace.io.checkpoint, weightspace.architectures.infer, weightspace.tokenizers"
+    modules = "weightspace.io.checkpoint, weightspace.networks.infer, weightspace.tokenizers"
     assert run(f"import sys, {modules}; print([name for name in {heavy} if name in sys.modules])") == "[]"
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from weightspace.architectures.families import MLPConfig, build_module, config_mapping
 from weightspace.cli.main import main
 from weightspace.errors import CheckpointError, SettingsError, WeightspaceError
 from weightspace.inspection import inspect_location
 from weightspace.io.checkpoint import open_checkpoint, save_checkpoint
+from weightspace.networks.families import MLPConfig, build_module, config_mapping
 from weightspace.tokenizers import TOKENIZERS, get_tokenizer
 
 

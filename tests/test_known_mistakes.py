@@ -15,20 +15,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from weightspace.architectures.flat import unflatten
-from weightspace.architectures.infer import infer_architecture
+from weightspace.encoder import load_encoder
 from weightspace.errors import SettingsError, ZooError
-from weightspace.evaluation import compare_functions
-from weightspace.index import dataset_for, load_encoder, parse_results
+from weightspace.evaluation.functions import compare_functions
+from weightspace.evaluation.judging import task_of
 from weightspace.io.checkpoint import checkpoint_bytes, open_checkpoint_bytes
 from weightspace.losses import masked_mse
 from weightspace.models.autoencoder.configuration_autoencoder import WeightAutoencoderConfig
 from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
 from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel, WeightAutoencoderOutput
+from weightspace.networks.flat import unflatten
+from weightspace.networks.infer import infer_architecture
 from weightspace.sampling.conditions import Blueprint, Condition, blueprint_of
-from weightspace.sampling.judging import task_of
 from weightspace.sampling.kde import KdeSampler, KdeSettings
 from weightspace.sampling.selecting import BootstrappedSampler, SelectionSettings, SubsampledSampler
+from weightspace.search.queries import dataset_for
+from weightspace.search.results import parse_results
 from weightspace.settings import settings_from_mapping
 from weightspace.tokenizers import TOKENIZERS, get_tokenizer
 from weightspace.training import autoencoder

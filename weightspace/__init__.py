@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 from weightspace.models import register
 
 if TYPE_CHECKING:
-    from weightspace.architectures.infer import infer_architecture
+    from weightspace.encoder import embed
     from weightspace.errors import WeightspaceError
-    from weightspace.index import EmbeddingIndex, embed
     from weightspace.inspection import inspect_location
     from weightspace.io.checkpoint import open_checkpoint, save_checkpoint
     from weightspace.models.autoencoder.configuration_autoencoder import WeightAutoencoderConfig
@@ -27,7 +26,9 @@ if TYPE_CHECKING:
     from weightspace.models.prior.configuration_prior import WeightPriorConfig
     from weightspace.models.prior.modeling_code_prior import WeightCodePriorModel
     from weightspace.models.prior.modeling_prior import WeightPriorModel
+    from weightspace.networks.infer import infer_architecture
     from weightspace.publishing import push_folder
+    from weightspace.search.index import EmbeddingIndex
     from weightspace.tokenizers import get_tokenizer
     from weightspace.training.autoencoder import train_autoencoder
     from weightspace.training.joint import train_joint
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "EmbeddingIndex": "weightspace.index",
+    "EmbeddingIndex": "weightspace.search.index",
     "JointConfig": "weightspace.models.joint.configuration_joint",
     "JointFeatureExtractor": "weightspace.models.joint.feature_extraction_joint",
     "JointModel": "weightspace.models.joint.modeling_joint",
@@ -52,11 +53,11 @@ _HOMES = {
     "WeightPriorConfig": "weightspace.models.prior.configuration_prior",
     "WeightPriorModel": "weightspace.models.prior.modeling_prior",
     "WeightspaceError": "weightspace.errors",
-    "embed": "weightspace.index",
+    "embed": "weightspace.encoder",
     "export_folder": "weightspace.zoo.exporting",
     "get_tokenizer": "weightspace.tokenizers",
     "import_folder": "weightspace.zoo.importing",
-    "infer_architecture": "weightspace.architectures.infer",
+    "infer_architecture": "weightspace.networks.infer",
     "inspect_location": "weightspace.inspection",
     "load_zoo": "weightspace.zoo.dataset",
     "open_checkpoint": "weightspace.io.checkpoint",

@@ -19,9 +19,20 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from weightspace.analysis.explain import Description, Explanation, explain
-from weightspace.analysis.joint import retrieval_table
-from weightspace.analysis.report import (
+from weightspace.cards import EncoderFacts, Measurement, Score, write_card
+from weightspace.data.image_encoders import OFFLINE_ENCODER, open_image_encoder
+from weightspace.encoder import Encoder, embed_zoo, load_encoder
+from weightspace.errors import SettingsError
+from weightspace.evaluation.bars import judge
+from weightspace.evaluation.functions import FunctionComparison, compare_functions
+from weightspace.evaluation.proof import ProofRow
+from weightspace.evaluation.retrieval import retrieval_table
+from weightspace.probes.explain import Description, Explanation, explain
+from weightspace.probes.probe import ProbeRow, rows_to_records
+from weightspace.probes.representations import LinearCodes, statistics_of_rows
+from weightspace.probes.runs import MIN_RUNS, run_table
+from weightspace.probes.zoo import ENCODER, JOINT, probe_zoo
+from weightspace.report.page import (
     ALL_ARCHITECTURES,
     Curve,
     PredictedTrue,
@@ -31,18 +42,8 @@ from weightspace.analysis.report import (
     ZooMap,
     write_report,
 )
-from weightspace.analysis.runs import MIN_RUNS, run_table
-from weightspace.cards import EncoderFacts, Measurement, Score, write_card
-from weightspace.errors import SettingsError
-from weightspace.evaluation import FunctionComparison, compare_functions
-from weightspace.index import Encoder, embed_zoo, load_encoder
-from weightspace.probes.probe import ProbeRow, rows_to_records
-from weightspace.probes.representations import LinearCodes, statistics_of_rows
-from weightspace.probes.zoo import ENCODER, JOINT, probe_zoo
-from weightspace.sampling.bars import judge
-from weightspace.sampling.evaluating import EvaluationSettings, evaluate_samplers
 from weightspace.sampling.opening import Sources, open_sampler
-from weightspace.sampling.proof import ProofRow
+from weightspace.sampling.trials import EvaluationSettings, evaluate_samplers
 from weightspace.schema import Architecture
 from weightspace.training.autoencoder import (
     AutoencoderSettings,
@@ -56,7 +57,6 @@ from weightspace.training.settings import LoopSettings
 from weightspace.zoo.dataset import Zoo, load_zoo
 from weightspace.zoo.describing import training_zoo
 from weightspace.zoo.exporting import export_folder
-from weightspace.zoo.image_encoders import OFFLINE_ENCODER, open_image_encoder
 from weightspace.zoo.importing import import_folder
 from weightspace.zoo.storage import write_text
 from weightspace.zoo.training import ZooSettings, train_zoo

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from weightspace.architectures.infer import infer_architecture
 from weightspace.errors import CheckpointError, WeightspaceError
 from weightspace.io.adapters import find_pairs, is_untrained, read_adapter
 from weightspace.io.checkpoint import Checkpoint, find_checkpoints, open_in
 from weightspace.io.hub import HubOptions
 from weightspace.io.quantization import Quantization
+from weightspace.networks.infer import infer_architecture
 from weightspace.schema import Architecture
 from weightspace.tokenizers import TOKENIZERS, get_tokenizer
 

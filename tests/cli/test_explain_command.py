@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from weightspace.analysis.runs import run_table
 from weightspace.cli.main import main
 from weightspace.probes.representations import statistics_of_rows, weight_statistics
+from weightspace.probes.runs import run_table
 from weightspace.training.autoencoder import read_training
 from weightspace.zoo.dataset import Zoo
 

@@ -11,17 +11,17 @@ import pytest
 import torch
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from weightspace.architectures.families import config_mapping
-from weightspace.architectures.flat import flatten, unflatten
 from weightspace.cli.main import main
+from weightspace.data.images import load_images
+from weightspace.evaluation.controls import from_scratch
+from weightspace.evaluation.finetuning import Trial, accuracy, predictions
 from weightspace.io.checkpoint import open_checkpoint, save_checkpoint
+from weightspace.networks.families import config_mapping
+from weightspace.networks.flat import flatten, unflatten
 from weightspace.publishing import PushPlan, push_folder
 from weightspace.sampling import writing
 from weightspace.sampling.conditions import blueprint_of
-from weightspace.sampling.controls import from_scratch
-from weightspace.sampling.finetuning import Trial, accuracy, predictions
 from weightspace.zoo.dataset import Zoo, load_zoo
-from weightspace.zoo.images import load_images
 from weightspace.zoo.importing import import_folder
 
 

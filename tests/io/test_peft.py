@@ -14,11 +14,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from weightspace.architectures.infer import infer_architecture
 from weightspace.errors import CheckpointError
 from weightspace.io.adapters import Adapter, read_adapter
 from weightspace.io.checkpoint import Checkpoint, checkpoint_bytes, open_checkpoint, open_checkpoint_bytes
 from weightspace.io.peft import fold_scaling, folded_config, save_adapter, to_peft
+from weightspace.networks.infer import infer_architecture
 from weightspace.tokenizers import LoraTokenizer
 
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModel
 
-from weightspace.architectures.families import MLPConfig, config_mapping
 from weightspace.errors import SettingsError
 from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
 from weightspace.models.prior.configuration_code_prior import WeightCodePriorConfig
 from weightspace.models.prior.modeling_code_prior import WeightCodePriorModel, _drawn
 from weightspace.models.prior.modeling_prior import Guidance, PriorCondition
+from weightspace.networks.families import MLPConfig, config_mapping
 from weightspace.sampling.conditions import blueprint_of
 from weightspace.schema import Architecture
 

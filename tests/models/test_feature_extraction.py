@@ -6,13 +6,13 @@ import pytest
 import torch
 from transformers import AutoFeatureExtractor
 
-from weightspace.architectures.families import CNNConfig, MLPConfig, build_module, config_mapping, initialize
-from weightspace.architectures.flat import flatten, unflatten
-from weightspace.architectures.infer import infer_architecture
 from weightspace.errors import SettingsError, TokenError, WeightspaceError
 from weightspace.io.checkpoint import open_checkpoint, save_checkpoint
 from weightspace.io.header import dtype_name
 from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
+from weightspace.networks.families import CNNConfig, MLPConfig, build_module, config_mapping, initialize
+from weightspace.networks.flat import flatten, unflatten
+from weightspace.networks.infer import infer_architecture
 from weightspace.schema import Architecture, TensorSpec
 
 SMALL, LARGE = MLPConfig((1, 2, 2), 3, (4,)), CNNConfig((1, 4, 4), 3, (5, 4))

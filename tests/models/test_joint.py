@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from transformers import AutoFeatureExtractor, AutoModel
 
-from weightspace.architectures.families import MLPConfig, build_module, config_mapping
-from weightspace.architectures.infer import infer_architecture
-from weightspace.architectures.permutation import permute, random_permutations
 from weightspace.errors import SettingsError
 from weightspace.losses import masked_mse, pairwise_nt_xent, pairwise_sigmoid
 from weightspace.models.joint.configuration_joint import JointConfig, ResultTowerConfig
 from weightspace.models.joint.feature_extraction_joint import JointFeatureExtractor
 from weightspace.models.joint.modeling_joint import JointModel
 from weightspace.models.joint.towers import PrincipalAxes, ResultTower, linked_paths, path_ends
+from weightspace.networks.families import MLPConfig, build_module, config_mapping
+from weightspace.networks.infer import infer_architecture
+from weightspace.networks.permutation import permute, random_permutations
 from weightspace.schema import Architecture, TensorSpec
 
 NAN = math.nan

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModel
 
-from weightspace.architectures.families import MLPConfig, config_mapping
 from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
 from weightspace.models.prior.configuration_prior import WeightPriorConfig
 from weightspace.models.prior.modeling_prior import Guidance, PriorCondition, WeightPriorModel
+from weightspace.networks.families import MLPConfig, config_mapping
 from weightspace.sampling.conditions import blueprint_of
 from weightspace.schema import Architecture
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from weightspace.architectures.flat import unflatten
-from weightspace.architectures.permutation import permute, random_permutations
 from weightspace.errors import SettingsError, ZooError
+from weightspace.networks.flat import unflatten
+from weightspace.networks.permutation import permute, random_permutations
 from weightspace.probes import representations
 from weightspace.probes import representations as module
 from weightspace.probes.representations import (

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from weightspace.encoder import embed_zoo, load_encoder
 from weightspace.errors import SettingsError, ZooError
-from weightspace.index import embed_zoo, load_encoder
 from weightspace.probes import zoo as probes
 from weightspace.probes.probe import ProbeRow
 from weightspace.probes.representations import collect_weights

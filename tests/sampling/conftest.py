@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from weightspace.architectures.families import FamilyConfig, config_mapping
-from weightspace.index import Encoder, dataset_for, load_encoder, parse_results
+from weightspace.encoder import Encoder, load_encoder
 from weightspace.models.codec import LatentCodec
+from weightspace.networks.families import FamilyConfig, config_mapping
 from weightspace.sampling.conditions import Blueprint, Condition, blueprint_of
 from weightspace.sampling.kde import KdeSampler
+from weightspace.search.queries import dataset_for
+from weightspace.search.results import parse_results
 from weightspace.zoo.dataset import Zoo
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from weightspace.encoder import Encoder
 from weightspace.errors import SettingsError, WeightspaceError
-from weightspace.index import Encoder
 from weightspace.sampling import codes
 from weightspace.sampling.codes import CodeSampler, CodeSettings
 from weightspace.sampling.conditions import Blueprint, Condition

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from weightspace.architectures.families import FamilyConfig, config_mapping
-from weightspace.architectures.permutation import permute, random_permutations
+from weightspace.encoder import Encoder, embed_zoo
 from weightspace.errors import SettingsError
-from weightspace.index import Encoder, embed_zoo, joint_query
 from weightspace.models.codec import LatentCodec
+from weightspace.networks.families import FamilyConfig, config_mapping
+from weightspace.networks.permutation import permute, random_permutations
 from weightspace.sampling.conditions import Blueprint, Condition, blueprint_of
 from weightspace.sampling.kde import Anchors, KdeSampler, KdeSettings, noise, picked
 from weightspace.sampling.samplers import sample
+from weightspace.search.queries import joint_query
 from weightspace.zoo.dataset import Zoo
 
 

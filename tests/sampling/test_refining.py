@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from weightspace.errors import SettingsError
-from weightspace.index import parse_results
+from weightspace.evaluation.judging import Task, task_of
 from weightspace.sampling.conditions import Blueprint, Condition
-from weightspace.sampling.judging import Task, task_of
 from weightspace.sampling.kde import KdeSampler
 from weightspace.sampling.refining import Decode, RefinedSampler, RefinementSettings, refine
 from weightspace.sampling.samplers import sample
+from weightspace.search.results import parse_results
 
 SETTINGS = RefinementSettings(steps=20, images=64, held_back=128, learning_rate=0.3)
 

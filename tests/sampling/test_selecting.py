@@ -7,14 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from weightspace.encoder import Encoder
 from weightspace.errors import SettingsError, ZooError
-from weightspace.index import Encoder, described_dataset, parse_results
+from weightspace.evaluation.judging import Judgement, task_of
 from weightspace.sampling.conditions import Blueprint, Condition
-from weightspace.sampling.judging import Judgement, task_of
 from weightspace.sampling.kde import KdeSampler
 from weightspace.sampling.refining import RefinedSampler
 from weightspace.sampling.samplers import Sampler, sample
 from weightspace.sampling.selecting import BootstrappedSampler, SelectionSettings, SubsampledSampler, refitted
+from weightspace.search.queries import described_dataset
+from weightspace.search.results import parse_results
 
 ALL = SelectionSettings(candidates=6, images=10_000)
 

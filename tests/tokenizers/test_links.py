@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from weightspace.architectures.families import CNNConfig, MLPConfig, build_module, config_mapping
-from weightspace.architectures.infer import infer_architecture
-from weightspace.architectures.permutation import permute, random_permutations
+from weightspace.networks.families import CNNConfig, MLPConfig, build_module, config_mapping
+from weightspace.networks.infer import infer_architecture
+from weightspace.networks.permutation import permute, random_permutations
 from weightspace.schema import Architecture, TensorSpec
 from weightspace.tokenizers import get_tokenizer
 from weightspace.tokenizers.links import token_links

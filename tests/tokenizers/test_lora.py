@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from weightspace.architectures.flat import flatten
-from weightspace.architectures.infer import infer_architecture
 from weightspace.errors import TokenError
 from weightspace.io.adapters import find_pairs
 from weightspace.io.checkpoint import Checkpoint, checkpoint_bytes, open_checkpoint, open_checkpoint_bytes
 from weightspace.io.header import dtype_name
+from weightspace.networks.flat import flatten
+from weightspace.networks.infer import infer_architecture
 from weightspace.schema import Architecture, TensorSpec
 from weightspace.tokenizers import ChannelTokenizer, LoraTokenizer
 from weightspace.tokenizers.links import token_links

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weightspace.architectures.infer import infer_architecture
 from weightspace.errors import SettingsError, TokenError
 from weightspace.io.checkpoint import Checkpoint, checkpoint_bytes, open_checkpoint_bytes
+from weightspace.networks.infer import infer_architecture
 from weightspace.schema import Architecture
 from weightspace.tokenizers import get_tokenizer
 from weightspace.tokenizers.sampling import STRATA, _runs, sample_windows

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from weightspace.index import load_encoder
+from weightspace.encoder import load_encoder
 from weightspace.io.checkpoint import save_checkpoint
 from weightspace.training.autoencoder import train_autoencoder
 from weightspace.zoo.importing import import_folder

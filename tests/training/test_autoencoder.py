@@ -13,9 +13,10 @@ import pytest
 import torch
 import yaml
 
-from weightspace.architectures.families import build_module, family_config, run_flat
+from weightspace.data.images import load_images
+from weightspace.encoder import load_encoder
 from weightspace.errors import SettingsError, ZooError
-from weightspace.index import load_encoder
+from weightspace.networks.families import build_module, family_config, run_flat
 from weightspace.schema import ZooEntry
 from weightspace.training import autoencoder
 from weightspace.training.autoencoder import (
@@ -28,7 +29,6 @@ from weightspace.training.autoencoder import (
 )
 from weightspace.training.loop import read_history
 from weightspace.zoo.dataset import Zoo, ZooWriter, load_zoo
-from weightspace.zoo.images import load_images
 
 ROOT = Path(__file__).parents[2]
 

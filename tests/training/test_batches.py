@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from weightspace.architectures.families import family_config, stacked_forward
-from weightspace.architectures.flat import unflatten
 from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
+from weightspace.networks.families import family_config, stacked_forward
+from weightspace.networks.flat import unflatten
 from weightspace.training import batches
 from weightspace.training.batches import ViewBatch, ViewBatches
 from weightspace.training.loop import Batches

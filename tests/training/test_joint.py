@@ -17,20 +17,23 @@ from loopback_hub import LoopbackHub
 from torch import Tensor
 from transformers import AutoFeatureExtractor, AutoModel
 
-from weightspace.architectures.families import run_flat
 from weightspace.cli.main import main
+from weightspace.data.image_encoders import ImageEncoder, open_image_encoder
+from weightspace.data.images import load_images
+from weightspace.encoder import load_encoder
 from weightspace.errors import SettingsError, ZooError
-from weightspace.index import joint_query, load_encoder, open_index, parse_results
 from weightspace.io.checkpoint import open_checkpoint
 from weightspace.models.joint.modeling_joint import JointModel
+from weightspace.networks.families import run_flat
+from weightspace.search.finding import open_index
+from weightspace.search.queries import joint_query
+from weightspace.search.results import parse_results
 from weightspace.training import joint
 from weightspace.training.autoencoder import EncoderSettings, read_training
 from weightspace.training.joint import JointSettings, TowerSettings, train_joint
 from weightspace.training.loop import read_history
 from weightspace.training.settings import LoopSettings
 from weightspace.zoo.dataset import Zoo, ZooWriter, load_zoo
-from weightspace.zoo.image_encoders import ImageEncoder, open_image_encoder
-from weightspace.zoo.images import load_images
 from weightspace.zoo.splits import split_by_run
 from weightspace.zoo.views import reordered_outputs
 

@@ -13,8 +13,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from weightspace.index import EmbeddingIndex, Encoder, Question, find_models, open_index
+from weightspace.encoder import Encoder
 from weightspace.io.checkpoint import open_checkpoint, save_checkpoint
+from weightspace.search.finding import Question, find_models, open_index
+from weightspace.search.index import EmbeddingIndex
 from weightspace.training.autoencoder import EncoderSettings
 from weightspace.training.joint import JointSettings, TowerSettings, train_joint
 from weightspace.training.loop import read_history

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from transformers import AutoFeatureExtractor, AutoModel
 
-from weightspace.architectures.permutation import permute, random_permutations
+from weightspace.encoder import load_encoder
 from weightspace.errors import SettingsError, WeightspaceError, ZooError
-from weightspace.index import dataset_for, load_encoder
-from weightspace.index.queries import dataset_classes
 from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel
 from weightspace.models.codec import LatentCodec
 from weightspace.models.joint.modeling_joint import JointModel
+from weightspace.networks.permutation import permute, random_permutations
+from weightspace.search.queries import dataset_classes, dataset_for
 from weightspace.training import prior
 from weightspace.training.aligned import AlignedModels
 from weightspace.training.autoencoder import BehaviourSettings, read_training

@@ -9,11 +9,11 @@ import torch
 from loopback_hub import LoopbackHub
 from safetensors.torch import save
 
+from weightspace.crawl.plan import CrawlSettings
+from weightspace.crawl.run import crawl, prepare_crawl
 from weightspace.errors import ZooError
 from weightspace.schema import ModelRef, ZooEntry
 from weightspace.zoo import joining
-from weightspace.zoo.crawling.plan import CrawlSettings
-from weightspace.zoo.crawling.run import crawl, prepare_crawl
 from weightspace.zoo.dataset import load_zoo
 from weightspace.zoo.joining import join_zoos
 from weightspace.zoo.writer import ZooWriter

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from weightspace.architectures.families import build_module
+from weightspace.data.images import load_images
 from weightspace.errors import SettingsError, ZooError
+from weightspace.networks.families import build_module
 from weightspace.settings import settings_from_mapping
 from weightspace.zoo import training
 from weightspace.zoo.dataset import Zoo
-from weightspace.zoo.images import load_images
 from weightspace.zoo.training import ZooSettings, draw_recipes, train_zoo
 
 SMALL = ZooSettings(

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weightspace.architectures.families import CNNConfig, config_mapping, initialize, stacked_forward
-from weightspace.architectures.flat import flatten, unflatten
-from weightspace.architectures.infer import infer_architecture
 from weightspace.errors import SettingsError
+from weightspace.networks.families import CNNConfig, config_mapping, initialize, stacked_forward
+from weightspace.networks.flat import flatten, unflatten
+from weightspace.networks.infer import infer_architecture
 from weightspace.schema import Architecture, TensorSpec
 from weightspace.zoo.views import Augmentation, corrupt, permuted_views, window_starts
 

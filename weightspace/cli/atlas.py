@@ -37,7 +37,7 @@ def atlas(
 
     The page is one file that asks for nothing from outside.
     """
-    from weightspace.analysis.atlas import build_atlas, embedded_models, write_atlas
+    from weightspace.report.atlas import build_atlas, embedded_models, write_atlas
 
     models = embedded_models(zoo, encoder, options)
     chosen = None if columns is None else [name.strip() for name in columns.split(",")]

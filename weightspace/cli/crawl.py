@@ -13,7 +13,7 @@ from weightspace.cli.options import Amount, json_option
 from weightspace.cli.output import print_json, print_list, printable
 
 if TYPE_CHECKING:
-    from weightspace.zoo.crawling import Plan
+    from weightspace.crawl import Plan
 
 _SORTS = ("downloads", "likes", "createdAt", "lastModified", "trendingScore")
 _MOST_SHOWN = 10
@@ -62,9 +62,9 @@ def crawl(output: Path, jobs: int, ray: bool, token: str | None, dry_run: bool, 
 
     Zoos of several shards become one with `weightspace zoo join`.
     """
+    from weightspace.crawl import CrawlSettings, make_plan, prepare_crawl, read_plan
+    from weightspace.crawl import crawl as crawl_hub
     from weightspace.io.hub import HubOptions
-    from weightspace.zoo.crawling import CrawlSettings, make_plan, prepare_crawl, read_plan
-    from weightspace.zoo.crawling import crawl as crawl_hub
 
     settings, options = CrawlSettings(**asked), HubOptions(token=token)
     if dry_run:

@@ -44,8 +44,8 @@ def embed(
 
     The file has one row a model: its id, what else is known of it, and its embedding.
     """
-    from weightspace.index import embed as embed_locations
-    from weightspace.index import save_embeddings
+    from weightspace.encoder import embed as embed_locations
+    from weightspace.encoder import save_embeddings
 
     frame = embed_locations(
         locations, encoder, max_bytes=max_bytes, seed=seed, options=options, allow_pickle=allow_pickle

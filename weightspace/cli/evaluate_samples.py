@@ -14,9 +14,9 @@ from weightspace.cli.options import ensure_codes, hub_options, json_option, pick
 from weightspace.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
+    from weightspace.evaluation.bars import Bar
+    from weightspace.evaluation.proof import ProofRow
     from weightspace.io.hub import HubOptions
-    from weightspace.sampling.bars import Bar
-    from weightspace.sampling.proof import ProofRow
 
 
 @click.command("evaluate-samples")
@@ -75,13 +75,13 @@ def evaluate_samples(
     from scratch and with other models that need no generator. Intervals (95 %) are over datasets; a bar that lies in
     its interval is undecided.
     """
-    from weightspace.index import load_encoder
-    from weightspace.sampling.bars import judge
+    from weightspace.encoder import load_encoder
+    from weightspace.evaluation.bars import judge
+    from weightspace.evaluation.finetuning import FineTuning
+    from weightspace.evaluation.proof import ProofSettings
     from weightspace.sampling.codes import CodeSettings
-    from weightspace.sampling.evaluating import EvaluationSettings, evaluate_samplers
-    from weightspace.sampling.finetuning import FineTuning
     from weightspace.sampling.opening import SamplerSettings, Sources, open_sampler, prior_kind
-    from weightspace.sampling.proof import ProofSettings
+    from weightspace.sampling.trials import EvaluationSettings, evaluate_samplers
     from weightspace.zoo.dataset import load_zoo
     from weightspace.zoo.storage import write_text
 

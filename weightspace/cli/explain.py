@@ -13,9 +13,9 @@ from weightspace.cli.output import print_json, print_list, print_table
 from weightspace.errors import SettingsError
 
 if TYPE_CHECKING:
-    from weightspace.analysis.explain import Explanation
-    from weightspace.analysis.resampling import Estimate
-    from weightspace.index import Encoder
+    from weightspace.encoder import Encoder
+    from weightspace.probes.explain import Explanation
+    from weightspace.stats.resampling import Estimate
     from weightspace.zoo.dataset import Zoo
 
 
@@ -37,11 +37,11 @@ def explain(zoo: Path, encoder: str, held_out: bool, draws: int, seed: int, as_j
     number; intervals hold 95 % and are about these datasets. An encoder that saw the datasets of its training runs
     places these runs by them: judge such a one by --held-out.
     """
-    from weightspace.analysis.explain import Description
-    from weightspace.analysis.explain import explain as explain_runs
-    from weightspace.analysis.runs import run_table
-    from weightspace.index import embed_zoo, load_encoder
+    from weightspace.encoder import embed_zoo, load_encoder
+    from weightspace.probes.explain import Description
+    from weightspace.probes.explain import explain as explain_runs
     from weightspace.probes.representations import statistics_of_rows
+    from weightspace.probes.runs import run_table
     from weightspace.zoo.dataset import load_zoo
 
     opened, loaded = load_zoo(zoo), load_encoder(encoder)

@@ -78,7 +78,7 @@ def sample(
 
     The folder can be imported by `weightspace zoo import` and published by `weightspace push`.
     """
-    from weightspace.index import load_encoder
+    from weightspace.encoder import load_encoder
     from weightspace.sampling.making import Order, check_order, make_models
     from weightspace.sampling.opening import Sources, open_sampler, prior_kind
     from weightspace.sampling.writing import ensure_empty, write_models

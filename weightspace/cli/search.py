@@ -14,8 +14,9 @@ from weightspace.cli.output import print_json, print_list, print_table
 if TYPE_CHECKING:
     import pandas as pd
 
-    from weightspace.index import Answer, EmbeddingIndex
     from weightspace.io.hub import HubOptions
+    from weightspace.search.finding import Answer
+    from weightspace.search.index import EmbeddingIndex
 
 _RESULTS = ("test_accuracy", "test_loss", "generalization_gap")
 _PINNED = re.compile(r"[^@:]+/[^@:]+@[0-9a-f]{40}(?::.+)?")
@@ -57,7 +58,7 @@ def search(
     Models are ranked by their weights alone; the results beside them are what is known, and are not used. Scores are
     nats for datasets and results, and cosines for relatives.
     """
-    from weightspace.index import Question, find_models, open_index
+    from weightspace.search.finding import Question, find_models, open_index
 
     question = Question(dataset, texts, result, model, same_run)
     index, loaded = open_index(zoo, encoder, options, allow_pickle=allow_pickle)

@@ -134,7 +134,7 @@ def prior(
 
     After an interruption, the same command goes on.
     """
-    from weightspace.index.embedding import saved_folder
+    from weightspace.encoder import saved_folder
     from weightspace.training.prior import CodePriorSettings, PriorSettings, train_prior
 
     overrides = {"loop.steps": steps, "loop.seed": seed, "loop.mixed_precision": mixed_precision}

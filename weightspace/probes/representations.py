@@ -23,9 +23,9 @@ from jaxtyping import Float, Int, Shaped
 from sklearn.decomposition import PCA, IncrementalPCA
 from torch import Tensor
 
-from weightspace.architectures.flat import unflatten
-from weightspace.architectures.permutation import permute, random_permutations
 from weightspace.errors import SettingsError, ZooError
+from weightspace.networks.flat import unflatten
+from weightspace.networks.permutation import permute, random_permutations
 from weightspace.schema import Architecture
 
 LARGEST_MATRIX = 2**28

@@ -11,11 +11,11 @@ import numpy as np
 from jaxtyping import Float
 from tqdm.auto import tqdm
 
+from weightspace.data.images import load_images, parse_dataset_id
 from weightspace.errors import SettingsError, WeightspaceError, ZooError
 from weightspace.io.header import shown
 from weightspace.probes.labels import Labels
 from weightspace.zoo.dataset import Zoo
-from weightspace.zoo.images import load_images, parse_dataset_id
 from weightspace.zoo.splits import MIN_RUNS
 
 CLASSES = "classes"

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from tqdm.auto import tqdm
 
+from weightspace.encoder import Encoder, load_encoder
 from weightspace.errors import SettingsError
-from weightspace.index import Encoder, load_encoder
 from weightspace.models.joint.modeling_joint import JointModel
 from weightspace.probes.probe import ProbeRow, probe_table
 from weightspace.probes.representations import (

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from weightspace.encoder import Encoder
 from weightspace.errors import SettingsError
-from weightspace.index import Encoder
 from weightspace.models.codec import LatentCodec
 from weightspace.models.prior.modeling_code_prior import WeightCodePriorModel
 from weightspace.models.prior.modeling_prior import Guidance

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weightspace.architectures.families import FamilyConfig, family_config
-from weightspace.architectures.infer import infer_architecture
+from weightspace.data.features import DatasetFeatures
 from weightspace.errors import ArchitectureError, SettingsError
-from weightspace.index.results import WantedResult
 from weightspace.io.checkpoint import open_checkpoint
 from weightspace.io.header import load_json_object
 from weightspace.io.hub import HubOptions
+from weightspace.networks.families import FamilyConfig, family_config
+from weightspace.networks.infer import infer_architecture
 from weightspace.schema import Architecture, TensorSpec
-from weightspace.zoo.features import DatasetFeatures
+from weightspace.search.results import WantedResult
 
 _COUNTER = "num_batches_tracked"
 

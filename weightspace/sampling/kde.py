@@ -11,13 +11,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from weightspace.architectures.alignment import align
-from weightspace.architectures.families import FamilyConfig, config_mapping
+from weightspace.encoder import Encoder
 from weightspace.errors import SettingsError
-from weightspace.index import Encoder, joint_query
 from weightspace.models.codec import LatentCodec
+from weightspace.networks.alignment import align
+from weightspace.networks.families import FamilyConfig, config_mapping
 from weightspace.sampling.conditions import Blueprint, Condition
 from weightspace.schema import Architecture
+from weightspace.search.queries import joint_query
 from weightspace.zoo.dataset import Zoo
 
 _Layout = tuple[tuple[str, tuple[int, ...]], ...]
@@ -80,7 +81,7 @@ class Anchors:
 class KdeSampler:
     """P(W | D, R) as a kernel density over the latents of zoo models.
 
-    The joint model's score of an anchor w estimates log p(w | D, R) / p(w) (`weightspace.index.joint_query`), so that
+    The joint model's score of an anchor w estimates log p(w | D, R) / p(w) (`weightspace.search.joint_query`), so that
     models drawn from p(w), which the zoo is, and weighted by its exponential stand for p(w | D, R).
     """
 

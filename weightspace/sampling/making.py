@@ -10,20 +10,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from weightspace.architectures.flat import flatten, unflatten
 from weightspace.cards import SamplingFacts
+from weightspace.data.images import load_images
+from weightspace.encoder import Encoder
 from weightspace.errors import SettingsError
-from weightspace.index import Encoder, dataset_for, parse_results
+from weightspace.evaluation.finetuning import Trial, accuracy, fits, predictions
 from weightspace.io.checkpoint import open_checkpoint
 from weightspace.io.hub import HubOptions
+from weightspace.networks.flat import flatten, unflatten
+from weightspace.networks.running_statistics import running_statistics
 from weightspace.sampling.conditions import Blueprint, Condition, open_blueprint
-from weightspace.sampling.finetuning import Trial, accuracy, fits, predictions
 from weightspace.sampling.flow import FlowSampler
 from weightspace.sampling.opening import OpenedSampler
-from weightspace.sampling.running_statistics import running_statistics
 from weightspace.sampling.samplers import sample
+from weightspace.search.queries import dataset_for
+from weightspace.search.results import parse_results
 from weightspace.zoo.copying import without_folders
-from weightspace.zoo.images import load_images
 
 _STATISTICS_IMAGES, _STATISTICS_BATCH = 512, 128
 
@@ -33,8 +35,8 @@ class Order:
     """What is asked for.
 
     Attributes:
-        dataset: folder or id; see `weightspace.zoo.images.load_images`. None asks for none.
-        result: see `weightspace.index.parse_results`. None asks for none.
+        dataset: folder or id; see `weightspace.data.images.load_images`. None asks for none.
+        result: see `weightspace.search.parse_results`. None asks for none.
         architecture: see `open_blueprint`; left out where a model is edited.
         edited: model that is moved towards the dataset and the result: a path or ``org/name[@revision][:path]``.
         strength: how far it is moved; see `FlowSampler.edit`.

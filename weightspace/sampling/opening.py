@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from weightspace.encoder import Encoder, load_encoder, saved_folder
 from weightspace.errors import SettingsError, WeightspaceError
-from weightspace.index import Encoder, load_encoder
-from weightspace.index.embedding import saved_folder
 from weightspace.io.folders import LocalFolder
 from weightspace.io.header import shown
 from weightspace.io.hub import HubOptions

@@ -7,15 +7,15 @@ from typing import TypeVar
 
 import torch
 
+from weightspace.encoder import Encoder
 from weightspace.errors import SettingsError, WeightspaceError
-from weightspace.index import Encoder
-from weightspace.index.queries import dataset_classes, result_query
 from weightspace.io.header import load_json_object, shown
 from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
 from weightspace.models.codec import LatentCodec
 from weightspace.models.loading import load_whole
 from weightspace.models.prior.modeling_prior import ConditionedPrior, PriorCondition
 from weightspace.sampling.conditions import Blueprint, Condition
+from weightspace.search.queries import dataset_classes, result_query
 from weightspace.training.autoencoder import read_training
 
 P = TypeVar("P", bound=ConditionedPrior)

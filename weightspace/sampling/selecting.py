@@ -9,9 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from weightspace.errors import SettingsError
+from weightspace.evaluation.judging import Task, task_of
 from weightspace.models.codec import LatentCodec
 from weightspace.sampling.conditions import Blueprint, Condition
-from weightspace.sampling.judging import Task, task_of
 from weightspace.sampling.kde import KdeSampler, KdeSettings, noise, picked
 from weightspace.sampling.samplers import Sampler
 

@@ -13,12 +13,12 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from weightspace.architectures.flat import restore
 from weightspace.cards import ModelFacts, ModelsFacts, SamplingFacts, write_card
 from weightspace.errors import SettingsError, ZooError
 from weightspace.io.checkpoint import checkpoint_bytes
 from weightspace.io.header import shown
 from weightspace.io.refs import is_repo_id
+from weightspace.networks.flat import restore
 from weightspace.sampling.conditions import Blueprint
 from weightspace.zoo.describing import architecture_name
 from weightspace.zoo.importing import METADATA

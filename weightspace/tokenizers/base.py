@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from weightspace.architectures.flat import expect, flat_dtype, restore, split_off, unflatten
 from weightspace.errors import ArchitectureError, SettingsError, TokenError
+from weightspace.networks.flat import expect, flat_dtype, restore, split_off, unflatten
 from weightspace.schema import Architecture, LayerSpec, TensorSpec, WeightTokens
 
 # Masks above this many entries are built anew for each use: a cache must not hold on to the memory of huge models.

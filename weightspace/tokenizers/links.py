@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from weightspace.architectures.flat import unflatten
+from weightspace.networks.flat import unflatten
 from weightspace.schema import Architecture, GroupAxis, PermutationGroup
 from weightspace.tokenizers.base import WeightTokenizer
 from weightspace.tokenizers.channel import ChannelTokenizer

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from weightspace.architectures.flat import flat_dtype, flatten, split_off, unflatten
 from weightspace.errors import TokenError
 from weightspace.io.adapters import LoraPair, find_pairs
+from weightspace.networks.flat import flat_dtype, flatten, split_off, unflatten
 from weightspace.schema import Architecture, LayerSpec, TensorSpec, WeightTokens
 from weightspace.tokenizers.base import ReadEntries, TokenLayout, TokenWindow, WeightTokenizer, ensure_finite
 from weightspace.tokenizers.channel import ChannelTokenizer

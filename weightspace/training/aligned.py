@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from weightspace.architectures.alignment import align
 from weightspace.errors import ZooError
 from weightspace.models.codec import LatentCodec
+from weightspace.networks.alignment import align
 from weightspace.schema import Architecture
 from weightspace.zoo.dataset import Zoo
 from weightspace.zoo.views import output_group, reordered_outputs

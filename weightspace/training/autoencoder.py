@@ -15,13 +15,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from weightspace.architectures.families import FamilyConfig, run_flat
 from weightspace.cards import write_card
+from weightspace.data.images import load_images
 from weightspace.errors import SettingsError, ZooError
 from weightspace.losses import behaviour_loss, masked_mse
 from weightspace.models.autoencoder.configuration_autoencoder import WeightAutoencoderConfig
 from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
 from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel
+from weightspace.networks.families import FamilyConfig, run_flat
 from weightspace.tokenizers import get_tokenizer
 from weightspace.tokenizers.normalization import TokenNormalizer
 from weightspace.training.batches import BatchPart, ViewBatch, ViewBatches
@@ -29,7 +30,6 @@ from weightspace.training.loop import Objective, clear_checkpoints, fit, is_main
 from weightspace.training.settings import LoopSettings
 from weightspace.zoo.dataset import Zoo, load_zoo
 from weightspace.zoo.describing import training_zoo
-from weightspace.zoo.images import load_images
 from weightspace.zoo.splits import Split, split_by_run
 from weightspace.zoo.storage import write_text
 from weightspace.zoo.views import Augmentation

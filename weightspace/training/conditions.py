@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from weightspace.data.features import DatasetFeatures, features_of_datasets
+from weightspace.data.image_encoders import open_image_encoder
 from weightspace.models.joint.configuration_joint import ResultTowerConfig
 from weightspace.models.joint.modeling_joint import JointModel, unit
 from weightspace.training.joint import stated_results
 from weightspace.zoo.dataset import Zoo
-from weightspace.zoo.features import DatasetFeatures, features_of_datasets
-from weightspace.zoo.image_encoders import open_image_encoder
 
 
 @dataclass(frozen=True, eq=False)

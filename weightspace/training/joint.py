@@ -13,6 +13,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from weightspace.cards import write_card
+from weightspace.data.features import DatasetFeatures, dataset_features
+from weightspace.data.image_encoders import DEFAULT_ENCODER, ImageEncoder, open_image_encoder
+from weightspace.data.images import load_images
 from weightspace.errors import SettingsError, WeightspaceError, ZooError
 from weightspace.models.autoencoder.configuration_autoencoder import WeightAutoencoderConfig
 from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
@@ -25,9 +28,9 @@ from weightspace.models.joint.configuration_joint import (
     WeightTowerConfig,
 )
 from weightspace.models.joint.feature_extraction_joint import JointFeatureExtractor
-from weightspace.models.joint.measures import found_correlation
 from weightspace.models.joint.modeling_joint import JointModel, unit
 from weightspace.schema import Architecture
+from weightspace.stats.measures import found_correlation
 from weightspace.training.autoencoder import (
     EncoderSettings,
     fitted_input,
@@ -40,9 +43,6 @@ from weightspace.training.loop import Objective, clear_checkpoints, fit, is_main
 from weightspace.training.settings import LoopSettings
 from weightspace.zoo.dataset import Zoo, ZooBatch, load_zoo
 from weightspace.zoo.describing import training_zoo
-from weightspace.zoo.features import DatasetFeatures, dataset_features
-from weightspace.zoo.image_encoders import DEFAULT_ENCODER, ImageEncoder, open_image_encoder
-from weightspace.zoo.images import load_images
 from weightspace.zoo.splits import Split, split_by_run
 from weightspace.zoo.views import Augmentation, output_group, reordered_outputs
 

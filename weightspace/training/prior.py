@@ -14,7 +14,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 
-from weightspace.architectures.families import run_flat
 from weightspace.cards import write_card
 from weightspace.errors import SettingsError, ZooError
 from weightspace.losses import behaviour_loss
@@ -26,6 +25,7 @@ from weightspace.models.prior.configuration_code_prior import WeightCodePriorCon
 from weightspace.models.prior.configuration_prior import WeightPriorConfig
 from weightspace.models.prior.modeling_code_prior import WeightCodePriorModel
 from weightspace.models.prior.modeling_prior import ConditionedPrior, WeightPriorModel
+from weightspace.networks.families import run_flat
 from weightspace.training.aligned import AlignedModels, Members
 from weightspace.training.autoencoder import (
     BehaviourSettings,

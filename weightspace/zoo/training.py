@@ -13,13 +13,13 @@ from typing import Any, Literal
 import torch
 from tqdm.auto import tqdm
 
-from weightspace.architectures.families import Activation, FamilyConfig, Initialization, config_mapping, family_config
+from weightspace.data.images import load_images, variants
 from weightspace.errors import SettingsError
 from weightspace.io.checkpoint import checkpoint_bytes
+from weightspace.networks.families import Activation, FamilyConfig, Initialization, config_mapping, family_config
+from weightspace.networks.population import Recipe, Snapshot, train_population
 from weightspace.schema import ModelRef, ZooEntry
 from weightspace.zoo.dataset import Zoo, load_zoo
-from weightspace.zoo.images import load_images, variants
-from weightspace.zoo.population import Recipe, Snapshot, train_population
 from weightspace.zoo.writer import ZooWriter
 
 _RUNS_TOGETHER = 256
@@ -30,7 +30,7 @@ class ZooSettings:
     """Which runs a zoo has. Every run draws one value of each list; datasets and architectures are dealt in turn.
 
     Attributes:
-        dataset: base dataset: ``"digits"``, a local folder or a Hub id; see `weightspace.zoo.images.load_images`.
+        dataset: base dataset: ``"digits"``, a local folder or a Hub id; see `weightspace.data.images.load_images`.
         class_subsets: class numbers of each subset, all of one length; ``None`` stands for all classes.
         rotations: orientations of the images, degrees.
         polarities: ``"normal"`` and ``"inverted"``.

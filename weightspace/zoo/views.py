@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from weightspace.architectures.permutation import identity_permutations, permute, random_permutations
 from weightspace.errors import SettingsError
+from weightspace.networks.permutation import identity_permutations, permute, random_permutations
 from weightspace.schema import Architecture, GroupAxis, PermutationGroup
 
 

@@ -1,0 +1,257 @@
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+from weightspace.cli.main import main
+from weightspace.encoder import load_encoder
+from weightspace.errors import SettingsError, WeightspaceError, ZooError
+from weightspace.evaluation.finetuning import FineTuning
+from weightspace.evaluation.proof import DISAGREEMENT, REFINED_SCRATCH, SAMPLES, SCRATCH, ProofSettings, accuracy_after
+from weightspace.sampling.opening import Sources, open_sampler, training_rows
+from weightspace.sampling.trials import (
+    EvaluationSettings,
+    bin_middles,
+    evaluate_samplers,
+    plan_trials,
+    prove_trials,
+)
+from weightspace.search.queries import described_dataset
+from weightspace.training.autoencoder import read_training
+from weightspace.zoo.dataset import Zoo, load_zoo
+
+QUICK = ProofSettings(FineTuning(epochs=(0,)), checkpoints=2)
+
+
+@pytest.fixture(scope="module")
+def unseen_joint(tmp_path_factory: pytest.TempPathFactory, tiny_zoo: Zoo, tiny_clip_joint: Path) -> Path:
+    """A joint model that held out one of the zoo's datasets."""
+    from weightspace.settings import settings_from_mapping
+    from weightspace.training.joint import JointSettings, train_joint
+
+    record = read_training(tiny_clip_joint)
+    assert record is not None
+    held_out = sorted(set(tiny_zoo.index["dataset"]))[:1]
+    settings = settings_from_mapping(JointSettings, record["settings"] | {"held_out_datasets": held_out}, where="it")
+    return train_joint(tiny_zoo.path, tmp_path_factory.mktemp("unseen") / "joint", settings)
+
+
+def test_training_rows_are_neither_tested_nor_validated_on(tiny_zoo: Zoo, unseen_joint: Path) -> None:
+    rows = training_rows(tiny_zoo, load_encoder(unseen_joint))
+    record = read_training(unseen_joint)
+    assert record is not None
+    seen = tiny_zoo.index.iloc[rows]
+    assert len(seen)
+    assert not set(seen["run_id"]) & {*record["test_runs"], *record["validation_runs"]}
+    assert not set(seen["dataset"]) & set(record["settings"]["held_out_datasets"])
+
+
+def test_another_zoo_is_refused(tiny_clip_joint: Path, tiny_zoo: Zoo, tmp_path: Path) -> None:
+    from weightspace.zoo.exporting import export_folder
+    from weightspace.zoo.importing import import_folder
+
+    export_folder(tiny_zoo, tmp_path / "files", range(3))
+    import_folder(tmp_path / "files", tmp_path / "zoo")
+    other = load_zoo(tmp_path / "zoo")
+    named = f"digest {other.digest}.*on one of digest {tiny_zoo.digest}; give that zoo"
+    with pytest.raises(SettingsError, match=named):
+        training_rows(other, load_encoder(tiny_clip_joint))
+
+
+def test_the_top_request_lies_in_the_top_bin(tiny_clip_joint: Path) -> None:
+    joint = load_encoder(tiny_clip_joint)
+    edges = joint.model.result_model.edges[joint.model.result_model.config.results.index("test_accuracy")]
+    for count in (1, 2, 4, 100):
+        requests = bin_middles(joint, count)
+        assert list(requests) == sorted(requests)
+        assert edges[-2] <= requests[-1] <= edges[-1]
+    assert len(bin_middles(joint, 100)) <= len(edges) - 1
+
+
+def test_conditions_are_those_of_the_zoo(tiny_zoo: Zoo, unseen_joint: Path) -> None:
+    joint = load_encoder(unseen_joint)
+    trials = plan_trials(tiny_zoo, joint, EvaluationSettings(datasets=2, unseen=True, requests=(0.5,)))
+    held_out = sorted(set(tiny_zoo.index["dataset"]))[0]
+    names = [dataset.dataset_id for dataset in trials.datasets]
+    assert len(names) == 3
+    assert names[-1] == held_out
+    assert set(trials.nearest) == {held_out}
+    assert trials.nearest[held_out] in set(tiny_zoo.index["dataset"].iloc[training_rows(tiny_zoo, joint)])
+    assert trials.requests == (0.5,)
+    for name, blueprints in trials.blueprints.items():
+        own = {tiny_zoo.families[row] for row in np.flatnonzero(tiny_zoo.index["dataset"] == name)}
+        assert {blueprint.family for blueprint in blueprints} <= own
+    one = plan_trials(tiny_zoo, joint, EvaluationSettings(datasets=2, activations=1))
+    for blueprints in one.blueprints.values():
+        families = [blueprint.family.family for blueprint in blueprints if blueprint.family]
+        assert len(set(families)) == len(families)
+
+
+def test_without_held_out_datasets_nothing_is_unseen(tiny_zoo: Zoo, tiny_clip_joint: Path) -> None:
+    with pytest.raises(SettingsError, match=r"held out no dataset.*train one with held_out_datasets"):
+        plan_trials(tiny_zoo, load_encoder(tiny_clip_joint), EvaluationSettings(unseen=True))
+
+
+def test_samplers_stand_beside_controls(
+    tiny_zoo: Zoo, tiny_clip_joint: Path, tiny_prior: Path, tiny_encoder: Path
+) -> None:
+    joint = load_encoder(tiny_clip_joint)
+    sources = Sources(joint, (str(tiny_prior),), tiny_zoo, str(tiny_encoder))
+    samplers = {name: open_sampler(name, sources).sampler for name in ("kde", "flow")}
+    settings = EvaluationSettings(datasets=2, count=2, activations=1, requests=(0.2, 0.35), proof=QUICK)
+    rows = evaluate_samplers(samplers, tiny_zoo, joint, settings)
+    found = {(row.measure, row.subject) for row in rows}
+    assert {(accuracy_after(0), SAMPLES), (accuracy_after(0), SCRATCH)} <= found
+    assert list(dict.fromkeys(row.sampler for row in rows)) == ["kde", "flow"]
+    assert {row.datasets for row in rows} == {"seen"}
+    again = evaluate_samplers(samplers, tiny_zoo, joint, settings)
+    assert rows == again
+
+
+def test_refined_samplers_stand_beside_untrained_weights_refined_alike(
+    tiny_zoo: Zoo, tiny_clip_joint: Path, tiny_encoder: Path
+) -> None:
+    joint = load_encoder(tiny_clip_joint)
+    sources = Sources(joint, zoo=tiny_zoo, encoder=str(tiny_encoder))
+    samplers = {name: open_sampler(name, sources).sampler for name in ("kde", "kde+selected+refined")}
+    settings = EvaluationSettings(datasets=1, count=2, activations=1, requests=(0.35,), proof=QUICK)
+    rows = evaluate_samplers(samplers, tiny_zoo, joint, settings)
+    assert {row.sampler for row in rows if row.subject == REFINED_SCRATCH} == {"kde+selected+refined"}
+
+
+def test_a_description_of_a_dataset_is_refused_before_anything_is_sampled(
+    tiny_zoo: Zoo, tiny_clip_joint: Path, tiny_encoder: Path
+) -> None:
+    joint = load_encoder(tiny_clip_joint)
+    settings = EvaluationSettings(datasets=1, count=1, activations=1, requests=(0.35,), proof=QUICK)
+    trials = plan_trials(tiny_zoo, joint, settings)
+    described = replace(trials, datasets=(*trials.datasets, described_dataset(joint, ["a zero", "a one"])))
+    with pytest.raises(ZooError, match=r"a zero; a one: is neither a folder nor .* no images"):
+        prove_trials({"it": Untouched()}, described, tiny_zoo, joint, settings)
+
+
+class Untouched:
+    """A sampler that must not be asked."""
+
+    codec: Any = None
+
+    def latents(self, *asked: object) -> Any:
+        raise AssertionError(asked)
+
+
+class TestNames:
+    @pytest.mark.parametrize(
+        ("name", "named"),
+        [
+            ("flows", "sampler 'flows': 'flows' is none; choose of flow, codes, kde"),
+            ("flow+better", "'better' is no step; choose of selected, bootstrapped, refined"),
+            ("flow+bootstrapped", "only kde can be bootstrapped; write flow.selected"),
+            ("kde+refined+selected", "select once, then refine, e.g. kde.selected.refined"),
+            ("kde+selected+bootstrapped", "select once"),
+        ],
+    )
+    def test_that_mean_nothing(self, name: str, named: str, tiny_clip_joint: Path) -> None:
+        with pytest.raises(SettingsError, match=named):
+            open_sampler(name, Sources(load_encoder(tiny_clip_joint)))
+
+    @pytest.mark.parametrize(
+        ("name", "given", "named"),
+        [
+            ("flow", (), "sampler flow: needs a trained weight_prior"),
+            ("kde", (), "sampler kde: needs a zoo"),
+            ("kde", ("zoo",), r"sampler kde: needs a trained autoencoder .* or a prior, .*\(--encoder, --prior\)"),
+        ],
+    )
+    def test_that_lack_something(
+        self, name: str, given: tuple[str, ...], named: str, tiny_clip_joint: Path, tiny_zoo: Zoo
+    ) -> None:
+        sources: dict[str, Any] = {"zoo": tiny_zoo} if "zoo" in given else {}
+        with pytest.raises(SettingsError, match=named):
+            open_sampler(name, Sources(load_encoder(tiny_clip_joint), **sources))
+
+    def test_a_model_that_is_no_prior(self, tiny_clip_joint: Path, tiny_encoder: Path) -> None:
+        with pytest.raises(
+            SettingsError, match="holds a model of type 'weight_autoencoder'; give what `train prior` wrote"
+        ):
+            open_sampler("flow", Sources(load_encoder(tiny_clip_joint), (str(tiny_encoder),)))
+
+    def test_a_prior_that_lacks_weights(self, tiny_clip_joint: Path, tiny_prior: Path, tmp_path: Path) -> None:
+        shutil.copytree(tiny_prior, tmp_path / "p")
+        stored = load_file(tmp_path / "p" / "model.safetensors")
+        del stored["result_in.weight"]
+        save_file(stored, tmp_path / "p" / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(WeightspaceError, match=r"lacks 1 of the tensors .* result_in\.weight; train it again"):
+            open_sampler("flow", Sources(load_encoder(tiny_clip_joint), (str(tmp_path / "p"),)))
+
+    def test_of_sources_say_nothing_of_this_machine(
+        self, tiny_clip_joint: Path, tiny_prior: Path, tiny_zoo: Zoo
+    ) -> None:
+        sources = Sources(load_encoder(tiny_clip_joint), (str(tiny_prior),), tiny_zoo)
+        opened = open_sampler("kde+bootstrapped+refined", sources)
+        assert set(opened.sources) == {"joint model", "zoo", "prior"}
+        assert set(opened.settings) == {"kde", "bootstrapped", "refined"}
+        assert not any("/" in name for name in opened.sources.values())
+
+
+class TestCommand:
+    def test_prints_and_keeps_the_proof(
+        self,
+        tiny_zoo: Zoo,
+        tiny_clip_joint: Path,
+        tiny_prior: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        words = ["evaluate-samples", tiny_zoo.path, "--model", tiny_clip_joint, "--prior", tiny_prior, "-n", 1]
+        words += ["--sampler", "flow", "--datasets", 2, "--request", 0.3, "--epochs", 0]
+        assert main([*map(str, words), "--output", str(tmp_path / "proof.json")]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0] == "seen datasets: 2"
+        assert lines[1].split() == ["measure", "of", "flow"]
+        assert lines[2].split()[:5] == ["accuracy", "after", "0", "epochs", "samples"]
+        assert lines[-1] == f"proof: {tmp_path / 'proof.json'}"
+        kept = json.loads((tmp_path / "proof.json").read_text())
+        head = next(place for place, line in enumerate(lines) if line.split()[:2] == ["sampler", "bar"])
+        for line, bar in zip(lines[head + 1 : -1], kept["bars"], strict=True):
+            assert line.split()[0] == "flow" and f" {bar['outcome']} " in line
+            assert f"  {bar['measure']}  " in line and f"  {bar['subject']}  " in line
+            assert f"  {bar['value']:.3f} [{bar['low']:.3f}, {bar['high']:.3f}]" in line
+            assert line.endswith(f"{bar['holds']} of {bar['of']}")
+        assert kept["rows"][0]["measure"] == accuracy_after(0)
+        assert f"{kept['rows'][0]['value']:.3f}" in lines[2]
+        assert kept["settings"]["requests"] == [0.3]
+        assert main([*map(str, words), "--output", str(tmp_path / "proof.json"), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["rows"] == kept["rows"]
+
+    def test_codes_are_drawn_at_a_temperature(
+        self,
+        tiny_zoo: Zoo,
+        tiny_clip_joint: Path,
+        tiny_code_prior: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        words = ["evaluate-samples", tiny_zoo.path, "--model", tiny_clip_joint, "--prior", tiny_code_prior, "-n", 2]
+        words += ["--datasets", 1, "--request", 0.3, "--epochs", 0, "--output", tmp_path / "proof.json"]
+        assert main([*map(str, words), "--sampler", "codes", "--temperature", "0", "--json"]) == 0
+        record = json.loads(capsys.readouterr().out)
+        assert record["samplers"]["codes"]["settings"]["codes"]["temperature"] == 0
+        (apart,) = (row for row in record["rows"] if (row["measure"], row["subject"]) == (DISAGREEMENT, SAMPLES))
+        assert apart["value"] == 0
+        assert main([*map(str, words), "--sampler", "kde", "--temperature", "0"]) == 2
+        assert "--temperature: 0 is for the sampler codes and not for kde; leave it out" in capsys.readouterr().err
+
+    def test_names_what_is_missing(
+        self, tiny_zoo: Zoo, tiny_clip_joint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        words = ["evaluate-samples", tiny_zoo.path, "--model", tiny_clip_joint, "--output", tmp_path / "proof.json"]
+        assert main([str(word) for word in words]) == 2
+        assert "sampler kde: needs a trained autoencoder" in capsys.readouterr().err
+        assert not (tmp_path / "proof.json").exists()

@@ -1,0 +1,1 @@
+"""Image classification datasets, the frozen image encoders that see them, and their features."""

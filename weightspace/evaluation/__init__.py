@@ -1,0 +1,1 @@
+"""Judges models by what they do."""

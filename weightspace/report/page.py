@@ -1,0 +1,447 @@
+"""The report: one self-contained HTML page about a zoo and its encoder, and the same numbers as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from weightspace.evaluation.retrieval import RetrievalRow
+from weightspace.probes.explain import Explanation
+from weightspace.report import plots
+from weightspace.report.legend import Legend, dataset_legend
+from weightspace.report.tables import Grid, bar_tables, cluster_tables, sample_tables, variance_tables
+from weightspace.report.verdicts import (
+    clustering_answers,
+    decimals,
+    is_learned,
+    probe_verdicts,
+    readable,
+    reconstruction_verdicts,
+    retrieval_verdicts,
+    sample_verdicts,
+    signed,
+    variance_answers,
+)
+from weightspace.zoo.storage import write_text
+
+ALL_ARCHITECTURES = "all"
+_UNKNOWN_DATASET = "unknown"
+_SPLITS = ("train", "validation", "eval", "test")
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """A measure of probes: its field, and the name within those of its interval and its permuted value."""
+
+    name: str
+    column: str
+    short: str
+
+    @property
+    def permuted(self) -> str:
+        return f"permuted_{self.short}"
+
+
+_OF_NUMBERS = (_Measure("R²", "r2", "r2"), _Measure("Kendall's τ", "kendall_tau", "tau"))
+_OF_LABELS = (_Measure("AUC", "auc", "auc"), _Measure("Balanced accuracy", *2 * ("balanced_accuracy",)))
+_PROBE_NUMBERS = [name for one in (*_OF_NUMBERS, *_OF_LABELS) for name in (one.column, one.permuted)]
+
+
+@dataclass(frozen=True)
+class ReconstructionRow:
+    """How well one method's decoded models do the originals' work.
+
+    Attributes:
+        method: ``"autoencoder"``, ``"PCA"``, ``"IncrementalPCA"``, ...
+        architecture: name of the architecture, or ``ALL_ARCHITECTURES``.
+        models: test models that were decoded.
+        weights: numbers one model has (mean where they differ).
+        latent_size: numbers that one model is decoded from (mean where they differ).
+        original_accuracy: mean accuracy of the originals, as a fraction.
+        decoded_accuracy: mean accuracy of the decoded models.
+        kept: share of the originals' accuracy that is kept, over models better than chance.
+        kept_low: lower end of its 95 % interval.
+        kept_high: upper end.
+        agreement: share of inputs that get the same class from both.
+        relative_mse: squared error of the weights over their variance.
+    """
+
+    method: str
+    architecture: str
+    models: int
+    weights: int | float
+    latent_size: int | float
+    original_accuracy: float
+    decoded_accuracy: float
+    kept: float
+    kept_low: float
+    kept_high: float
+    agreement: float
+    relative_mse: float
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """One number of the training history over optimizer steps; a ``validation`` name is drawn with its counterpart."""
+
+    name: str
+    steps: Sequence[int | float] | np.ndarray
+    values: Sequence[int | float] | np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class PredictedTrue:
+    """What one probe predicted for its test models, beside what is true."""
+
+    title: str
+    true: Float[np.ndarray, "models"]
+    predicted: Float[np.ndarray, "models"]
+
+
+@dataclass(frozen=True, eq=False)
+class ZooMap:
+    """Embeddings to place in the plane, with the dataset and the accuracy (NaN where unknown) of each model."""
+
+    embeddings: Float[np.ndarray, "models d"]
+    datasets: Sequence[str | None]
+    accuracies: Float[np.ndarray, "models"]
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """Everything the page shows; a part that is empty is left out.
+
+    Attributes:
+        title: heading of the page.
+        facts: headline facts in the order to show, under the names to show.
+        probes: records of probe rows: their fields by name, None for NaN.
+        reconstruction: rows in the order to show; those of ``ALL_ARCHITECTURES`` decide the verdict.
+        retrieval: what a joint model finds.
+        explanation: whether models of one dataset cluster, and what determines the weights.
+        samples: records of proof rows: their fields by name.
+        sample_bars: records of what is asked of samples.
+        curves: training history.
+        predictions: scatter plots to show.
+        zoo_map: embeddings to draw as a map.
+        settings: what the run was made with; nested mappings allowed.
+        commands: command lines that make it again.
+        notes: what else a reader has to know, one sentence each.
+    """
+
+    title: str
+    facts: Mapping[str, str | int | float] = field(default_factory=dict)
+    probes: Sequence[Mapping[str, Any]] = ()
+    reconstruction: Sequence[ReconstructionRow] = ()
+    retrieval: Sequence[RetrievalRow] = ()
+    explanation: Explanation | None = None
+    samples: Sequence[Mapping[str, Any]] = ()
+    sample_bars: Sequence[Mapping[str, Any]] = ()
+    curves: Sequence[Curve] = ()
+    predictions: Sequence[PredictedTrue] = ()
+    zoo_map: ZooMap | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    commands: Sequence[str] = ()
+    notes: Sequence[str] = ()
+
+
+def write_report(report: Report, folder: str | Path) -> Path:
+    """Writes ``report.html`` and ``report.json``, each whole or not at all.
+
+    Every number of the page comes from the JSON's records and stands in a ``<data>`` element with all its digits. NaN
+    and Inf become null in the JSON and "n/a" on the page. The page asks for nothing from outside and runs no script.
+
+    Args:
+        report: what to show. All texts in it are escaped.
+        folder: created if need be; an older report in it is replaced.
+
+    Returns:
+        Path of the HTML page.
+
+    Raises:
+        ZooError: the folder cannot be written.
+    """
+    points = None if report.zoo_map is None else plots.place_models(report.zoo_map.embeddings)
+    records = _records(report, points)
+    page = _page(records)
+    folder = Path(folder)
+    text = json.dumps(records, indent=1, ensure_ascii=False, allow_nan=False, default=str)
+    write_text(folder / "report.json", f"{text}\n")
+    write_text(folder / "report.html", page)
+    return folder / "report.html"
+
+
+# --- records ---------------------------------------------------------------------------------------------------------
+
+
+def _records(report: Report, points: plots.MapPoints | None) -> dict[str, Any]:
+    probes = [_plain(row) for row in report.probes]
+    reconstruction = [
+        _plain({**dataclasses.asdict(row), "compression": row.weights / row.latent_size if row.latent_size else None})
+        for row in report.reconstruction
+    ]
+    retrieval = [_plain(dataclasses.asdict(row)) for row in report.retrieval]
+    sample_bars = [_plain(bar) for bar in report.sample_bars]
+    explanation = None if report.explanation is None else _plain(dataclasses.asdict(report.explanation))
+    if explanation is not None:
+        explanation["answers"] = {
+            "clusters": clustering_answers(explanation["clusters"]),
+            "variance": variance_answers(explanation["variance"]),
+        }
+    verdicts = [
+        *probe_verdicts(probes),
+        *reconstruction_verdicts(reconstruction, ALL_ARCHITECTURES),
+        *retrieval_verdicts(retrieval),
+        *sample_verdicts(sample_bars),
+    ]
+    zoo_map = None
+    if report.zoo_map is not None and points is not None and len(points.rows):
+        zoo_map = {
+            "method": points.method,
+            "models": len(report.zoo_map.embeddings),
+            "left_out": points.left_out,
+            "x": points.places[:, 0].round(4),
+            "y": points.places[:, 1].round(4),
+            "dataset": [report.zoo_map.datasets[row] or _UNKNOWN_DATASET for row in points.rows],
+            "accuracy": np.asarray(report.zoo_map.accuracies, dtype=np.float64)[points.rows],
+        }
+    records: dict[str, Any] = _plain(
+        {
+            "title": report.title,
+            "facts": report.facts,
+            "verdicts": [dataclasses.asdict(verdict) for verdict in verdicts],
+            "probes": probes,
+            "reconstruction": reconstruction,
+            "retrieval": retrieval,
+            "explanation": explanation,
+            "samples": report.samples,
+            "sample_bars": sample_bars,
+            "map": zoo_map,
+            "predictions": [
+                {"title": one.title, "true": one.true, "predicted": one.predicted} for one in report.predictions
+            ],
+            "curves": [{"name": one.name, "steps": one.steps, "values": one.values} for one in report.curves],
+            "settings": report.settings,
+            "commands": report.commands,
+            "notes": report.notes,
+        }
+    )
+    return records
+
+
+def _plain(value: Any) -> Any:
+    """Makes a value ready for JSON; what JSON does not know becomes text."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else str(value)
+
+
+# --- page ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Figure:
+    """A plot with the words around it."""
+
+    title: str
+    svg: Markup
+    caption: str = ""
+    keys: tuple[str, ...] = ()
+
+
+def _page(records: Mapping[str, Any]) -> str:
+    environment = Environment(
+        loader=PackageLoader("weightspace.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": _number, "place": _place, "readable": readable}
+    environment.tests["learned"] = is_learned
+    legend = dataset_legend(records["map"]["dataset"]) if records["map"] else None
+    page: str = environment.get_template("report.html").render(
+        records,
+        measures={True: _OF_LABELS, False: _OF_NUMBERS},
+        questions=_questions(records["explanation"]),
+        sample_tables=[*sample_tables(records["samples"]), *bar_tables(records["sample_bars"])],
+        probe_tables=_tables(records["probes"], "target", _PROBE_NUMBERS, ()),
+        reconstruction_tables=_tables(
+            records["reconstruction"], "architecture", ("decoded_accuracy", "kept", "agreement"), ("relative_mse",)
+        ),
+        all_architectures=ALL_ARCHITECTURES,
+        map_figures=[] if legend is None else _map_figures(records["map"], legend),
+        map_legend=legend,
+        prediction_figures=[_prediction_figure(i, one) for i, one in enumerate(records["predictions"])],
+        curve_figures=_curve_figures(records["curves"]),
+        flat_settings=_flat(records["settings"]),
+    )
+    return page
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Rows that belong together, the names of each row's best numbers, and what its rows have to say."""
+
+    name: str
+    rows: list[Mapping[str, Any]]
+    best: list[set[str]]
+    notes: dict[str, list[str]]
+
+
+def _tables(
+    rows: Sequence[Mapping[str, Any]], by: str, largest: Sequence[str], smallest: Sequence[str]
+) -> list[_Table]:
+    tables = []
+    for name in dict.fromkeys(row[by] for row in rows):
+        same = [row for row in rows if row[by] == name]
+        best: list[set[str]] = [set() for _ in same]
+        for columns, pick in ((largest, max), (smallest, min)):
+            for column in columns:
+                _mark_best(same, column, pick, best)
+        notes: dict[str, list[str]] = {}
+        for row in same:
+            if row.get("note"):
+                notes.setdefault(row["note"], []).append(f"{row['representation']} with {row['estimator']}")
+        tables.append(_Table(name, same, best, notes))
+    return tables
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A question about the zoo with its answers."""
+
+    text: str
+    answers: list[str]
+    tables: list[Grid]
+
+
+def _questions(explanation: Mapping[str, Any] | None) -> list[_Question]:
+    if explanation is None:
+        return []
+    answers, clusters, variance = explanation["answers"], explanation["clusters"], explanation["variance"]
+    asked = [
+        _Question("Do models trained on the same dataset cluster?", answers["clusters"], cluster_tables(clusters)),
+        _Question("What determines the weights most?", answers["variance"], variance_tables(variance)),
+    ]
+    return [question for question in asked if question.tables]
+
+
+def _mark_best(
+    rows: Sequence[Mapping[str, Any]], column: str, pick: Callable[[list[float]], float], best: list[set[str]]
+) -> None:
+    """Marks all that print the same as the best, as long as that tells something apart."""
+    texts = [None if row[column] is None else decimals(row[column]) for row in rows]
+    known = [row[column] for row in rows if row[column] is not None]
+    if len(set(texts) - {None}) > 1:
+        winner = decimals(pick(known))
+        for text, marks in zip(texts, best, strict=True):
+            if text == winner:
+                marks.add(column)
+
+
+def _map_figures(zoo_map: Mapping[str, Any], legend: Legend) -> list[_Figure]:
+    places = np.stack([zoo_map["x"], zoo_map["y"]], axis=1)
+    datasets, accuracies = zoo_map["dataset"], np.array(zoo_map["accuracy"], dtype=np.float64)
+    known = int(np.isfinite(accuracies).sum())
+    by_dataset = plots.map_by_dataset(
+        places, datasets, legend, "map-dataset", f"Map of {len(places)} models coloured by {len(legend.marks)} datasets"
+    )
+    by_accuracy = plots.map_by_accuracy(
+        places, accuracies, "map-accuracy", f"The same map coloured by accuracy, which is known for {known} models"
+    )
+    return [
+        _Figure("By dataset", Markup(by_dataset)),
+        _Figure("By accuracy", Markup(by_accuracy), "Grey: accuracy not known." if known < len(places) else ""),
+    ]
+
+
+def _prediction_figure(number: int, prediction: Mapping[str, Any]) -> _Figure:
+    pairs = np.array([prediction["true"], prediction["predicted"]], dtype=np.float64).reshape(2, -1)
+    true, predicted = pairs[:, np.isfinite(pairs).all(axis=0)]
+    if not len(true):
+        return _Figure(prediction["title"], Markup(), "No model has both numbers.")
+    label = f"Predicted against true, {prediction['title']}, {len(true)} models"
+    svg, outside = plots.predicted_true(true, predicted, f"prediction-{number}", label)
+    caption = f"{len(true):,} test models"
+    return _Figure(prediction["title"], Markup(svg), f"{caption}, {outside:,} outside the plot" if outside else caption)
+
+
+def _curve_figures(curves: Sequence[Mapping[str, Any]]) -> list[_Figure]:
+    panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+    for curve in curves:
+        pairs = [pair for pair in zip(curve["steps"], curve["values"], strict=True) if None not in pair]
+        if pairs:
+            steps, values = zip(*pairs, strict=True)
+            panel = _measured(curve["name"])
+            if len(panels.get(panel, ())) == plots.MAX_CURVES:
+                panel = curve["name"]
+            panels.setdefault(panel, {})[curve["name"]] = (list(steps), list(values))
+    figures = []
+    for number, (panel, lines) in enumerate(panels.items()):
+        ends = tuple(f"{readable(name)} ends at {values[-1]:.3g}" for name, (_, values) in lines.items())
+        svg = plots.curves(lines, f"curve-{number}", f"Training curve of {readable(panel)}: {'; '.join(ends)}")
+        figures.append(_Figure(readable(panel), Markup(svg), keys=ends))
+    return figures
+
+
+def _measured(name: str) -> str:
+    """Leaves out on which models a curve was measured: ``validation_loss``, ``train/loss`` and ``loss`` go together."""
+    first, *rest = re.split(r"[_/ -]", name, maxsplit=1)
+    return (rest[0] if rest else "loss") if first in _SPLITS else name
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    lines: list[tuple[str, Any]] = []
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            lines += _flat(value, f"{prefix}{name}.")
+        else:
+            lines.append((f"{prefix}{name}", value))
+    return lines
+
+
+def _plain_number(value: int | float) -> str:
+    if isinstance(value, int) or abs(value) >= 1000:
+        return signed(f"{value:,.0f}")
+    return signed(f"{value:.4g}")
+
+
+_STYLES: dict[str, Callable[[int | float], str]] = {
+    "decimals": decimals,
+    "percent": lambda value: signed(f"{100 * value:z.1f} %"),
+    "times": lambda value: f"{value:.1f} \N{MULTIPLICATION SIGN}",
+    "plain": _plain_number,
+    "exact": lambda value: signed(repr(value)),
+}
+
+
+def _number(value: Any, style: str = "decimals", reason: str = "not measured") -> Markup | str:
+    """Shows a number to a reader, with all its digits for a program; other values as they are."""
+    if value is None:
+        return Markup('<abbr class="none" title="{}">n/a</abbr>').format(reason)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    shown = _STYLES[style](value).replace(" ", "\N{NO-BREAK SPACE}")
+    return Markup('<data value="{}">{}</data>').format(repr(value), shown)
+
+
+def _place(value: int | float, start: float = 0.0, width: int = 100) -> str:
+    """Turns a number into a place on an axis from ``start`` to 1; what lies outside stands at its ends."""
+    return f"{width * min(max((value - start) / (1 - start), 0.0), 1.0):.1f}"

@@ -1,0 +1,268 @@
+"""Lays records out as tables of the report: explanations of the weights, and proofs of sampled models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from weightspace.probes.explain import ACROSS, ALL
+from weightspace.report.verdicts import ACCURACY, REFINED_SCRATCH, SAMPLES, is_learned, readable, told_difference
+
+_SHOWN_FACTORS = 6
+
+Words = tuple[str | int | float, ...]
+"""Text in pieces, so that its numbers keep all their digits."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number with what stands below it.
+
+    Attributes:
+        value: the number.
+        low: lower end of its 95 % interval, or None.
+        high: upper end.
+        note: more about it.
+    """
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    note: Words = ()
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row; a cell that is None was not measured, and ``marked`` rows are those to look at first."""
+
+    name: str
+    about: Words
+    cells: tuple[Cell | None, ...]
+    marked: bool = False
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One table.
+
+    Attributes:
+        name: its heading.
+        about: what else its caption says.
+        corner: what the rows are.
+        columns: name of each column and what stands below it.
+        lines: the rows.
+        style: how its numbers are printed.
+    """
+
+    name: str
+    about: Words
+    corner: str
+    columns: tuple[tuple[str, str], ...]
+    lines: tuple[Line, ...]
+    style: str = "decimals"
+
+
+# --- what the weights tell of their data -----------------------------------------------------------------------------
+
+
+def cluster_tables(rows: Sequence[Mapping[str, Any]]) -> list[Grid]:
+    """Tabulates whether runs of one dataset stand together, descriptions of the same runs side by side.
+
+    Args:
+        rows: records of cluster rows; those of other labels than the dataset are left out.
+    """
+    found: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["label"] == "dataset":
+            found.setdefault((row["models"], row["description"]), {})[row["measure"]] = row
+    if not found:
+        return []
+    scopes = list(dict.fromkeys(scope for scope, _ in found))
+    measures = list(dict.fromkeys(measure for own in found.values() for measure in own))
+    lines = []
+    for scope, description in sorted(found, key=lambda key: scopes.index(key[0])):
+        own = found[scope, description]
+        first = next(iter(own.values()))
+        where = "across" if scope == ACROSS else scope
+        about = (where, ", ", first["runs"], " runs, ", first["groups"], " datasets")
+        cells = [cell for measure in measures for cell in _beside_chance(own.get(measure))]
+        lines.append(Line(description, about, tuple(cells), is_learned(description)))
+    columns = [column for measure in measures for column in ((_headed(measure), ""), ("by chance", ""))]
+    return [Grid("Runs of one dataset", (), "Weights described by", tuple(columns), tuple(lines))]
+
+
+def _beside_chance(row: Mapping[str, Any] | None) -> tuple[Cell | None, Cell | None]:
+    if row is None:
+        return None, None
+    estimate = row["estimate"]
+    chance = Cell(estimate["null_mean"], note=("p ", estimate["p_value"]))
+    return Cell(estimate["value"], estimate["low"], estimate["high"]), chance
+
+
+def variance_tables(rows: Sequence[Mapping[str, Any]]) -> list[Grid]:
+    """Tabulates the largest shares of variance, a column a description, and what data and training have together.
+
+    One table for all architectures, or one for each where no description compares them.
+
+    Args:
+        rows: records of variance rows.
+    """
+    scopes = list(dict.fromkeys(row["models"] for row in rows))
+    return [
+        _variance_table(scope, [row for row in rows if row["models"] == scope])
+        for scope in ([ALL] if ALL in scopes else scopes)
+    ]
+
+
+def _variance_table(scope: str, rows: Sequence[Mapping[str, Any]]) -> Grid:
+    descriptions = list(dict.fromkeys(row["description"] for row in rows))
+    found: dict[tuple[str, str, str], dict[str, Mapping[str, Any]]] = {}
+    for row in rows:
+        share = row["share"]
+        found.setdefault((share["part"], share["name"], share["kind"]), {})[row["description"]] = share["share"]
+    single = [key for key in found if key[0] in ("factor", "interactions")]
+    largest = sorted(single, key=lambda key: -max(one["value"] for one in found[key].values()))[:_SHOWN_FACTORS]
+    together = [key for key in found if key[0] == "together"]
+    lines = []
+    for part, name, kind in (*largest, *together):
+        own = found[part, name, kind]
+        described = "its factors and their interactions" if part == "together" else f"{kind}, {part}"
+        cells = tuple(_share(own.get(description)) for description in descriptions)
+        lines.append(
+            Line(readable(name).replace(" x ", " \N{MULTIPLICATION SIGN} "), (described,), cells, part == "together")
+        )
+    models = "all architectures" if scope == ALL else scope
+    about = (models, ", ", rows[0]["runs"], " runs; the ", len(largest), " largest of ", len(single), " parts")
+    columns = tuple((description, "") for description in descriptions)
+    return Grid("Share of the variance of the weights' description", about, "Part", columns, tuple(lines), "percent")
+
+
+def _share(estimate: Mapping[str, Any] | None) -> Cell | None:
+    if estimate is None:
+        return None
+    return Cell(estimate["value"], estimate["low"], estimate["high"], ("p ", estimate["p_value"]))
+
+
+# --- sampled models --------------------------------------------------------------------------------------------------
+
+
+def sample_tables(rows: Sequence[Mapping[str, Any]]) -> list[Grid]:
+    """Tabulates proofs of samplers: for each group of datasets the accuracies, then novelty and fidelity.
+
+    Args:
+        rows: records of proof rows.
+    """
+    tables = []
+    for group in dict.fromkeys(row["datasets"] for row in rows):
+        own = [row for row in rows if row["datasets"] == group]
+        accuracies = [row for row in own if row["measure"].startswith(ACCURACY)]
+        others = [row for row in own if not row["measure"].startswith(ACCURACY)]
+        tables += [_accuracy_table(group, accuracies)] if accuracies else []
+        tables += [_proof_table(group, others)] if others else []
+    return tables
+
+
+def bar_tables(bars: Sequence[Mapping[str, Any]]) -> list[Grid]:
+    """Tabulates what is asked of samplers and what became of it, for each group of datasets.
+
+    Args:
+        bars: records of bars.
+    """
+    tables = []
+    for group in dict.fromkeys(bar["datasets"] for bar in bars):
+        own = [bar for bar in bars if bar["datasets"] == group]
+        samplers = _names(own, "sampler")
+        found = {(bar["measure"], bar["subject"], bar["asked"], bar["sampler"]): bar for bar in own}
+        lines = [
+            Line(
+                _headed(measure),
+                (f"{told_difference(subject)}: {asked}",),
+                tuple(_bar_cell(found.get((measure, subject, asked, sampler))) for sampler in samplers),
+            )
+            for measure, subject, asked in dict.fromkeys(key[:3] for key in found)
+        ]
+        columns = tuple((sampler, "") for sampler in samplers)
+        tables.append(Grid(f"What is asked of samples on {group} datasets", (), "Measure", columns, tuple(lines)))
+    return tables
+
+
+def _bar_cell(bar: Mapping[str, Any] | None) -> Cell | None:
+    if bar is None:
+        return None
+    note = (f"{bar['outcome']}; holds on ", bar["holds"], " of ", bar["of"])
+    return Cell(bar["value"], bar["low"], bar["high"], note)
+
+
+def _accuracy_table(group: str, rows: Sequence[Mapping[str, Any]]) -> Grid:
+    measures, datasets = _names(rows, "measure"), _datasets(rows)
+    samplers = _names(rows, "sampler")
+    found: dict[tuple[str, tuple[float | None, ...]], tuple[list[str], tuple[Cell | None, ...]]] = {}
+    for sampler, subject in sorted(_keys(rows), key=lambda key: key[1] != SAMPLES):
+        own = {row["measure"]: row for row in rows if (row["sampler"], row["subject"]) == (sampler, subject)}
+        cells = tuple(_proof_cell(own.get(measure), datasets) for measure in measures)
+        # Controls that do not look at the samples are the same for all samplers.
+        name = sampler if subject == SAMPLES else subject
+        known, _ = found.setdefault((name, tuple(cell.value if cell else None for cell in cells)), ([], cells))
+        known.append(sampler)
+    lines = [
+        Line(name, _beside(name, known, samplers), cells, marked=name in samplers)
+        for (name, _), (known, cells) in found.items()
+    ]
+    columns = tuple((measure.removeprefix(ACCURACY), "") for measure in measures)
+    return Grid(f"Test accuracy on {group} datasets", _counted(datasets), "Models", columns, tuple(lines))
+
+
+def _beside(name: str, known: Sequence[str], samplers: Sequence[str]) -> Words:
+    if name in samplers:
+        return ("samples",)
+    return () if len(known) == len(samplers) else (f"for {', '.join(known)}",)
+
+
+def _proof_table(group: str, rows: Sequence[Mapping[str, Any]]) -> Grid:
+    measures, datasets = _names(rows, "measure"), _datasets(rows)
+    references = {row["measure"]: row["subject"] for row in rows if row["subject"] not in (SAMPLES, REFINED_SCRATCH)}
+    lines = []
+    for sampler in _names(rows, "sampler"):
+        kinds: dict[str, dict[str, Mapping[str, Any]]] = {SAMPLES: {}, "reference": {}}
+        for row in rows:
+            if row["sampler"] == sampler:
+                kind = row["subject"] if row["subject"] in (SAMPLES, REFINED_SCRATCH) else "reference"
+                kinds.setdefault(kind, {})[row["measure"]] = row
+        for kind, own in kinds.items():
+            name, about = (sampler, kind) if kind == SAMPLES else (kind, f"for {sampler}")
+            cells = tuple(_proof_cell(own.get(measure), datasets) for measure in measures)
+            lines.append(Line(name, (about,), cells, marked=kind == SAMPLES))
+    columns = tuple(
+        (_headed(measure), f"reference: {references[measure]}" if measure in references else "no reference")
+        for measure in measures
+    )
+    return Grid(f"Novelty and fidelity on {group} datasets", _counted(datasets), "Models", columns, tuple(lines))
+
+
+def _proof_cell(row: Mapping[str, Any] | None, datasets: int) -> Cell | None:
+    if row is None:
+        return None
+    own = len(row["values"])
+    return Cell(row["value"], row["low"], row["high"], () if own == datasets else (own, " of ", *_counted(datasets)))
+
+
+def _counted(datasets: int) -> Words:
+    return datasets, " dataset" if datasets == 1 else " datasets"
+
+
+def _datasets(rows: Iterable[Mapping[str, Any]]) -> int:
+    return len({dataset for row in rows for dataset, _ in row["values"]})
+
+
+def _names(rows: Iterable[Mapping[str, Any]], field: str) -> list[str]:
+    return list(dict.fromkeys(row[field] for row in rows))
+
+
+def _headed(measure: str) -> str:
+    """Starts a heading with a capital and leaves names within as they are."""
+    return f"{measure[:1].upper()}{measure[1:]}"
+
+
+def _keys(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    yield from dict.fromkeys((row["sampler"], row["subject"]) for row in rows)

@@ -1,0 +1,1 @@
+"""Statistics on plain arrays: correlation, resampling, clustering, variance, geometry, retrieval."""

@@ -1,8 +1,0 @@
-"""Models of the Hub become a zoo: a plan that is made once, fetching that can be interrupted, and a run that writes."""
-
-from __future__ import annotations
-
-from weightspace.zoo.crawling.plan import CrawlSettings, Plan, make_plan, read_plan
-from weightspace.zoo.crawling.run import CrawlSummary, crawl, prepare_crawl
-
-__all__ = ["CrawlSettings", "CrawlSummary", "Plan", "crawl", "make_plan", "prepare_crawl", "read_plan"]
