@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from weightspace.cli.main import tune_process
-from weightspace.data.images import ImageDataset, load_images
+from weightspace.data.images import load_images
 from weightspace.io.checkpoint import checkpoint_bytes
 from weightspace.networks.alignment import align
 from weightspace.networks.families import build_module, config_mapping, initialize
@@ -39,7 +39,7 @@ from weightspace.networks.flat import flatten, unflatten
 from weightspace.networks.infer import infer_architecture
 from weightspace.networks.permutation import permute, random_permutations
 from weightspace.networks.population import Recipe, Snapshot, train_population
-from weightspace.schema import Architecture, ModelRef, TensorSpec, ZooEntry
+from weightspace.schema import Architecture, ImageDataset, ModelRef, TensorSpec, ZooEntry
 from weightspace.tokenizers import get_tokenizer
 from weightspace.zoo.training import ZooSettings, draw_recipes
 from weightspace.zoo.views import permuted_views

@@ -183,6 +183,30 @@ class WeightTokens:
     passthrough: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, eq=False)
+class ImageDataset:
+    """A classification dataset in memory, split into train and test.
+
+    Attributes:
+        id: the dataset id that ``weightspace.data.images.load_images`` opens.
+        train_images: intensities in [0, 1].
+        train_labels: class numbers in ``range(classes)``.
+        test_images: intensities in [0, 1].
+        test_labels: class numbers in ``range(classes)``.
+        classes: number of classes.
+        names: of the classes, in the order of their numbers, as the source has them: its own numbers where it names
+            none, and nothing for images that come from no source.
+    """
+
+    id: str
+    train_images: Float[Tensor, "train channels height width"]
+    train_labels: Int[Tensor, " train"]
+    test_images: Float[Tensor, "test channels height width"]
+    test_labels: Int[Tensor, " test"]
+    classes: int
+    names: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class ReportedMetric:
     """A result as a model's card or training log reports it.

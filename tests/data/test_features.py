@@ -10,8 +10,9 @@ from torch import Tensor
 
 from weightspace.data.features import dataset_features, features_of_datasets
 from weightspace.data.image_encoders import ImageEncoder, open_image_encoder
-from weightspace.data.images import ImageDataset, load_images, variants
+from weightspace.data.images import load_images, variants
 from weightspace.errors import SettingsError
+from weightspace.schema import ImageDataset
 
 
 class Pixels(ImageEncoder):

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from weightspace.dtypes import DTYPES
 from weightspace.errors import CheckpointError
 from weightspace.io import checkpoint as checkpoint_module
 from weightspace.io.checkpoint import (
@@ -25,7 +26,7 @@ from weightspace.io.checkpoint import (
     open_checkpoint_bytes,
     save_checkpoint,
 )
-from weightspace.io.header import DTYPES, header_of
+from weightspace.io.header import header_of
 from weightspace.io.reader import MemorySource
 from weightspace.schema import TensorSpec
 

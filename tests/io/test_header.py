@@ -13,9 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from weightspace.dtypes import DTYPES, dtype_name
 from weightspace.errors import CheckpointError
 from weightspace.io import header as header_module
-from weightspace.io.header import DTYPES, Header, StoredTensor, dtype_name, header_size, parse_header, read_header
+from weightspace.io.header import Header, StoredTensor, header_size, parse_header, read_header
 from weightspace.schema import TensorSpec
 
 ONE = {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}

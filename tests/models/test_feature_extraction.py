@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoFeatureExtractor
 
+from weightspace.dtypes import dtype_name
 from weightspace.errors import SettingsError, TokenError, WeightspaceError
 from weightspace.io.checkpoint import open_checkpoint, save_checkpoint
-from weightspace.io.header import dtype_name
 from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
 from weightspace.networks.families import CNNConfig, MLPConfig, build_module, config_mapping, initialize
 from weightspace.networks.flat import flatten, unflatten

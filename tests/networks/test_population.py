@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from weightspace.data.images import ImageDataset
 from weightspace.errors import SettingsError
 from weightspace.networks import population
 from weightspace.networks.families import CNNConfig, FamilyConfig, MLPConfig, build_module, config_mapping
 from weightspace.networks.population import Recipe, Snapshot, train_population
+from weightspace.schema import ImageDataset
 
 CLASSES = 3
 MLP, CNN = MLPConfig((1, 4, 4), CLASSES, (5,)), CNNConfig((1, 4, 4), CLASSES, (3, 4), activation="tanh")

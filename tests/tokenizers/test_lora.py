@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from weightspace.dtypes import dtype_name
 from weightspace.errors import TokenError
 from weightspace.io.adapters import find_pairs
 from weightspace.io.checkpoint import Checkpoint, checkpoint_bytes, open_checkpoint, open_checkpoint_bytes
-from weightspace.io.header import dtype_name
 from weightspace.networks.flat import flatten
 from weightspace.networks.infer import infer_architecture
 from weightspace.schema import Architecture, TensorSpec

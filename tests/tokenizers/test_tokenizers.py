@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from weightspace.dtypes import DTYPES
 from weightspace.errors import ArchitectureError, SettingsError, TokenError
-from weightspace.io.header import DTYPES
 from weightspace.networks.flat import TOKENIZED_DTYPES, flatten, restore, unflatten
 from weightspace.schema import Architecture, Exclusion, LayerSpec, TensorSpec
 from weightspace.tokenizers import TOKENIZERS, WeightTokenizer, base, get_tokenizer

@@ -17,10 +17,11 @@ from huggingface_hub import constants, get_token
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from weightspace.crawl.card_facts import CardFacts, card_facts
+from weightspace.dtypes import DTYPES
 from weightspace.errors import HubError, SettingsError, WeightspaceError, ZooError
 from weightspace.io.checkpoint import ADAPTER_CONFIG, INDEX
 from weightspace.io.folders import is_visible
-from weightspace.io.header import DTYPES, load_json_object, shown
+from weightspace.io.header import load_json_object, shown
 from weightspace.io.hub import LIBRARY, HubOptions, call_hub
 from weightspace.io.refs import is_repo_id
 from weightspace.schema import ReportedMetric

@@ -28,6 +28,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from weightspace.errors import ZooError
+from weightspace.schema import ImageDataset
 
 ROTATIONS = (0, 90, 180, 270)
 POLARITIES = ("normal", "inverted")
@@ -36,30 +37,6 @@ _TEST_SPLITS = ("test", "validation")
 _HUB_NAME = re.compile(r"[\w.:/@-]+", re.ASCII)
 _MEND_OFFLINE = "check the name and the connection (with HF_HUB_OFFLINE=1 only caches are asked, at once)"
 _OPTIONS = ("classes", "rotation", "polarity", "size", "config", "revision", "label")
-
-
-@dataclass(frozen=True, eq=False)
-class ImageDataset:
-    """A classification dataset in memory, split into train and test.
-
-    Attributes:
-        id: the dataset id that ``load_images`` was given.
-        train_images: intensities in [0, 1].
-        train_labels: class numbers in ``range(classes)``.
-        test_images: intensities in [0, 1].
-        test_labels: class numbers in ``range(classes)``.
-        classes: number of classes.
-        names: of the classes, in the order of their numbers, as the source has them: its own numbers where it names
-            none, and nothing for images that come from no source.
-    """
-
-    id: str
-    train_images: Float[Tensor, "train channels height width"]
-    train_labels: Int[Tensor, " train"]
-    test_images: Float[Tensor, "test channels height width"]
-    test_labels: Int[Tensor, " test"]
-    classes: int
-    names: tuple[str, ...] = ()
 
 
 def load_images(dataset_id: str) -> ImageDataset:

@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from weightspace.data.images import ImageDataset, load_images
+from weightspace.data.images import load_images
 from weightspace.errors import SettingsError
 from weightspace.networks.families import FamilyConfig, config_mapping, run_flat
 from weightspace.networks.flat import unflatten
 from weightspace.networks.population import Recipe, train_population
-from weightspace.schema import Architecture
+from weightspace.schema import Architecture, ImageDataset
 
 _STEP_IMAGES = 2**15  # images that are run at once, over all models
 

@@ -10,12 +10,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from weightspace.data.images import ImageDataset, load_images
+from weightspace.data.images import load_images
 from weightspace.errors import SettingsError
 from weightspace.evaluation.finetuning import fits
 from weightspace.networks.families import FamilyConfig, config_mapping, run_flat
 from weightspace.sampling.conditions import Blueprint, Condition
-from weightspace.schema import Architecture
+from weightspace.schema import Architecture, ImageDataset
 from weightspace.search.results import UNNAMED, WantedResult
 
 _TOGETHER = 64

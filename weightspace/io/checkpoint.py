@@ -13,16 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weightspace.dtypes import DTYPES, dtype_name
 from weightspace.errors import CheckpointError, HubError
 from weightspace.files import whole_file
 from weightspace.io.folders import Folder, LocalFolder
 from weightspace.io.header import (
-    DTYPES,
     MAX_TENSORS,
     Header,
     StoredTensor,
     byte_count,
-    dtype_name,
     header_of,
     headers_of,
     parse_header,

@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from weightspace.dtypes import DTYPES
 from weightspace.errors import CheckpointError
 from weightspace.io.reader import ByteSource, Piece, gather, open_file
 from weightspace.schema import TensorSpec
@@ -33,36 +32,7 @@ MAX_TENSORS = 100_000
 MAX_AXES = 64
 """Most axes of one tensor; torch itself goes no further in many operations."""
 
-DTYPES: Mapping[str, torch.dtype] = {
-    "BOOL": torch.bool,
-    "F4": torch.float4_e2m1fn_x2,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "F32": torch.float32,
-    "C64": torch.complex64,
-    "F64": torch.float64,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-}
-"""Stored dtypes that torch has, in the order in which safetensors sorts tensors of a file (last first).
-
-``F4`` packs two entries into one element of ``torch.float4_e2m1fn_x2``: a stored shape ``(..., 2k)`` is ``(..., k)`` in
-torch. The two six-bit floats of the format are valid in a header but have no torch dtype.
-"""
-
 _BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()} | {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PREFIX = 8
 _LARGEST = 2**63 - 1
 _SHORT = reprlib.Repr()
@@ -105,17 +75,6 @@ class Header:
     tensors: Mapping[str, StoredTensor]
     metadata: Mapping[str, str]
     size: int
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Returns the safetensors name of a torch dtype, e.g. ``"BF16"``.
-
-    Raises:
-        CheckpointError: safetensors cannot store it.
-    """
-    if dtype not in _NAMES:
-        raise CheckpointError(f"{dtype} has no safetensors name; convert the tensor to one of {', '.join(DTYPES)}")
-    return _NAMES[dtype]
 
 
 def torch_shape(spec: TensorSpec) -> tuple[int, ...]:

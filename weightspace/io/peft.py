@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weightspace.dtypes import dtype_name
 from weightspace.errors import CheckpointError
 from weightspace.files import write_whole
 from weightspace.io.adapters import FLAT_COMPONENT, PEFT_ROOT, Adapter, LoraPair, describe_adapter
 from weightspace.io.checkpoint import ADAPTER_CONFIG, save_checkpoint
-from weightspace.io.header import dtype_name, shown
+from weightspace.io.header import shown
 from weightspace.schema import TensorSpec
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weightspace.dtypes import DTYPES
 from weightspace.errors import CheckpointError
-from weightspace.io.header import DTYPES, MAX_HEADER_BYTES, MAX_TENSORS, shown
+from weightspace.io.header import MAX_HEADER_BYTES, MAX_TENSORS, shown
 
 STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "module", "params")
 """Names under which training scripts nest the weights, the most telling first."""

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from weightspace.data.images import ImageDataset
 from weightspace.errors import SettingsError
 from weightspace.networks.families import (
     FamilyConfig,
@@ -25,6 +24,7 @@ from weightspace.networks.families import (
     initialize,
     stacked_forward,
 )
+from weightspace.schema import ImageDataset
 
 
 @dataclass(frozen=True)

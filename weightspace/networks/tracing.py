@@ -22,8 +22,8 @@ from torch.func import functional_call
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
+from weightspace.dtypes import dtype_name
 from weightspace.errors import ArchitectureError
-from weightspace.io.header import dtype_name
 from weightspace.networks.layers import exclusion_reason, group_layers
 from weightspace.schema import Architecture, Exclusion, GroupAxis, PermutationGroup, TensorSpec
 

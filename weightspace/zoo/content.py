@@ -9,8 +9,9 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from weightspace.dtypes import DTYPES
 from weightspace.errors import ZooError
-from weightspace.io.header import DTYPES, Header, StoredTensor, shown
+from weightspace.io.header import Header, StoredTensor, shown
 
 # The 4- and 6-bit floats have neither NaN nor infinity.
 _FLOATS = ("F8", "F16", "BF16", "F32", "F64", "C64")

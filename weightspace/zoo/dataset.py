@@ -23,11 +23,11 @@ from torch import Tensor
 
 from weightspace.errors import ZooError
 from weightspace.io.checkpoint import Checkpoint, open_checkpoint_bytes
+from weightspace.io.flat import flat_from_bytes
 from weightspace.io.header import Header, parse_header, shown
 from weightspace.io.hub import CONNECTIONS, HubOptions, HubRepo
 from weightspace.io.reader import ByteSource
 from weightspace.networks.families import FamilyConfig, family_config
-from weightspace.networks.flat import flat_from_bytes
 from weightspace.networks.infer import infer_architecture
 from weightspace.schema import Architecture, ModelRef, PermutationGroup, ReportedMetric, ZooEntry
 from weightspace.zoo.hub import SourceFile, fetch_zoo, open_zoo_repo

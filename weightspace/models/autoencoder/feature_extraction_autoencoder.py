@@ -11,9 +11,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers.feature_extraction_utils import BatchFeature, FeatureExtractionMixin
 
+from weightspace.dtypes import dtype_name
 from weightspace.errors import TokenError
 from weightspace.io.checkpoint import Checkpoint, open_checkpoint
-from weightspace.io.header import byte_count, dtype_name
+from weightspace.io.header import byte_count
 from weightspace.networks.infer import infer_architecture
 from weightspace.schema import Architecture, ModelRef, TensorSpec
 from weightspace.tokenizers import TokenWindow, get_tokenizer
