@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["weightspace"]
+# dependencies = ["weightspace-hub @ git+https://github.com/weightspace-hub/weightspace"]
 # ///
 """Trains a zoo of small networks, or imports one from a folder, and publishes it if asked to.
 
@@ -10,26 +10,11 @@ python hub_scripts/build_zoo.py import FOLDER --output ZOO [options of weightspa
 
 from __future__ import annotations
 
-import argparse
 import sys
 
-from weightspace.cli.main import main as weightspace
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0], allow_abbrev=False, epilog="Other options: weightspace zoo -h"
-    )
-    parser.add_argument("how", choices=("train", "import"), help="where the models come from")
-    parser.add_argument("--output", required=True, help="folder of the zoo")
-    parser.add_argument("--push-to", metavar="ORG/NAME", help="dataset repository to publish the zoo in")
-    parser.add_argument("--private", action="store_true", help="make a new repository private")
-    options, others = parser.parse_known_args()
-    code = weightspace(["zoo", options.how, "--output", options.output, *others])
-    if code == 0 and options.push_to:
-        code = weightspace(["push", options.output, options.push_to, "--private" if options.private else "--yes"])
-    return code
-
+from weightspace.cli.jobs import run_job
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if sys.argv[1:2] not in (["train"], ["import"]):
+        sys.exit(f"{__doc__}\nerror: the first word is train or import")
+    sys.exit(run_job(["zoo", sys.argv.pop(1)], __doc__))

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["weightspace"]
+# dependencies = ["weightspace-hub @ git+https://github.com/weightspace-hub/weightspace"]
 # ///
 """Embeds models of the Hub, of files or of zoos, and publishes the table if asked to.
 
@@ -10,36 +10,26 @@ python hub_scripts/embed.py LOCATION... --encoder ORG/ENCODER --output FILE [opt
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from weightspace.cli.main import main as weightspace
+from weightspace.cli.jobs import run_job
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0], allow_abbrev=False, epilog="Other options: weightspace embed -h"
+def upload(output: str, repo_id: str, private: bool) -> int:
+    api = HfApi()
+    api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
+    api.upload_file(
+        path_or_fileobj=output,
+        path_in_repo=Path(output).name,
+        repo_id=repo_id,
+        repo_type="dataset",
+        commit_message="Embeddings of models",
     )
-    parser.add_argument("--output", required=True, type=Path, help="parquet file to write")
-    parser.add_argument("--push-to", metavar="ORG/NAME", help="dataset repository to put the file into")
-    parser.add_argument("--private", action="store_true", help="make a new repository private")
-    options, others = parser.parse_known_args()
-    code = weightspace(["embed", "--output", str(options.output), *others])
-    if code == 0 and options.push_to:
-        api = HfApi()
-        api.create_repo(options.push_to, repo_type="dataset", private=options.private, exist_ok=True)
-        api.upload_file(
-            path_or_fileobj=options.output,
-            path_in_repo=options.output.name,
-            repo_id=options.push_to,
-            repo_type="dataset",
-            commit_message="Embeddings of models",
-        )
-    return code
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_job(["embed"], __doc__, upload))

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["weightspace"]
+# dependencies = ["weightspace-hub @ git+https://github.com/weightspace-hub/weightspace"]
 # ///
 """Publishes an encoder, a zoo or models. Nobody is there to ask: give --private, or --yes for a public repository.
 

@@ -16,6 +16,7 @@ import torch
 from huggingface_hub import HfApi
 from loopback_hub import LoopbackHub
 
+from weightspace.errors import DISTRIBUTION, REPOSITORY
 from weightspace.io.checkpoint import checkpoint_bytes
 from weightspace.zoo.dataset import load_zoo
 
@@ -45,7 +46,7 @@ def test_a_job_runner_learns_what_to_install(script: Path) -> None:
     lines = script.read_text().splitlines()
     assert lines[0] == "# /// script"
     head = "\n".join(line.removeprefix("#").strip() for line in lines[1 : lines.index("# ///", 1)])
-    assert tomllib.loads(head) == {"requires-python": ">=3.11", "dependencies": ["weightspace"]}
+    assert tomllib.loads(head) == {"requires-python": ">=3.11", "dependencies": [f"{DISTRIBUTION} @ git+{REPOSITORY}"]}
 
 
 def test_training_script_equals_the_command(tmp_path: Path, tiny_zoo: Any) -> None:

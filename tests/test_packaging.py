@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import configparser
 import importlib.metadata
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import weightspace
+from weightspace.errors import DISTRIBUTION, REPOSITORY, install_command
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -34,6 +36,73 @@ def test_constraints_pin_every_dependency() -> None:
     assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9a-z.]+", line) for line in lines)
     needed = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]
     assert {name_of(line) for line in needed} <= {name_of(line) for line in lines}
+
+
+def test_the_distribution_has_one_name_and_one_address() -> None:
+    assert PROJECT["name"] == DISTRIBUTION
+    assert PROJECT["urls"]["Repository"] == REPOSITORY
+    assert install_command("search") == "pip install 'weightspace-hub[search]'"
+
+
+# Imported by nobody here, and needed all the same.
+NOT_IMPORTED = {"safetensors": "transformers saves with it", "tensorboard": "Accelerate's tracker", "peft": "an extra"}
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
+    imported: set[str] = set()
+    for path in (ROOT / "weightspace").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                imported.add(node.module.partition(".")[0])
+    imported -= {*sys.stdlib_module_names, "weightspace"}
+    distributions = importlib.metadata.packages_distributions()
+    extras = {name: lines for name, lines in PROJECT["optional-dependencies"].items() if name != "dev"}
+    declared = {name_of(line) for lines in (PROJECT["dependencies"], *extras.values()) for line in lines}
+    used = {name: {name_of(it) for it in distributions.get(name, [name])} for name in imported}
+    assert {name for name, names in used.items() if not names & declared} == set()
+    (offline,) = (name_of(line) for line in extras["offline"])  # found by its folder
+    assert declared - set().union(*used.values()) == {*NOT_IMPORTED, offline}
+
+
+BARE = re.compile(
+    r"""(?: (?: \b(?:install|uvx|(?:uv|poetry|pixi)\ add|pip\ download|pipx\ run)\b | --with | --from ) [^\n]*?
+          | \bdependencies\s*=\s*\[ [^\]]*? )
+        (?<![\w./:@-]) weightspace (?![\w./-])
+      | (?<![\w./-]) weightspace\[ [a-z,\ ]+ \]""",
+    re.VERBOSE,
+)
+
+
+def bare_names(text: str) -> list[str]:
+    """Finds what would install the project that PyPI calls weightspace."""
+    return [found[0] for found in BARE.finditer(text)]
+
+
+def test_nothing_installs_the_other_project_called_weightspace() -> None:
+    names = ("weightspace", "weightspace-hub")
+    for line in (
+        "pip install {}",
+        "pip install -U torch '{}>=0.1'",
+        "uv add {}",
+        "uvx {} demo",
+        "uv run --with {} x.py",
+        '# dependencies = ["torch", "{}"]',
+        'dependencies = [\n    "torch",\n    "{}>=1",\n]',
+        "needs FAISS; pip install '{}[search]'",
+        "take {}[ray]",
+    ):
+        assert [bool(bare_names(line.format(name))) for name in names] == [True, False], line
+    assert bare_names(f"`weightspace` is installed by `{install_command()}`.") == []
+    found = {}
+    for path in ROOT.rglob("*"):
+        inside = path.relative_to(ROOT).parts
+        known = inside[0] in ("weightspace", "hub_scripts", "model_cards", "examples", "benchmarks", "docs", "tests")
+        if (known or len(inside) == 1) and path.is_file() and path != Path(__file__):
+            lines = bare_names(path.read_text(encoding="utf-8", errors="ignore"))
+            found.update({path.relative_to(ROOT).as_posix(): lines} if lines else {})
+    assert found == {}
 
 
 @pytest.mark.slow
@@ -68,7 +137,9 @@ def test_the_wheel_installs_and_is_whole(tmp_path: Path) -> None:
     )
     assert str(installed) in done.stdout
     assert weightspace.__version__ in done.stdout
+    assert wheel.name.startswith("weightspace_hub-")
     (distribution,) = importlib.metadata.distributions(path=[str(installed)])
+    assert distribution.name == DISTRIBUTION
     assert distribution.version == weightspace.__version__
     assert distribution.metadata["License-Expression"] == "Apache-2.0"
     scripts = configparser.ConfigParser()

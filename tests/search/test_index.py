@@ -241,5 +241,5 @@ class TestApproximateSearch:
         monkeypatch.setattr(searching, "EXACT_UP_TO", 10)
         index = random_index(20)
         assert index.search(index.vectors[:1], 1)[1].tolist() == [[0]]
-        with pytest.raises(SettingsError, match=r"needs FAISS; pip install 'weightspace\[search\]'"):
+        with pytest.raises(SettingsError, match=r"needs FAISS; pip install 'weightspace-hub\[search\]'"):
             index.search(index.vectors[:1], 1, exact=False)

@@ -11,13 +11,16 @@ from typing import Any
 
 from huggingface_hub import CardData, RepoCard
 
+from weightspace.errors import install_command
+
 _MARKDOWN = re.compile(r"([\\`*_\[\]|#~$])")
 
 
 def render_template(name: str, metadata: CardData, **values: Any) -> str:
-    """Fills the template ``templates/{name}.md``; ``text``, ``code`` and ``count`` are there for it to call."""
+    """Fills the template ``templates/{name}.md``; which may use ``text``, ``code``, ``count`` and ``install``."""
     template = resources.files("weightspace.cards").joinpath("templates", f"{name}.md").read_text(encoding="utf-8")
-    card = RepoCard.from_template(metadata, template_str=template, text=text, code=code, count=count, **values)
+    functions = {"text": text, "code": code, "count": count, "install": install_command()}
+    card = RepoCard.from_template(metadata, template_str=template, **functions, **values)
     return str(card).rstrip() + "\n"
 
 

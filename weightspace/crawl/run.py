@@ -30,7 +30,7 @@ from weightspace.crawl.plan import (
     write_plan,
 )
 from weightspace.crawl.spool import SPOOL, Spool
-from weightspace.errors import HubError, SettingsError, ZooError
+from weightspace.errors import HubError, SettingsError, ZooError, install_command
 from weightspace.io.hub import HubOptions
 from weightspace.schema import ZooEntry
 from weightspace.zoo.storage import RESULTS, is_partial, unwritable
@@ -196,7 +196,7 @@ def _ray_fetch(settings: CrawlSettings, options: HubOptions, jobs: int) -> Fetch
     try:
         from weightspace.crawl.ray import ray_fetch
     except ModuleNotFoundError as error:
-        raise SettingsError(f"ray: not installed ({error}); pip install 'weightspace[ray]'") from error
+        raise SettingsError(f"ray: not installed ({error}); {install_command('ray')}") from error
     return ray_fetch(settings, options, jobs)
 
 

