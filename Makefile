@@ -1,5 +1,5 @@
 # make demo    trains a zoo and an encoder and writes a report
-# make test    runs the tests
+# make test    runs the tests that take a few minutes; make test-all runs all of them
 # make lint    checks style, types and the import rule
 # make env     creates .venv and installs into it; the others do it if need be
 # make clean   removes .venv and caches
@@ -11,13 +11,16 @@ BIN := .venv/bin
 READY := .venv/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
-.PHONY: demo test lint env clean
+.PHONY: demo test test-all lint env clean
 
 demo: $(READY)
 	@$(BIN)/weightspace demo
 
-test: export OMP_NUM_THREADS = 1
+test test-all: export OMP_NUM_THREADS = 1
 test: $(READY)
+	@$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(READY)
 	@$(BIN)/python -m pytest
 
 lint: $(READY)

@@ -21,7 +21,7 @@ def run(script: str, *words: str | Path) -> str:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

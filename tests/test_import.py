@@ -14,7 +14,7 @@ HEAVY = ("accelerate", "datasets", "matplotlib", "numpy", "pandas", "sklearn", "
 
 def run(code: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False, timeout=1800
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

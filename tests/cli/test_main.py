@@ -169,7 +169,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 stand_in = types.ModuleType("weightspace.inspection")
 def inspect_location(*arguments, **options):
     print("ready", flush=True)
-    time.sleep(60)
+    time.sleep(1800)
 stand_in.inspect_location = inspect_location
 sys.modules["weightspace.inspection"] = stand_in
 sys.exit(main(["inspect", "x"]))
@@ -178,7 +178,7 @@ sys.exit(main(["inspect", "x"]))
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=1800)
     assert process.returncode == 130
     assert err.count("\n") == 1
     assert "kept" in err

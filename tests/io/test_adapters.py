@@ -280,9 +280,9 @@ def test_patterns_are_matched_as_by_peft_and_never_for_long() -> None:
         "[",
         "(a",
     ]
-    started = time.monotonic()
+    started = time.process_time()
     found, refused = match_patterns(dict.fromkeys(hostile, 1.0), ["a" * 500] * 500)
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < 1
     assert not found and list(refused) == hostile
 
 

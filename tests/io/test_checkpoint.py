@@ -391,7 +391,7 @@ def test_a_full_disk_is_an_error_of_one_line(tmp_path: Path) -> None:
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=1800,
         check=False,
     )
     assert result.stdout.startswith("CheckpointError m.safetensors: cannot be written (File too large)"), result.stderr

@@ -184,16 +184,17 @@ def test_content_and_etag_can_be_wrong(hub: LoopbackHub, model: str) -> None:
     assert hashlib.sha256(content).hexdigest() != hashlib.sha256(WEIGHTS).hexdigest()
 
 
-def test_delay_is_taken(hub: LoopbackHub) -> None:
+def test_delay_is_taken(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("loopback_hub.server.sleep", waits.append)
     hub.create("org/model", {"a.txt": "a"})
     order = hub.delay("resolve", 0.2)
-    start = time.perf_counter()
     hf_hub_download("org/model", "a.txt")
-    assert time.perf_counter() - start > 0.4  # HEAD and GET
+    assert waits.count(0.2) == 2  # HEAD and GET
     order.times = 0
-    start = time.perf_counter()
+    waits.clear()
     hf_hub_download("org/model", "a.txt", force_download=True)
-    assert time.perf_counter() - start < 0.2
+    assert set(waits) == {0.0}
 
 
 def test_server_goes_midway_and_comes_back(hub: LoopbackHub, naps: list[float]) -> None:

@@ -454,7 +454,7 @@ def test_a_browser_shows_the_page_in_light_and_dark(written: Path, tmp_path: Pat
     quiet = ("--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync")
     command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", *quiet, flag, "--window-size=1200,3000"]
     command += [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={picture}", written.as_uri()]
-    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    subprocess.run(command, check=True, capture_output=True, timeout=1800)
     pixels = np.asarray(Image.open(picture).convert("L"))
     background = int(np.median(pixels))
     assert (background > 200) if bright else (background < 60)

@@ -144,7 +144,7 @@ class TestTraining:
             capture_output=True,
             text=True,
             check=False,
-            timeout=300,
+            timeout=1800,
         )
         assert done.returncode == 0, done.stderr
         state = read_training(tmp_path / "encoder")

@@ -161,7 +161,7 @@ class TestTraining:
         code = "import sys; from weightspace.cli.main import main; sys.exit(main(sys.argv[1:]))"
         words = [f"--zoo={tiny_zoo.path}", f"--output={tmp_path / 'joint'}", f"--config={tmp_path / 'settings.yaml'}"]
         command = [sys.executable, "-c", code, "train", "joint", *words, "--mixed-precision=bf16"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1800)
         assert done.stdout == f"joint model: {tmp_path / 'joint'}\n", done.stderr
         assert {value.dtype for value in weights(tmp_path / "joint").values()} == {torch.float32}
         assert np.isfinite([row["loss"] for row in read_history(tmp_path / "joint")]).all()
@@ -400,7 +400,7 @@ class TestSaved:
         code = "import sys, weightspace, transformers; transformers.AutoModel.from_pretrained(sys.argv[1])"
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         command = [sys.executable, "-W", "error::UserWarning", "-c", code, str(tiny_clip_joint)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=1800)
         assert done.returncode == 0, done.stderr
         assert not [line for line in done.stderr.splitlines() if line and "Loading weights" not in line]
         _, report = AutoModel.from_pretrained(tiny_clip_joint, output_loading_info=True)
@@ -522,7 +522,7 @@ class TestProcesses:
             capture_output=True,
             text=True,
             check=False,
-            timeout=300,
+            timeout=1800,
         )
         assert done.returncode == 0, done.stderr
 

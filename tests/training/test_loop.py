@@ -354,7 +354,7 @@ torch.save(state, folder / f"state-{{PartialState().process_index}}.pt")
             capture_output=True,
             text=True,
             check=False,
-            timeout=240,
+            timeout=1800,
         )
         assert done.returncode == 0, done.stderr
         alone = train(tmp_path / "alone", replace(SETTINGS, batch_size=8))
