@@ -1,17 +1,29 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from weightspace import settings as settings_module
 from weightspace.errors import SettingsError
-from weightspace.settings import read_settings, settings_from_mapping
+from weightspace.settings import (
+    FractionBelowOne,
+    NonEmpty,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveFraction,
+    PositiveInt,
+    Requirement,
+    read_settings,
+    settings_from_mapping,
+)
 
 
 @dataclass(frozen=True)
@@ -136,3 +148,42 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_what_is_written_as_json_reads_back(settings: Settings) -> None:
     values = {key: value for key, value in asdict(settings).items() if key != "derived"}
     assert settings_from_mapping(Settings, json.loads(json.dumps(values))) == settings
+
+
+@dataclass(frozen=True)
+class Checked(settings_module.Settings):
+    steps: PositiveInt = 1
+    drop: FractionBelowOne = 0.0
+    rate: PositiveFloat | None = None
+    decay: NonNegativeFloat = 0.0
+    share: PositiveFraction = 1.0
+    solver: Literal["euler", "heun"] = "euler"
+    widths: NonEmpty[PositiveInt] = (1,)
+    pair: tuple[Annotated[int, Requirement(lambda n: n > 1, "is too small, give 2 or more")], str] = (2, "")
+    either: int | str = 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps: 0 is too small, give 1 or more"),
+        ({"drop": 1.0}, "drop: 1.0 is out of range, give 0 to below 1"),
+        ({"drop": float("nan")}, "drop: nan is out of range, give 0 to below 1"),
+        ({"rate": 0.0}, "rate: 0.0 is not positive; give more than 0"),
+        ({"decay": -1.0}, "decay: -1.0 is negative; give 0 or more"),
+        ({"share": 0.0}, "share: 0.0 is out of range, give more than 0 and at most 1"),
+        ({"solver": "rk4"}, "solver: 'rk4' is not one of 'euler', 'heun'"),
+        ({"widths": ()}, "widths: () is empty, give at least one value"),
+        ({"widths": (3, 0)}, "widths: 0 is too small, give 1 or more"),
+        ({"pair": (1, "a")}, "pair: 1 is too small, give 2 or more"),
+    ],
+)
+def test_requirements_of_annotations_hold_in_code_and_in_files(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
+        Checked(**changes)
+    with pytest.raises(SettingsError, match=re.escape(f"settings: {message}")):
+        settings_from_mapping(Checked, changes)
+
+
+def test_values_that_meet_their_requirements_are_kept() -> None:
+    assert Checked(steps=3, rate=0.5, widths=(1, 2), either="x").widths == (1, 2)
