@@ -32,23 +32,14 @@ from weightspace.errors import SettingsError, WeightspaceError
 from weightspace.files import write_whole
 from weightspace.models.joint.configuration_joint import PAIRS
 from weightspace.models.joint.modeling_joint import JointModel, unit
-from weightspace.probes import (
-    LinearCodes,
-    Representation,
-    RidgePath,
-    RunBootstrap,
-    Split,
-    WeightBlock,
-    baselines,
-    collect_weights,
-    interval,
-    probe_table,
-    split_by_run,
-)
+from weightspace.probes.probe import RidgePath, probe_table
+from weightspace.probes.representations import LinearCodes, Representation, WeightBlock, baselines, collect_weights
 from weightspace.probes.zoo import encoder_features
+from weightspace.stats.resampling import RunBootstrap, pooled_interval
 from weightspace.stats.retrieval import first_ranks, result_correlation, retrieval, same_identity
 from weightspace.training.joint import JointSettings, embed_dataset, train_joint
 from weightspace.zoo.dataset import load_zoo
+from weightspace.zoo.splits import Split, split_by_run
 
 RESULT = "test_accuracy"
 FOLDS, REPLICATES, QUERIES = 4, 400, 40
@@ -358,7 +349,7 @@ def seeds(found: Mapping[str, Any]) -> str:
 
 def with_interval(found: Mapping[str, Any], estimator: str) -> str:
     probes = [one["probes"][estimator] for one in found.values()]
-    low, high = interval(np.array(probe["replicates"]) for probe in probes)
+    low, high = pooled_interval(np.array(probe["replicates"]) for probe in probes)
     return f"{np.mean([probe['r2'] for probe in probes]):.3f} [{low:.2f}, {high:.2f}]"
 
 
@@ -369,7 +360,7 @@ def difference(found: Mapping[str, Any], reference: Mapping[str, Any], estimator
     ]
     if not pairs:
         return ""
-    low, high = interval(np.subtract(one["replicates"], other["replicates"]) for one, other in pairs)
+    low, high = pooled_interval(np.subtract(one["replicates"], other["replicates"]) for one, other in pairs)
     return f"{np.mean([one['r2'] - other['r2'] for one, other in pairs]):+.3f} [{low:+.2f}, {high:+.2f}]"
 
 

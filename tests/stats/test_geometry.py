@@ -6,18 +6,19 @@ from scipy.spatial.distance import pdist, squareform
 from scipy.stats import spearmanr
 
 from weightspace.stats.geometry import (
-    KnownGeometry,
-    WeightGeometry,
+    Geometry,
     characteristic_dissimilarities,
     feature_dissimilarity,
+    known_geometry,
     representational_similarity,
     weight_dissimilarity,
+    weight_geometry,
 )
 
 
-def trained(centres: np.ndarray, runs: int, noise: float, generator: np.random.Generator) -> WeightGeometry:
+def trained(centres: np.ndarray, runs: int, noise: float, generator: np.random.Generator) -> Geometry:
     datasets = np.repeat(np.arange(len(centres)), runs)
-    return WeightGeometry(
+    return weight_geometry(
         centres[datasets] + noise * generator.normal(size=(len(datasets), centres.shape[1])), datasets
     )
 
@@ -59,7 +60,7 @@ def test_the_correlation_is_spearmans() -> None:
     one, other = squared(generator.normal(size=(9, 3))), squared(generator.normal(size=(9, 3)))
     other[other > 5] = 5  # ties
     pairs = np.triu_indices(9, 1)
-    found = representational_similarity(KnownGeometry(one), KnownGeometry(other), generator, 99)
+    found = representational_similarity(known_geometry(one), known_geometry(other), generator, 99)
     assert found is not None
     assert found.value == pytest.approx(spearmanr(one[pairs], other[pairs])[0])
     assert found.low == pytest.approx(found.high)  # nothing in it depends on runs
@@ -70,7 +71,7 @@ def test_a_shared_geometry_is_found_across_spaces_of_different_size() -> None:
     centres = generator.normal(size=(12, 3))
     turned = centres @ np.linalg.qr(generator.normal(size=(7, 3)))[0].T
     one, other = trained(centres, 10, 0.5, generator), trained(turned, 8, 0.5, generator)
-    for compared in (other, KnownGeometry(squared(centres))):
+    for compared in (other, known_geometry(squared(centres))):
         found = representational_similarity(one, compared, generator, 199)
         assert found is not None and found.p_value == 0.005
         assert found.null_high < 0.5 < found.low < found.value < found.high
@@ -81,7 +82,7 @@ def test_unrelated_geometries_reach_small_p_values_as_seldom_as_they_should() ->
     p_values = []
     for _ in range(60):
         one, other = squared(generator.normal(size=(8, 2))), squared(generator.normal(size=(8, 2)))
-        found = representational_similarity(KnownGeometry(one), KnownGeometry(other), generator, 79)
+        found = representational_similarity(known_geometry(one), known_geometry(other), generator, 79)
         assert found is not None
         p_values.append(found.p_value)
     assert np.count_nonzero(np.array(p_values) <= 0.1) <= 13  # of 60; more has probability 0.3 %
@@ -90,7 +91,7 @@ def test_unrelated_geometries_reach_small_p_values_as_seldom_as_they_should() ->
 
 def test_without_an_order_there_is_no_correlation() -> None:
     generator = np.random.default_rng(0)
-    flat = KnownGeometry(1 - np.eye(6))
+    flat = known_geometry(1 - np.eye(6))
     assert representational_similarity(trained(np.eye(6), 3, 1.0, generator), flat, generator, 20) is None
 
 

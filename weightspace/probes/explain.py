@@ -17,11 +17,11 @@ from weightspace.stats.clustering import clustering
 from weightspace.stats.geometry import (
     MIN_DATASETS,
     Geometry,
-    KnownGeometry,
-    WeightGeometry,
     characteristic_dissimilarities,
     feature_dissimilarity,
+    known_geometry,
     representational_similarity,
+    weight_geometry,
 )
 from weightspace.stats.resampling import Estimate
 from weightspace.stats.variance import JOINT, VarianceShare, variance_shares
@@ -318,7 +318,7 @@ def _comparisons(
         datasets = _repeated(scope, notes)
         if len(datasets) >= MIN_DATASETS:
             for name, values in _references(datasets, features).items():
-                yield scope, name, datasets, KnownGeometry(values)
+                yield scope, name, datasets, known_geometry(values)
     for one, other in combinations(scopes, 2):
         datasets = [dataset for dataset in _repeated(one, notes) if dataset in _repeated(other, notes)]
         if len(datasets) >= MIN_DATASETS:
@@ -347,11 +347,11 @@ def _references(datasets: Sequence[str], features: Mapping[str, np.ndarray] | No
     return {FEATURES: feature_dissimilarity(np.stack([features[dataset] for dataset in datasets])), **found}
 
 
-def _weights(scope: _Scope, datasets: Sequence[str]) -> WeightGeometry:
+def _weights(scope: _Scope, datasets: Sequence[str]) -> Geometry:
     kept = np.isin(np.array(scope.table.datasets, dtype=object), list(datasets))
     number = {dataset: code for code, dataset in enumerate(datasets)}
     codes = np.array([number[dataset] for dataset in scope.table.datasets if dataset in number])
-    return WeightGeometry(scope.values[kept], codes)
+    return weight_geometry(scope.values[kept], codes)
 
 
 # --- what determines the weights? ------------------------------------------------------------------------------------

@@ -25,8 +25,9 @@ from threadpoolctl import threadpool_limits
 
 from weightspace.errors import SettingsError, ZooError
 from weightspace.probes.labels import Labels
-from weightspace.probes.metrics import RunBootstrap, auc, balanced_accuracy, interval, kendall_tau, r2
 from weightspace.probes.representations import Representation
+from weightspace.stats.measures import auc, balanced_accuracy, kendall_tau, r2
+from weightspace.stats.resampling import RunBootstrap, pooled_interval
 from weightspace.zoo.splits import MIN_RUNS, Split, split_by_dataset, split_by_run
 
 # Relative to a standardised feature's own variance.
@@ -548,7 +549,7 @@ def _row(
     for name in scores[0].measures:
         same, short = [score.measures[name] for score in scores], name.removeprefix("kendall_")
         measured[name] = _mean(measure.value for measure in same)
-        measured[f"{short}_low"], measured[f"{short}_high"] = interval(measure.replicates for measure in same)
+        measured[f"{short}_low"], measured[f"{short}_high"] = pooled_interval(measure.replicates for measure in same)
         measured[f"permuted_{short}"] = _mean(measure.permuted for measure in same)
     return ProbeRow(
         representation=representation,

@@ -1,4 +1,4 @@
-"""Do models of the same dataset stand together? Three measures, within an architecture and between architectures.
+"""Do models of the same dataset cluster? Three measures, within an architecture and between architectures.
 
 All of them compare runs by the cosine distance of their embeddings and count pairs of runs from different *blocks*.
 Within an architecture every run is a block of its own. Between architectures the blocks are the architectures, so that
@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -19,7 +17,8 @@ from sklearn.exceptions import ConvergenceWarning
 
 from weightspace.stats.resampling import Estimate, estimated, permutation_within, run_weights
 
-MEASURES = ("silhouette", "adjusted Rand index", "nearest neighbour")
+NEAREST = "nearest neighbour"
+MEASURES = ("silhouette", "adjusted Rand index", NEAREST)
 _LEAST = (-1.0, -1.0, 0.0)
 
 _CHUNK_ENTRIES = 2**22
@@ -55,22 +54,19 @@ def clustering(
     Returns:
         The ``MEASURES`` by name; see `silhouette`, `adjusted_rand` and `agreement`.
     """
-    count = int(labels.max()) + 1
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # runs that are equal make fewer clusters, which will do
-        means = KMeans(count, n_init=_STARTS, random_state=int(generator.integers(2**31))).fit(units)
-    clusters = means.labels_.astype(np.int64)
-    neighbours = nearest(units, blocks)
-    measures: tuple[Callable[..., float], ...] = (
-        partial(silhouette, units, blocks=blocks),
-        partial(adjusted_rand, clusters, blocks=blocks),
-        partial(agreement, neighbours),
-    )
+        warnings.simplefilter("ignore", ConvergenceWarning)  # equal runs make fewer clusters than requested
+        means = KMeans(int(labels.max()) + 1, n_init=_STARTS, random_state=int(generator.integers(2**31))).fit(units)
+    clusters, neighbours = means.labels_.astype(np.int64), nearest(units, blocks)
+
+    def measured(labels: Int[np.ndarray, "runs"], weights: Float[np.ndarray, "runs"]) -> tuple[float, ...]:
+        return (
+            silhouette(units, labels, weights, blocks),
+            adjusted_rand(clusters, labels, weights, blocks),
+            agreement(neighbours, labels, weights),
+        )
+
     together, ones = np.zeros_like(labels) if blocks is None else blocks, np.ones(len(labels))
-
-    def measured(labels: Int[np.ndarray, "runs"], weights: Float[np.ndarray, "runs"]) -> list[float]:
-        return [measure(labels, weights) for measure in measures]
-
     values = measured(labels, ones)
     replicates = [measured(labels, run_weights(len(labels), generator)) for _ in range(draws)]
     null = [measured(labels[permutation_within(together, generator)], ones) for _ in range(draws)]
@@ -130,37 +126,38 @@ def adjusted_rand(
     ``(n - e) / ((p + q) / 2 - e)`` with ``e = p q / t``: of ``t`` pairs of runs from different blocks, ``p`` share a
     cluster, ``q`` a label, and ``n`` both. A pair counts as much as the product of its weights.
     """
-    alone = np.zeros_like(labels)
-    both, in_cluster, in_label, total = (
-        _pairs(cells, weights, blocks) for cells in (clusters * (labels.max() + 1) + labels, clusters, labels, alone)
-    )
-    expected = in_cluster * in_label / total
+
+    def pairs(cells: Int[np.ndarray, "runs"]) -> float:
+        """Weight of the pairs of runs that share a cell and stand in different blocks."""
+        shared = np.bincount(cells, weights)
+        within = weights if blocks is None else np.bincount(cells * (blocks.max() + 1) + blocks, weights)
+        return float(shared @ shared - within @ within) / 2
+
+    both, in_cluster, in_label = (pairs(cells) for cells in (clusters * (labels.max() + 1) + labels, clusters, labels))
+    expected = in_cluster * in_label / pairs(np.zeros_like(labels))
     most = (in_cluster + in_label) / 2
-    return float((both - expected) / (most - expected)) if most > expected else 0.0
+    return (both - expected) / (most - expected) if most > expected else 0.0
 
 
-def _pairs(cells: np.ndarray, weights: np.ndarray, blocks: np.ndarray | None) -> float:
-    """Weight of the pairs of runs that share a cell and stand in different blocks."""
-    together = np.bincount(cells, weights)
-    within = weights if blocks is None else np.bincount(cells * (blocks.max() + 1) + blocks, weights)
-    return float(together @ together - within @ within) / 2
-
-
-def nearest(units: Float[np.ndarray, "runs dims"], blocks: Blocks | None = None) -> Int[np.ndarray, "runs neighbours"]:
+def nearest(
+    units: Float[np.ndarray, "runs dims"], blocks: Blocks | None = None, count: int = _NEIGHBOURS
+) -> Int[np.ndarray, "runs neighbours"]:
     """Lists other runs by their distance from each run, the nearest first: in other blocks where there are blocks.
 
-    They are as many as every run has, at most 32.
+    They are ``count``, or as many as every run has. Of equally near runs the one with the lower number comes first.
     """
     runs = np.arange(len(units))
     own = runs if blocks is None else blocks
-    count = min(_NEIGHBOURS, len(units) - int(np.unique(own, return_counts=True)[1].max()))
+    count = min(count, len(units) - int(np.unique(own, return_counts=True)[1].max()))
     found = np.empty((len(units), count), dtype=np.int64)
     step = max(1, _CHUNK_ENTRIES // len(units))
-    for start in range(0, len(units), step):
+    for start in range(0, len(units) if count else 0, step):
         part = runs[start : start + step]
-        cosines = units[part] @ units.T
-        cosines[own[part, None] == own] = -np.inf
-        found[part] = np.argsort(-cosines, axis=1, kind="stable")[:, :count]
+        distances = -units[part] @ units.T
+        distances[own[part, None] == own] = np.inf
+        near = np.sort(np.argpartition(distances, count - 1, axis=1)[:, :count], axis=1)
+        order = np.argsort(np.take_along_axis(distances, near, axis=1), axis=1, kind="stable")
+        found[part] = np.take_along_axis(near, order, axis=1)
     return found
 
 

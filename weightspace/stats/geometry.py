@@ -7,13 +7,13 @@ Two descriptions of the same datasets are compared by the dissimilarities that t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.stats import rankdata
 
 from weightspace.data.images import DatasetSource, DatasetVariant, variant_of
+from weightspace.stats.measures import unit_ranks
 from weightspace.stats.resampling import Estimate, estimated, run_weights
 
 MIN_DATASETS = 5
@@ -22,37 +22,23 @@ MIN_DATASETS = 5
 Dissimilarity = Float[np.ndarray, "datasets datasets"]
 
 
-@dataclass(frozen=True, eq=False)
-class WeightGeometry:
-    """Datasets described by the models that were trained on them.
-
-    Attributes:
-        values: embeddings.
-        datasets: dataset of each run, from 0 on; at least two runs each.
-    """
-
-    values: Float[np.ndarray, "runs dims"]
-    datasets: Int[np.ndarray, "runs"]
-
-    def dissimilarity(self, generator: np.random.Generator | None = None) -> Dissimilarity:
-        """Compares the datasets' mean embeddings; see `weight_dissimilarity`."""
-        runs = len(self.values)
-        weights = np.ones(runs) if generator is None else run_weights(runs, generator)
-        return weight_dissimilarity(self.values, self.datasets, weights)
+Geometry = Callable[[np.random.Generator | None], Dissimilarity]
+"""Dissimilarities of datasets: as measured (None), or those of a bootstrap replicate that the generator draws."""
 
 
-@dataclass(frozen=True, eq=False)
-class KnownGeometry:
-    """Datasets described by what does not depend on any run."""
+def weight_geometry(values: Float[np.ndarray, "runs dims"], datasets: Int[np.ndarray, "runs"]) -> Geometry:
+    """Describes datasets by the models that were trained on them; see `weight_dissimilarity`."""
 
-    values: Dissimilarity
+    def dissimilarity(generator: np.random.Generator | None) -> Dissimilarity:
+        weights = np.ones(len(values)) if generator is None else run_weights(len(values), generator)
+        return weight_dissimilarity(values, datasets, weights)
 
-    def dissimilarity(self, generator: np.random.Generator | None = None) -> Dissimilarity:
-        """Returns the dissimilarities."""
-        return self.values
+    return dissimilarity
 
 
-Geometry = WeightGeometry | KnownGeometry
+def known_geometry(dissimilarity: Dissimilarity) -> Geometry:
+    """Describes datasets by what does not depend on any run."""
+    return lambda generator: dissimilarity
 
 
 def representational_similarity(
@@ -72,15 +58,17 @@ def representational_similarity(
     Returns:
         The estimate, or None where all pairs are equally far in one of them and there is no order to compare.
     """
-    pairs = np.triu_indices(len(one.dissimilarity()), 1)
+    square = one(None)
+    pairs = np.triu_indices(len(square), 1)
 
     def ranked(geometry: Geometry, generator: np.random.Generator | None = None) -> Float[np.ndarray, "pairs"] | None:
-        return _ranks(geometry.dissimilarity(generator)[pairs])
+        # Rounding must not order what is equal.
+        return unit_ranks(np.round(geometry(generator)[pairs], 9))
 
     ranks, others = ranked(one), ranked(other)
     if ranks is None or others is None:
         return None
-    square = np.zeros_like(one.dissimilarity())
+    square = np.zeros_like(square)
     square[pairs] = others
     square += square.T
     orders = (generator.permutation(len(square)) for _ in range(draws))
@@ -88,15 +76,6 @@ def representational_similarity(
     resampled = [(ranked(one, generator), ranked(other, generator)) for _ in range(draws)]
     replicates = [float(a @ b) for a, b in resampled if a is not None and b is not None]
     return estimated(float(ranks @ others), replicates, null)
-
-
-def _ranks(dissimilarities: Float[np.ndarray, "pairs"]) -> Float[np.ndarray, "pairs"] | None:
-    """Ranks, scaled so that Spearman's correlation is their product; None where all are equal."""
-    # Rounding must not order what is equal.
-    ranks = rankdata(np.round(dissimilarities, 9))
-    ranks -= ranks.mean()
-    length = np.linalg.norm(ranks)
-    return ranks / length if length > 0 else None
 
 
 def weight_dissimilarity(
@@ -141,15 +120,26 @@ def characteristic_dissimilarities(datasets: Sequence[str]) -> dict[str, Dissimi
     """
     variants = [variant_of(dataset) or DatasetVariant(DatasetSource(dataset)) for dataset in datasets]
     bases = [replace(variant.source, size=None) for variant in variants]
-    classes = [_class_set(base, variant, bases, variants) for base, variant in zip(bases, variants, strict=True)]
+
+    def class_set(i: int) -> set[tuple[DatasetSource, int]]:
+        named = {
+            number for base, other in zip(bases, variants, strict=True) if base == bases[i] for number in other.classes
+        }
+        return {(bases[i], number) for number in variants[i].classes or named or (-1,)}
+
+    def angle(i: int, j: int) -> int:
+        turn = abs(variants[i].rotation - variants[j].rotation) % 360
+        return min(turn, 360 - turn)
+
+    count = range(len(datasets))
+    classes = [class_set(i) for i in count]
     measures: dict[str, Callable[[int, int], float]] = {
         "base": lambda i, j: float(bases[i] != bases[j]),
         "classes": lambda i, j: 1 - len(classes[i] & classes[j]) / max(1, len(classes[i] | classes[j])),
-        "rotation": lambda i, j: _angle(variants[i].rotation, variants[j].rotation) / 180,
+        "rotation": lambda i, j: angle(i, j) / 180,
         "polarity": lambda i, j: float(variants[i].polarity != variants[j].polarity),
         "image_size": lambda i, j: float(variants[i].source.size != variants[j].source.size),
     }
-    count = range(len(datasets))
     found = {name: np.array([[measure(i, j) for j in count] for i in count]) for name, measure in measures.items()}
     if np.array_equal(found["classes"], found["base"]):
         del found["classes"]
@@ -157,16 +147,3 @@ def characteristic_dissimilarities(datasets: Sequence[str]) -> dict[str, Dissimi
     if len(found) > 1:
         found = {"characteristics": np.mean(list(found.values()), axis=0), **found}
     return found
-
-
-def _class_set(
-    base: DatasetSource, variant: DatasetVariant, bases: Sequence[DatasetSource], variants: Sequence[DatasetVariant]
-) -> set[tuple[DatasetSource, int]]:
-    listed = [other.classes for source, other in zip(bases, variants, strict=True) if source == base]
-    classes = variant.classes or {number for numbers in listed for number in numbers}
-    return {(base, number) for number in classes or (-1,)}
-
-
-def _angle(one: int, other: int) -> int:
-    turn = abs(one - other) % 360
-    return min(turn, 360 - turn)

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.special import gammaln
+from scipy.stats import hypergeom
 
 from weightspace.stats.measures import found_correlation
-from weightspace.stats.resampling import Estimate, with_interval
+from weightspace.stats.resampling import Estimate, run_counts, with_interval
 
 CUTOFFS = (1, 5, 10)
 
@@ -46,13 +46,18 @@ def same_identity(
     return (queries[:, None] == candidates) & (queries[:, None] >= 0)
 
 
-def first_ranks(similarity: Similarity, positives: Positives) -> Int[np.ndarray, "queries"]:
+def first_ranks(
+    similarity: Similarity, positives: Positives, counts: Int[np.ndarray, "candidates"] | None = None
+) -> Int[np.ndarray, "queries"]:
     """Ranks the first right answer of each query among the wrong ones, 1 for the best.
 
-    A wrong answer that is as similar as the right one stands before it: who finds all alike finds nothing.
+    A wrong answer that is as similar as the right one stands before it: a query that finds all candidates alike finds
+    nothing. ``counts`` says how often each candidate occurs, once if left out.
     """
-    best = np.where(positives, similarity, -np.inf).max(axis=1, keepdims=True)
-    return 1 + ((similarity >= best) & ~positives).sum(axis=1)
+    counts = np.ones(similarity.shape[1], dtype=np.int64) if counts is None else counts
+    best = np.where(positives & (counts > 0), similarity, -np.inf).max(axis=1, keepdims=True)
+    ranks: np.ndarray = 1 + ((similarity >= best) & ~positives) @ counts
+    return ranks
 
 
 def retrieval(
@@ -82,27 +87,44 @@ def retrieval(
     Returns:
         The measures, or None where no query has a right answer.
     """
-    asked = positives.any(axis=1)
-    if not asked.any():
+    answered = positives.any(axis=1)
+    if not answered.any():
         return None
-    similarity, positives = similarity[asked], positives[asked]
-    query_runs = None if query_runs is None else query_runs[asked]
+    similarity, positives = similarity[answered], positives[answered]
+    query_runs = None if query_runs is None else query_runs[answered]
     ranks = first_ranks(similarity, positives)
-    replicates = [
-        _replicate(similarity, positives, ranks, query_runs, candidate_runs, cutoffs, generator) for _ in range(draws)
-    ]
-    drawn = np.array([replicate for replicate in replicates if replicate is not None]).reshape(-1, len(cutoffs) + 1)
+    runs = max((int(side.max()) + 1 for side in (query_runs, candidate_runs) if side is not None), default=0)
+
+    def measured(ranks: Int[np.ndarray, "queries"]) -> list[float]:
+        return [*(float((ranks <= k).mean()) for k in cutoffs), float(np.median(ranks))]
+
+    def resampled() -> list[float] | None:
+        """Measures with drawn runs; None where they leave no query with a right answer."""
+        drawn, resampled_ranks = run_counts(runs, generator), ranks
+        queries = np.ones(len(ranks), dtype=np.int64) if query_runs is None else drawn[query_runs]
+        if candidate_runs is not None:
+            counts = drawn[candidate_runs]
+            resampled_ranks = first_ranks(similarity, positives, counts)
+            queries = queries * (positives & (counts > 0)).any(axis=1)
+        return measured(np.repeat(resampled_ranks, queries)) if queries.any() else None
+
+    replicates = [replicate for _ in range(draws) if (replicate := resampled()) is not None]
+    *recalls, medians = np.array(replicates).reshape(-1, len(cutoffs) + 1).T
+    *values, median = measured(ranks)
     right, count = positives.sum(axis=1), positives.shape[1]
     recall = {
+        # Chance: p right answers among c in random order have one among the first k.
         k: replace(
-            _with_interval(float((ranks <= k).mean()), drawn[:, column], (0.0, 1.0)),
-            null_mean=float(_chance(count, right, k).mean()),
+            with_interval(value, drawn, (0.0, 1.0)),
+            null_mean=float((1 - hypergeom.pmf(0, count, right, min(k, count))).mean()),
         )
-        for column, k in enumerate(cutoffs)
+        for k, value, drawn in zip(cutoffs, values, recalls, strict=True)
     }
-    median = _with_interval(float(np.median(ranks)), drawn[:, -1], (1.0, float(count)))
     # Of p right answers among c in random order, the first comes at (c + 1) / (p + 1) on average.
-    return Retrieval(len(ranks), count, recall, replace(median, null_mean=float(np.median((count + 1) / (right + 1)))))
+    median_rank = replace(
+        with_interval(median, medians, (1.0, float(count))), null_mean=float(np.median((count + 1) / (right + 1)))
+    )
+    return Retrieval(len(ranks), count, recall, median_rank)
 
 
 def result_correlation(
@@ -115,11 +137,11 @@ def result_correlation(
     first: int = 10,
     draws: int = 1000,
 ) -> Estimate | None:
-    """Measures how far the first models that are found have the results asked for; see `found_correlation`.
+    """Measures how far the first models that are found have the requested results; see `found_correlation`.
 
     Args:
-        similarity: of each wanted result to each model.
-        wanted: the results asked for.
+        similarity: of each requested result to each model.
+        wanted: the requested results.
         known: results of the models, NaN where they are not known; these are left out.
         generator: draws the runs.
         candidate_runs: run of each model, from 0 on.
@@ -129,58 +151,13 @@ def result_correlation(
     Returns:
         The correlation, or None where all results are alike.
     """
-    there = np.isfinite(known)
-    order = np.argsort(-similarity[:, there], axis=1, kind="stable")
-    found, runs = known[there][order], candidate_runs[there][order]
+    finite = np.isfinite(known)
+    order = np.argsort(-similarity[:, finite], axis=1, kind="stable")
+    found, runs = known[finite][order], candidate_runs[finite][order]
     value = found_correlation(wanted, found, first)
     if value is None:
         return None
     drawn = (
-        found_correlation(wanted, found, first, _drawn(int(runs.max()) + 1, generator)[runs]) for _ in range(draws)
+        found_correlation(wanted, found, first, run_counts(int(runs.max()) + 1, generator)[runs]) for _ in range(draws)
     )
-    return _with_interval(value, np.array([one for one in drawn if one is not None]), (-1.0, 1.0))
-
-
-def _replicate(
-    similarity: Similarity,
-    positives: Positives,
-    ranks: Int[np.ndarray, "queries"],
-    query_runs: Int[np.ndarray, "queries"] | None,
-    candidate_runs: Int[np.ndarray, "candidates"] | None,
-    cutoffs: Sequence[int],
-    generator: np.random.Generator,
-) -> list[float] | None:
-    """Measures with drawn runs; None where they leave no query with a right answer."""
-    sides = [runs for runs in (query_runs, candidate_runs) if runs is not None]
-    drawn = _drawn(max((int(runs.max()) + 1 for runs in sides), default=0), generator)
-    queries = np.ones(len(ranks), dtype=np.int64) if query_runs is None else drawn[query_runs]
-    if candidate_runs is not None:
-        counts = drawn[candidate_runs]
-        right = positives & (counts > 0)
-        best = np.where(right, similarity, -np.inf).max(axis=1, keepdims=True)
-        ranks = 1 + ((similarity >= best) & ~positives) @ counts
-        queries = queries * right.any(axis=1)
-    if not queries.any():
-        return None
-    ranks = np.repeat(ranks, queries)
-    return [*(float((ranks <= k).mean()) for k in cutoffs), float(np.median(ranks))]
-
-
-def _drawn(runs: int, generator: np.random.Generator) -> Int[np.ndarray, "runs"]:
-    """Says how often each run is drawn, with replacement."""
-    return np.bincount(generator.integers(runs, size=runs), minlength=runs) if runs else np.zeros(0, dtype=np.int64)
-
-
-def _chance(candidates: int, right: Int[np.ndarray, "queries"], k: int) -> Float[np.ndarray, "queries"]:
-    """Computes 1 - C(c - p, k) / C(c, k): how likely p right ones of c in random order have one among the first k."""
-    wrong = candidates - right
-    misses = np.zeros(len(right))
-    some = wrong >= k
-    logs = gammaln(wrong[some] + 1) - gammaln(wrong[some] - k + 1)
-    logs += gammaln(candidates - k + 1) - gammaln(candidates + 1)
-    misses[some] = np.exp(logs)
-    return 1 - misses
-
-
-def _with_interval(value: float, replicates: Float[np.ndarray, "draws"], bounds: tuple[float, float]) -> Estimate:
-    return with_interval(value, replicates, bounds) if len(replicates) else Estimate(value, *bounds)
+    return with_interval(value, [one for one in drawn if one is not None])

@@ -33,8 +33,6 @@ _LEAST_FREE = 0.05
 _TOLERANCE = 1e-9
 
 Part = Literal["factor", "interactions", "together", "shared", "residual"]
-
-
 Kind = Literal["data", "training", "architecture"]
 
 
@@ -106,23 +104,35 @@ def variance_shares(
     Raises:
         ZooError: there are too few runs for so many factors, or the embeddings do not vary.
     """
-    design = _design(factors)
-    free = len(values) - design.columns.shape[1]
-    if free < MIN_FREE:
+    matrix, terms = _design(factors)
+    runs, columns = matrix.shape
+    if runs - columns < MIN_FREE:
         raise ZooError(
-            f"{len(values)} runs are too few for factors of {design.columns.shape[1] - 1} degrees of freedom; "
-            f"give {design.columns.shape[1] + MIN_FREE} or more"
+            f"{runs} runs are too few for factors of {columns - 1} degrees of freedom; "
+            f"give {columns + MIN_FREE} or more"
         )
-    plain = _Equations.of(design, np.ones(len(values)))
-    observed = plain.sums(values)
-    if observed.total <= _TOLERANCE * len(values):
-        raise ZooError(f"the embeddings of all {len(values)} runs are equal: there is no variance to explain")
+    if np.square(values - values.mean(axis=0)).sum() <= _TOLERANCE * runs:
+        raise ZooError(f"the embeddings of all {runs} runs are equal: there is no variance to explain")
+    plain = _Regression(matrix, terms, np.ones(runs))
+    shares, ratios = plain.shares(values)
     replicates = np.array(
-        [_Equations.of(design, run_weights(len(values), generator)).sums(values).shares() for _ in range(draws)]
+        [_Regression(matrix, terms, run_weights(runs, generator)).shares(values)[0] for _ in range(draws)]
     )
     residuals = values - plain.fitted(values)
-    null = [plain.sums(residuals[generator.permutation(len(values))]) for _ in range(draws)]
-    return _rows(design, observed, replicates, null)
+    null = [plain.shares(residuals[generator.permutation(runs)]) for _ in range(draws)]
+    null_shares, null_ratios = (np.array(side) for side in zip(*null, strict=True))
+    rows = []
+    for number, term in enumerate(terms[:-1]):
+        share = estimated(shares[number], replicates[:, number], null_shares[:, number])
+        share = replace(share, p_value=permutation_p(ratios[number], null_ratios[:, number]))
+        rows.append(VarianceShare(term.name, term.kind, term.part, len(term.columns), share))
+    single = [number for number, term in enumerate(terms) if term.part in ("factor", "interactions")]
+    if len(single) > 1:
+        spread = replicates[:, -1] - replicates[:, single].sum(axis=1)
+        shared = with_interval(shares[-1] - shares[single].sum(), spread)
+        rows.append(VarianceShare("shared", "", "shared", 0, shared))
+    residual = with_interval(1 - shares[-1], 1 - replicates[:, -1])
+    return [*rows, VarianceShare("residual", "", "residual", runs - columns, residual)]
 
 
 # --- the design ------------------------------------------------------------------------------------------------------
@@ -134,10 +144,6 @@ class _Block:
 
     factors: tuple[Factor, ...]
     basis: Float[np.ndarray, "runs df"]
-
-    @property
-    def name(self) -> str:
-        return JOINT.join(factor.name for factor in self.factors)
 
     @property
     def kind(self) -> str:
@@ -156,18 +162,10 @@ class _Term:
     peers: int
 
 
-@dataclass(frozen=True, eq=False)
-class _Design:
-    """The constant, the factors, their interactions; the last term is the whole model."""
-
-    columns: Float[np.ndarray, "runs columns"]
-    terms: tuple[_Term, ...]
-
-
-def _design(factors: Sequence[Factor]) -> _Design:
-    blocks = _told_apart([_Block((factor,), _basis(_indicators(factor.codes))) for factor in factors])
-    constant = np.full((len(factors[0].codes), 1), 1.0)
-    matrix = np.hstack([constant, *(block.basis for block in blocks)])
+def _design(factors: Sequence[Factor]) -> tuple[Float[np.ndarray, "runs columns"], list[_Term]]:
+    """Lays out the constant, the factors and their interactions; the last term is the whole model."""
+    blocks = _joined([_Block((factor,), _basis(_indicators(factor.codes))) for factor in factors])
+    matrix = np.hstack([np.ones((len(factors[0].codes), 1)), *(block.basis for block in blocks)])
     mains = matrix.shape[1]
     groups: list[tuple[str, str, np.ndarray]] = []
     for name, kind, products in _interactions(blocks):
@@ -177,17 +175,16 @@ def _design(factors: Sequence[Factor]) -> _Design:
             matrix = np.hstack([matrix, added])
     whole = matrix.shape[1]
     ends = 1 + np.cumsum([0, *(block.basis.shape[1] for block in blocks)])
-    own = [np.arange(start, end) for start, end in pairwise(ends)]
     terms = [
-        _Term(block.name, block.kind, "factor", columns, mains) for block, columns in zip(blocks, own, strict=True)
+        _Term(JOINT.join(factor.name for factor in block.factors), block.kind, "factor", np.arange(*own), mains)
+        for block, own in zip(blocks, pairwise(ends), strict=True)
     ]
     terms += [_Term(name, kind, "interactions", columns, whole) for name, kind, columns in groups]
     for kind in ("data", "training"):
         members = [term.columns for term in terms if term.kind == kind]
         if len(members) > 1:
             terms.append(_Term(f"all of {kind}", kind, "together", np.concatenate(members), whole))
-    terms.append(_Term("", "", "residual", np.arange(1, whole), whole))
-    return _Design(matrix, tuple(terms))
+    return matrix, [*terms, _Term("", "", "residual", np.arange(1, whole), whole)]
 
 
 def _indicators(codes: np.ndarray) -> np.ndarray:
@@ -208,28 +205,26 @@ def _orthogonal(columns: np.ndarray, others: np.ndarray) -> np.ndarray:
     return columns - basis @ (basis.T @ columns)
 
 
-def _free(columns: np.ndarray, others: np.ndarray) -> float:
+def _free(columns: np.ndarray, others: Sequence[np.ndarray]) -> float:
     """Least share that a direction of the orthonormal ``columns`` has outside the span of ``others``."""
-    return float(np.linalg.svd(_orthogonal(columns, others), compute_uv=False).min() ** 2)
+    outside = _orthogonal(columns, np.hstack(others)) if others else columns
+    return float(np.linalg.svd(outside, compute_uv=False).min() ** 2)
 
 
-def _told_apart(blocks: list[_Block]) -> list[_Block]:
+def _joined(blocks: list[_Block]) -> list[_Block]:
     """Joins blocks until each has all its directions to itself."""
     while True:
-        bound = next((i for i, block in enumerate(blocks) if _is_bound(block, blocks)), None)
-        if bound is None:
+        for block in blocks:
+            others = [other for other in blocks if other is not block]
+            if _free(block.basis, [other.basis for other in others]) < _LEAST_FREE:
+                break
+        else:
             return blocks
-        others = [i for i in range(len(blocks)) if i != bound]
-        closest = min(others, key=lambda i: _free(blocks[bound].basis, blocks[i].basis))
-        first, second = sorted((bound, closest))
+        closest = blocks.index(min(others, key=lambda other: _free(block.basis, [other.basis])))
+        first, second = sorted((blocks.index(block), closest))
         basis = _basis(np.hstack([blocks[first].basis, blocks[second].basis]))
         blocks[first] = _Block((*blocks[first].factors, *blocks[second].factors), basis)
         del blocks[second]
-
-
-def _is_bound(block: _Block, blocks: Sequence[_Block]) -> bool:
-    others = [other.basis for other in blocks if other is not block]
-    return bool(others) and _free(block.basis, np.hstack(others)) < _LEAST_FREE
 
 
 def _interactions(blocks: Sequence[_Block]) -> Iterator[tuple[str, str, np.ndarray]]:
@@ -240,88 +235,43 @@ def _interactions(blocks: Sequence[_Block]) -> Iterator[tuple[str, str, np.ndarr
     own = [block.basis for block in blocks if block.kind == "architecture"]
     rest = [block.basis for block in blocks if block.kind != "architecture"]
     if own and rest:
-        others = np.hstack(rest)
-        yield (
-            "architecture x others",
-            "mixed",
-            _basis((own[0][:, :, None] * others[:, None, :]).reshape(len(others), -1)),
-        )
+        products = (own[0][:, :, None] * np.hstack(rest)[:, None, :]).reshape(len(own[0]), -1)
+        yield "architecture x others", "mixed", _basis(products)
 
 
 # --- sums of squares -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class _Sums:
-    """Sums of squares: of each term, of all, and the mean square of the residuals."""
+class _Regression:
+    """The normal equations of weighted runs, solved for any number of embeddings."""
 
-    terms: Float[np.ndarray, "terms"]
-    df: Int[np.ndarray, "terms"]
-    total: float
-    mean_square: float
-
-    def shares(self) -> Float[np.ndarray, "terms"]:
-        """Omega squared."""
-        return (self.terms - self.df * self.mean_square) / (self.total + self.mean_square)
-
-    def ratios(self) -> Float[np.ndarray, "terms"]:
-        """Pseudo-F."""
-        return self.terms / self.df / max(self.mean_square, np.finfo(float).tiny)
-
-
-@dataclass(frozen=True, eq=False)
-class _Equations:
-    """The normal equations of weighted runs, solved for all right-hand sides."""
-
-    design: _Design
-    weighted: Float[np.ndarray, "runs columns"]
-    weights: Float[np.ndarray, "runs"]
-    inverses: dict[int, np.ndarray]
-    inner: tuple[np.ndarray, ...]
-
-    @classmethod
-    def of(cls, design: _Design, weights: Float[np.ndarray, "runs"]) -> _Equations:
-        """Solves the equations of a design for runs of these weights."""
-        weighted = design.columns * weights[:, None]
-        gram = design.columns.T @ weighted
-        inverses = {peers: np.linalg.inv(gram[:peers, :peers]) for peers in {term.peers for term in design.terms}}
-        inner = tuple(np.linalg.inv(inverses[t.peers][np.ix_(t.columns, t.columns)]) for t in design.terms)
-        return cls(design, weighted, weights, inverses, inner)
+    def __init__(
+        self, matrix: Float[np.ndarray, "runs columns"], terms: Sequence[_Term], weights: Float[np.ndarray, "runs"]
+    ) -> None:
+        self._matrix, self._terms, self._weights = matrix, terms, weights
+        self._weighted = matrix * weights[:, None]
+        gram = matrix.T @ self._weighted
+        self._inverses = {peers: np.linalg.inv(gram[:peers, :peers]) for peers in {term.peers for term in terms}}
+        self._inner = [np.linalg.inv(self._inverses[t.peers][np.ix_(t.columns, t.columns)]) for t in terms]
 
     def fitted(self, values: Float[np.ndarray, "runs dims"]) -> Float[np.ndarray, "runs dims"]:
         """Returns what the whole model predicts."""
-        whole = self.design.columns.shape[1]
-        return self.design.columns @ (self.inverses[whole] @ (self.weighted.T @ values))
+        return self._matrix @ (self._inverses[self._matrix.shape[1]] @ (self._weighted.T @ values))
 
-    def sums(self, values: Float[np.ndarray, "runs dims"]) -> _Sums:
-        """Computes the sums of squares of all columns together.
+    def shares(
+        self, values: Float[np.ndarray, "runs dims"]
+    ) -> tuple[Float[np.ndarray, "terms"], Float[np.ndarray, "terms"]]:
+        """Computes omega squared and pseudo-F of each term, over all columns together.
 
-        Those of a term are ``tr(b^T C^-1 b)`` with its coefficients ``b`` and its part ``C`` of the inverse.
+        The sum of squares of a term is ``tr(b^T C^-1 b)`` with its coefficients ``b`` and its part ``C`` of the
+        inverse.
         """
-        moments = self.weighted.T @ values
-        solved = {peers: inverse @ moments[:peers] for peers, inverse in self.inverses.items()}
-        found = [
-            float(np.sum(solved[term.peers][term.columns] * (inner @ solved[term.peers][term.columns])))
-            for term, inner in zip(self.design.terms, self.inner, strict=True)
-        ]
-        total = float(self.weights @ np.square(values).sum(axis=1) - np.square(moments[0]).sum() / self.weights.sum())
-        df = np.array([len(term.columns) for term in self.design.terms])
-        return _Sums(np.array(found), df, total, max(0.0, total - found[-1]) / (len(values) - df[-1] - 1))
-
-
-def _rows(design: _Design, observed: _Sums, replicates: np.ndarray, null: Sequence[_Sums]) -> list[VarianceShare]:
-    shares, ratios = observed.shares(), observed.ratios()
-    null_shares, null_ratios = np.array([one.shares() for one in null]), np.array([one.ratios() for one in null])
-    rows = []
-    for number, term in enumerate(design.terms[:-1]):
-        share = estimated(shares[number], replicates[:, number], null_shares[:, number])
-        p_value = permutation_p(ratios[number], null_ratios[:, number])
-        rows.append(VarianceShare(term.name, term.kind, term.part, len(term.columns), replace(share, p_value=p_value)))
-    single = [number for number, term in enumerate(design.terms) if term.part in ("factor", "interactions")]
-    if len(single) > 1:
-        shared = shares[-1] - shares[single].sum()
-        spread = replicates[:, -1] - replicates[:, single].sum(axis=1)
-        rows.append(VarianceShare("shared", "", "shared", 0, with_interval(shared, spread)))
-    free = len(design.columns) - design.columns.shape[1]
-    rows.append(VarianceShare("residual", "", "residual", free, with_interval(1 - shares[-1], 1 - replicates[:, -1])))
-    return rows
+        moments = self._weighted.T @ values
+        solved = {peers: inverse @ moments[:peers] for peers, inverse in self._inverses.items()}
+        coefficients = [solved[term.peers][term.columns] for term in self._terms]
+        sums = np.array([np.sum(b * (inner @ b)) for b, inner in zip(coefficients, self._inner, strict=True)])
+        total = float(self._weights @ np.square(values).sum(axis=1) - np.square(moments[0]).sum() / self._weights.sum())
+        df = np.array([len(term.columns) for term in self._terms])
+        mean_square = max(0.0, total - sums[-1]) / (len(values) - df[-1] - 1)
+        ratios: np.ndarray = sums / df / max(mean_square, np.finfo(float).tiny)
+        return (sums - df * mean_square) / (total + mean_square), ratios

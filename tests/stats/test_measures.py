@@ -12,15 +12,8 @@ from scipy import stats
 from sklearn.metrics import balanced_accuracy_score, r2_score, roc_auc_score
 
 from weightspace.errors import SettingsError
-from weightspace.probes.metrics import (
-    RunBootstrap,
-    auc,
-    balanced_accuracy,
-    evaluate_metric,
-    interval,
-    kendall_tau,
-    r2,
-)
+from weightspace.stats.measures import auc, balanced_accuracy, evaluate_metric, kendall_tau, r2, spearman
+from weightspace.stats.resampling import RunBootstrap, pooled_interval
 
 RUNS = np.array(["a", "b", "a", "c", "c", "c", "b", "d", "e", "e"])
 
@@ -53,6 +46,13 @@ def test_constant_targets_and_predictions_are_undefined_and_not_zero() -> None:
     bootstrap = RunBootstrap(np.arange(5), np.random.default_rng(0), 20)
     assert np.isnan(bootstrap.r2(ones * 0.1, line)).all()
     assert np.isnan(bootstrap.kendall_tau(line, ones)).all()
+
+
+def test_spearman_has_no_value_without_an_order_of_requests_and_is_zero_where_all_obtain_the_same() -> None:
+    rng = np.random.default_rng(0)
+    requested, obtained = rng.integers(5, size=(2, 30)).astype(float)
+    assert spearman(requested, obtained) == pytest.approx(stats.spearmanr(requested, obtained).statistic)
+    assert math.isnan(spearman(np.ones(5), np.arange(5.0))) and spearman(np.arange(5.0), np.ones(5)) == 0.0
 
 
 def test_replicates_equal_metrics_of_test_sets_written_out(data: tuple[np.ndarray, np.ndarray]) -> None:
@@ -107,7 +107,7 @@ def test_pairs_are_compared_by_chunks(
     bootstrap = RunBootstrap(RUNS, np.random.default_rng(0), 10)
     truth = targets >= 2 if metric == "auc" else targets
     whole = getattr(bootstrap, metric)(truth, predictions)
-    monkeypatch.setattr("weightspace.probes.metrics._PAIRS", 25)
+    monkeypatch.setattr("weightspace.stats.resampling._PAIRS", 25)
     np.testing.assert_array_equal(getattr(bootstrap, metric)(truth, predictions), whole)
 
 
@@ -116,15 +116,15 @@ def test_checkpoints_of_one_run_are_not_independent_evidence() -> None:
     targets, noise = np.repeat(rng.normal(size=(2, 40)), 10, axis=1)
     width = {}
     for name, runs in (("runs", np.repeat(np.arange(40), 10)), ("models", np.arange(400))):
-        low, high = interval([RunBootstrap(runs, np.random.default_rng(1)).r2(targets, targets + 0.5 * noise)])
+        low, high = pooled_interval([RunBootstrap(runs, np.random.default_rng(1)).r2(targets, targets + 0.5 * noise)])
         width[name] = high - low
     assert width["runs"] > 2 * width["models"]
 
 
 def test_interval_pools_splits_and_leaves_undefined_replicates_out() -> None:
-    low, high = interval([np.linspace(0, 1, 101), np.linspace(1, 2, 101), np.full(50, np.nan)])
+    low, high = pooled_interval([np.linspace(0, 1, 101), np.linspace(1, 2, 101), np.full(50, np.nan)])
     assert (low, high) == (pytest.approx(0.05, abs=0.01), pytest.approx(1.95, abs=0.01))
-    assert all(math.isnan(end) for end in interval([np.full(3, np.nan)]))
+    assert all(math.isnan(end) for end in pooled_interval([np.full(3, np.nan)]))
 
 
 def test_metrics_of_the_evaluate_library_work_offline() -> None:
@@ -138,5 +138,7 @@ def test_metrics_of_the_evaluate_library_work_offline() -> None:
 
 
 def test_importing_probes_does_not_import_evaluate() -> None:
-    code = "import sys, weightspace.probes; assert not {'evaluate', 'datasets', 'transformers'} & set(sys.modules)"
+    code = (
+        "import sys, weightspace.probes.probe; assert not {'evaluate', 'datasets', 'transformers'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
