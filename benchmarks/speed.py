@@ -34,7 +34,7 @@ from weightspace.cli.main import tune_process
 from weightspace.data.images import load_images
 from weightspace.io.checkpoint import checkpoint_bytes
 from weightspace.networks.alignment import align
-from weightspace.networks.families import build_module, config_mapping, initialize
+from weightspace.networks.families import Network, initialize
 from weightspace.networks.flat import flatten, unflatten
 from weightspace.networks.infer import infer_architecture
 from weightspace.networks.permutation import permute, random_permutations
@@ -284,7 +284,7 @@ def measure_training(size: Size, family: str, bar: float) -> Result:
     def one_by_one() -> list[tuple[torch.nn.Module, float, float]]:
         trained = []
         for number, recipe in enumerate(few):
-            module = build_module(config_mapping(recipe.config))
+            module = Network(recipe.config)
             module.load_state_dict({name: value[number] for name, value in initial.items()})
             own, labels = images.train_images[rows[number]], images.train_labels[rows[number]]
             plain.train(module, own, labels, batches[number], recipe.learning_rate, recipe.weight_decay)

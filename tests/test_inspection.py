@@ -11,7 +11,7 @@ from weightspace.cli.main import main
 from weightspace.errors import CheckpointError, SettingsError, WeightspaceError
 from weightspace.inspection import inspect_location
 from weightspace.io.checkpoint import open_checkpoint, save_checkpoint
-from weightspace.networks.families import MLPConfig, build_module, config_mapping
+from weightspace.networks.families import MLPConfig
 from weightspace.tokenizers import TOKENIZERS, get_tokenizer
 
 
@@ -54,11 +54,10 @@ def test_the_record_is_json(tmp_path: Path) -> None:
 
 
 def test_a_config_beside_the_weights_gives_order_and_groups(tmp_path: Path) -> None:
-    config = config_mapping(MLPConfig(hidden=(4, 4), image_shape=(1, 2, 2), classes=2))
-    module = build_module(config)
-    assert module is not None
+    family = MLPConfig(hidden=(4, 4), image_shape=(1, 2, 2), classes=2)
+    module = Network(family)
     save(module.state_dict(), tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(family.to_dict()))
     (inspection,) = inspect_location(tmp_path).inspections
     assert inspection.architecture.ordered
     assert [group.size for group in inspection.architecture.groups] == [4, 4]
@@ -143,7 +142,7 @@ class TestAdapters:
             f"{module}.lora_B.weight": torch.full((8, 4), float(trained)),
         }
         save(factors, folder / "adapter_model.safetensors")
-        (folder / "adapter_config.json").write_text(json.dumps(config))
+        (folder / "adapter_config.json").write_text(json.dumps(family.to_dict()))
         return folder
 
     def config(self, **changes: object) -> dict[str, object]:

@@ -16,7 +16,6 @@ from weightspace.data.images import load_images
 from weightspace.evaluation.controls import from_scratch
 from weightspace.evaluation.finetuning import Trial, accuracy, predictions
 from weightspace.io.checkpoint import open_checkpoint, save_checkpoint
-from weightspace.networks.families import config_mapping
 from weightspace.networks.flat import flatten, unflatten
 from weightspace.publishing import PushPlan, push_folder
 from weightspace.sampling import writing
@@ -30,7 +29,7 @@ def config(tiny_zoo: Zoo, tmp_path: Path) -> Path:
     """A config of the zoo: a small perceptron for the digits."""
     family = next(family for family in tiny_zoo.families if family is not None and family.family == "mlp")
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(config_mapping(family)))
+    path.write_text(json.dumps(family.to_dict()))
     return path
 
 

@@ -37,7 +37,7 @@ from weightspace.evaluation.proof import (
     prove,
     rank_correlation,
 )
-from weightspace.networks.families import MLPConfig, config_mapping
+from weightspace.networks.families import MLPConfig
 from weightspace.networks.infer import infer_architecture
 from weightspace.networks.permutation import permute, random_permutations
 from weightspace.sampling.refining import RefinementSettings
@@ -239,7 +239,7 @@ def test_an_architecture_that_the_zoo_does_not_have_is_tried_too(zoo: Zoo) -> No
     training, datasets, _ = split(zoo)
     wide = MLPConfig((1, 8, 8), 5, (9,))
     specs = [TensorSpec(name, shape, "F32") for name, shape in wide.shapes().items()]
-    architecture = infer_architecture(specs, config=config_mapping(wide))
+    architecture = infer_architecture(specs, config=wide.to_dict())
     flat = torch.randn(3, architecture.numel, generator=torch.Generator().manual_seed(0)) * 0.1
     found = by_subject(prove({"it": [Sampled(datasets[0], wide, architecture, flat)]}, zoo, training, SETTINGS))
     assert [subject for measure, subject in found if measure == accuracy_after(0)] == [SAMPLES, SCRATCH, BEST]

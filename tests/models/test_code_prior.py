@@ -16,7 +16,7 @@ from weightspace.models.autoencoder.feature_extraction_autoencoder import Weight
 from weightspace.models.prior.configuration_code_prior import WeightCodePriorConfig
 from weightspace.models.prior.modeling_code_prior import WeightCodePriorModel, _drawn
 from weightspace.models.prior.modeling_prior import Guidance, PriorCondition
-from weightspace.networks.families import MLPConfig, config_mapping
+from weightspace.networks.families import MLPConfig
 from weightspace.sampling.conditions import blueprint_of
 from weightspace.schema import Architecture
 
@@ -43,7 +43,7 @@ TINY: dict[str, Any] = {
 
 
 def architecture(*hidden: int) -> Architecture:
-    return blueprint_of(config_mapping(MLPConfig((1, 2, 3), 4, hidden))).architecture
+    return blueprint_of(MLPConfig((1, 2, 3), 4, hidden).to_dict()).architecture
 
 
 SHALLOW, WIDE = architecture(5), architecture(30)

@@ -10,7 +10,7 @@ from weightspace.dtypes import dtype_name
 from weightspace.errors import SettingsError, TokenError, WeightspaceError
 from weightspace.io.checkpoint import open_checkpoint, save_checkpoint
 from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
-from weightspace.networks.families import CNNConfig, MLPConfig, build_module, config_mapping, initialize
+from weightspace.networks.families import CNNConfig, MLPConfig, Network, initialize
 from weightspace.networks.flat import flatten, unflatten
 from weightspace.networks.infer import infer_architecture
 from weightspace.schema import Architecture, TensorSpec
@@ -23,8 +23,7 @@ EXTRACTORS = {
 
 
 def state(config: MLPConfig | CNNConfig, seed: int = 0) -> dict[str, torch.Tensor]:
-    module = build_module(config_mapping(config))
-    assert module is not None
+    module = Network(config)
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(value.shape, generator=generator) for name, value in module.state_dict().items()}
 

@@ -18,7 +18,7 @@ from weightspace.models.joint.configuration_joint import JointConfig, ResultTowe
 from weightspace.models.joint.feature_extraction_joint import JointFeatureExtractor
 from weightspace.models.joint.modeling_joint import JointModel
 from weightspace.models.joint.towers import PrincipalAxes, ResultTower, linked_paths, path_ends
-from weightspace.networks.families import MLPConfig, build_module, config_mapping
+from weightspace.networks.families import MLPConfig
 from weightspace.networks.infer import infer_architecture
 from weightspace.networks.permutation import permute, random_permutations
 from weightspace.schema import Architecture, TensorSpec
@@ -37,11 +37,10 @@ TINY: dict[str, Any] = {
 
 
 def architecture(*hidden: int) -> Architecture:
-    mapping = config_mapping(MLPConfig((1, 2, 3), 4, hidden))
-    module = build_module(mapping)
-    assert module is not None
+    family = MLPConfig((1, 2, 3), 4, hidden)
+    module = Network(family)
     specs = [TensorSpec(name, tuple(value.shape), "F32") for name, value in module.state_dict().items()]
-    return infer_architecture(specs, config=mapping)
+    return infer_architecture(specs, config=family.to_dict())
 
 
 SHALLOW, DEEP = architecture(5), architecture(5, 6)

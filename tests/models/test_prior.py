@@ -13,7 +13,7 @@ from transformers import AutoModel
 from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
 from weightspace.models.prior.configuration_prior import WeightPriorConfig
 from weightspace.models.prior.modeling_prior import Guidance, PriorCondition, WeightPriorModel
-from weightspace.networks.families import MLPConfig, config_mapping
+from weightspace.networks.families import MLPConfig
 from weightspace.sampling.conditions import blueprint_of
 from weightspace.schema import Architecture
 
@@ -38,7 +38,7 @@ TINY: dict[str, Any] = {
 
 
 def architecture(*hidden: int) -> Architecture:
-    return blueprint_of(config_mapping(MLPConfig((1, 2, 3), 4, hidden))).architecture
+    return blueprint_of(MLPConfig((1, 2, 3), 4, hidden).to_dict()).architecture
 
 
 SHALLOW, WIDE = architecture(5), architecture(30)

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -10,14 +11,16 @@ from torch import nn
 from weightspace.errors import SettingsError
 from weightspace.networks import families
 from weightspace.networks.families import (
+    Activation,
+    Apply,
     CNNConfig,
     FamilyConfig,
     MLPConfig,
-    build_module,
-    config_mapping,
-    example_input,
+    Network,
     family_config,
     initialize,
+    register_family,
+    run_models,
     stacked_forward,
 )
 
@@ -35,12 +38,6 @@ CONFIGS: dict[str, FamilyConfig] = {
 }
 
 
-def module_of(config: FamilyConfig) -> nn.Module:
-    module = build_module(config_mapping(config))
-    assert module is not None
-    return module
-
-
 def draw(config: FamilyConfig, models: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {n: 0.5 * torch.randn(models, *shape, generator=generator) for n, shape in config.shapes().items()}
@@ -52,7 +49,7 @@ def test_a_population_computes_what_its_modules_compute(name: str, batch: int, m
     config, matrices = CONFIGS[name], []
     as_matrix = families._conv_as_matrix
     monkeypatch.setattr(families, "_conv_as_matrix", lambda *a: matrices.append(1) or as_matrix(*a))
-    module, parameters = module_of(config), draw(config, 3)
+    module, parameters = Network(config), draw(config, 3)
     images = torch.rand(3, batch, *SHAPE, generator=torch.Generator().manual_seed(1))
     stacked = stacked_forward(config, parameters, images)
     for number in range(3):
@@ -65,20 +62,75 @@ def test_a_population_computes_what_its_modules_compute(name: str, batch: int, m
 @pytest.mark.parametrize("name", CONFIGS)
 def test_shapes_are_those_of_the_module(name: str) -> None:
     config = CONFIGS[name]
-    module = module_of(config)
+    module = Network(config)
     assert {n: tuple(p.shape) for n, p in module.named_parameters()} == config.shapes()
-    assert module(example_input(config_mapping(config))).shape == (2, 4)
+    assert module(config.example_input()).shape == (2, 4)
+
+
+class TestRunModels:
+    CONFIG = CNNConfig(SHAPE, 4, (3,))
+    IMAGES = torch.rand(9, *SHAPE, generator=torch.Generator().manual_seed(1))
+
+    @pytest.mark.parametrize("gradients", [True, False])
+    def test_steps_change_nothing(self, gradients: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        parameters = draw(self.CONFIG, 5)
+        whole = stacked_forward(self.CONFIG, parameters, self.IMAGES.expand(5, *self.IMAGES.shape))
+        monkeypatch.setattr(families, "_STEP_MODELS", 2)
+        monkeypatch.setattr(families, "_STEP_IMAGES", 8)
+        with torch.set_grad_enabled(gradients):
+            torch.testing.assert_close(run_models(self.CONFIG, parameters, self.IMAGES), whole)
+            own = self.IMAGES.expand(5, *self.IMAGES.shape)
+            torch.testing.assert_close(run_models(self.CONFIG, parameters, own), whole)
+
+    def test_every_model_sees_the_images_of_its_rows(self) -> None:
+        parameters, rows = draw(self.CONFIG, 3), torch.tensor([[0, 1], [8, 8], [2, 0]])
+        whole = run_models(self.CONFIG, parameters, self.IMAGES)
+        found = run_models(self.CONFIG, parameters, self.IMAGES, rows)
+        torch.testing.assert_close(found, torch.stack([whole[m, own] for m, own in enumerate(rows)]))
+
+    def test_no_models_have_no_logits(self) -> None:
+        parameters = {name: value[:0] for name, value in draw(MLPConfig(SHAPE, 4), 1).items()}
+        assert run_models(MLPConfig(SHAPE, 4), parameters, self.IMAGES).shape == (0, 9, 4)
+
+
+def test_a_family_of_ones_own_is_one_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "FAMILIES", {})
+
+    @register_family
+    @dataclass(frozen=True)
+    class ResidualConfig(FamilyConfig):
+        family: ClassVar[str] = "residual"
+        width: int = 6
+        activation: Activation = "relu"
+
+        def layers(self) -> dict[str, nn.Module]:
+            stem = nn.Conv2d(self.image_shape[0], self.width, 3, padding=1, bias=False)
+            block = nn.Conv2d(self.width, self.width, 3, padding=1, groups=2)
+            return {"stem": stem, "block": block, "norm": nn.GroupNorm(2, self.width), "head": nn.Linear(self.width, 4)}
+
+        def forward(self, images: torch.Tensor, apply: Apply) -> torch.Tensor:
+            x = apply("stem", images, torch.relu)
+            return apply("head", (x + apply("block", apply("norm", x))).mean((-2, -1)))
+
+    config = family_config({"family": "residual", "image_shape": SHAPE, "classes": 4})
+    assert isinstance(config, ResidualConfig)
+    module, parameters = Network(config), draw(config, 3)
+    images = torch.rand(3, 5, *SHAPE, generator=torch.Generator().manual_seed(1))
+    for number, logits in enumerate(stacked_forward(config, parameters, images)):
+        module.load_state_dict({key: value[number] for key, value in parameters.items()})
+        torch.testing.assert_close(logits, module(images[number]), atol=1e-5, rtol=1e-4)
+    with pytest.raises(SettingsError, match="width 0"):
+        ResidualConfig(SHAPE, 4, 0)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_configs_survive_json(name: str) -> None:
-    assert family_config(config_mapping(CONFIGS[name])) == CONFIGS[name]
+    assert family_config(CONFIGS[name].to_dict()) == CONFIGS[name]
 
 
 def test_configs_of_others_are_none_of_ours() -> None:
     for config in ({}, {"family": "transformer"}, {"family": 3}, {"model_type": "bert"}):
         assert family_config(config) is None
-        assert build_module(config) is None
 
 
 @pytest.mark.parametrize(

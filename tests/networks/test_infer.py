@@ -3,9 +3,9 @@ from __future__ import annotations
 import json
 import os
 import struct
-import sys
-import types
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from weightspace.errors import ArchitectureError
+from weightspace.networks.families import FAMILIES, Activation, Apply, FamilyConfig, Network, family_config
 from weightspace.networks.infer import infer_architecture
 from weightspace.networks.layers import natural_key
 from weightspace.schema import Architecture, TensorSpec
@@ -197,15 +198,24 @@ class Residual(nn.Module):
 
 
 @pytest.fixture
-def residual_family(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    families = types.ModuleType("families")
-    families.build_module = lambda config: Residual() if config.get("family") == "residual" else None
-    families.example_input = lambda config: torch.zeros(2, 3)
-    monkeypatch.setitem(sys.modules, "weightspace.networks.families", families)
-    return {"family": "residual"}
+def residual_family(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    @dataclass(frozen=True)
+    class ResidualConfig(FamilyConfig):
+        family: ClassVar[str] = "residual"
+        activation: Activation = "relu"
+
+        def layers(self) -> dict[str, nn.Module]:
+            return dict(Residual().named_children())
+
+        def forward(self, images: torch.Tensor, apply: Apply) -> torch.Tensor:
+            x = apply("fc1", images.flatten(-3), torch.relu)
+            return apply("fc3", x + apply("fc2", x, torch.relu))
+
+    monkeypatch.setitem(FAMILIES, "residual", ResidualConfig)
+    return {"family": "residual", "image_shape": [3, 1, 1], "classes": 2}
 
 
-def test_a_known_config_is_traced(residual_family: dict[str, str]) -> None:
+def test_a_known_config_is_traced(residual_family: dict[str, Any]) -> None:
     stored = [TensorSpec(n, tuple(t.shape), "BF16") for n, t in sorted(Residual().state_dict().items())]
     counter = TensorSpec("fc1.steps", (), "I64")
     found = infer_architecture([*stored, counter], config=residual_family)
@@ -218,7 +228,7 @@ def test_a_known_config_is_traced(residual_family: dict[str, str]) -> None:
     assert len(unknown.groups) == 2
 
 
-def test_a_config_of_another_network_is_refused(residual_family: dict[str, str]) -> None:
+def test_a_config_of_another_network_is_refused(residual_family: dict[str, Any]) -> None:
     stored = {n: tuple(t.shape) for n, t in Residual().state_dict().items()}
     with pytest.raises(ArchitectureError, match=r"fc3\.weight.*\(2, 4\).*\(7, 4\)"):
         infer_architecture(specs({**stored, "fc3.weight": (7, 4)}), config=residual_family)
@@ -228,8 +238,7 @@ def test_a_config_of_another_network_is_refused(residual_family: dict[str, str])
 
 def test_families_of_this_library_are_traced() -> None:
     config = {"family": "cnn", "image_shape": [1, 8, 8], "classes": 3, "channels": [4, 5]}
-    families = pytest.importorskip("weightspace.networks.families")
-    module = families.build_module(config)
+    module = Network(family_config(config))
     stored = {n: tuple(t.shape) for n, t in module.state_dict().items()}
     found = infer_architecture(specs(stored), config=config)
     assert found.ordered

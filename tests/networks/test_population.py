@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from weightspace.errors import SettingsError
 from weightspace.networks import population
-from weightspace.networks.families import CNNConfig, FamilyConfig, MLPConfig, build_module, config_mapping
+from weightspace.networks.families import CNNConfig, FamilyConfig, MLPConfig, Network
 from weightspace.networks.population import Recipe, Snapshot, train_population
 from weightspace.schema import ImageDataset
 
@@ -74,8 +74,7 @@ def test_models_trained_together_are_models_trained_alone(
     found = weights(train(*recipes))
     assert sorted(found) == [(0, 4), (1, 9), (2, 7)]
     for number, one in enumerate(recipes):
-        module = build_module(config_mapping(config))
-        assert module is not None
+        module = Network(config)
         module.load_state_dict({name: value[number] for name, value in initial.items()})
         named = dict(module.named_parameters())
         groups = [
@@ -99,8 +98,7 @@ class TestResults:
         recipes = [recipe(0, CNN, steps=3), recipe(1, CNN, dataset="two", train_size=20, steps=3)]
         (snapshot,) = train(*recipes)
         for place, one in enumerate(recipes):
-            module = build_module(config_mapping(CNN))
-            assert module is not None
+            module = Network(CNN)
             module.load_state_dict({name: value[place] for name, value in snapshot.parameters.items()})
             images = DATASETS[one.dataset]
             logits = module(images.test_images)
@@ -186,11 +184,10 @@ def test_runs_of_one_population_are_drawn_apart() -> None:
 def test_label_noise_replaces_its_share_of_labels() -> None:
     labels = torch.zeros(4000, dtype=torch.int64)
     one = ImageDataset("one", torch.zeros(4000, 1, 4, 4), labels, torch.zeros(1, 1, 4, 4), labels[:1], CLASSES)
-    table = population._image_table([one], "cpu")
     recipes = [recipe(label_noise=share, train_size=4000) for share in (0.0, 0.3)]
-    _, targets = population._training_subsets(recipes, table, CLASSES, torch.Generator().manual_seed(0))
+    train, _ = population._examples(recipes, [one], CLASSES, torch.Generator().manual_seed(0))
     # A label is drawn among all classes, so that a third of the replaced ones stays what it was.
-    assert (targets != 0).float().mean(1).tolist() == pytest.approx([0.0, 0.2], abs=0.02)
+    assert (train.labels != 0).float().mean(1).tolist() == pytest.approx([0.0, 0.2], abs=0.02)
 
 
 class TestGivenWeights:

@@ -9,7 +9,7 @@ import pytest
 
 from weightspace.encoder import Encoder, load_encoder
 from weightspace.models.codec import LatentCodec
-from weightspace.networks.families import FamilyConfig, config_mapping
+from weightspace.networks.families import FamilyConfig
 from weightspace.sampling.conditions import Blueprint, Condition, blueprint_of
 from weightspace.sampling.kde import KdeSampler
 from weightspace.search.queries import dataset_for
@@ -47,7 +47,7 @@ def tiny_family(tiny_zoo: Zoo) -> FamilyConfig:
 @pytest.fixture(scope="session")
 def tiny_blueprint(tiny_family: FamilyConfig) -> Blueprint:
     """The architecture of the first model."""
-    return blueprint_of(config_mapping(tiny_family))
+    return blueprint_of(tiny_family.to_dict())
 
 
 @pytest.fixture(scope="session")

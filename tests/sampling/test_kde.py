@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from weightspace.encoder import Encoder, embed_zoo
 from weightspace.errors import SettingsError
 from weightspace.models.codec import LatentCodec
-from weightspace.networks.families import FamilyConfig, config_mapping
+from weightspace.networks.families import FamilyConfig
 from weightspace.networks.permutation import permute, random_permutations
 from weightspace.sampling.conditions import Blueprint, Condition, blueprint_of
 from weightspace.sampling.kde import Anchors, KdeSampler, KdeSettings, noise, picked
@@ -167,14 +167,14 @@ class TestRefusals:
     def test_an_architecture_that_the_zoo_lacks(
         self, tiny_kde: KdeSampler, tiny_family: FamilyConfig, tiny_condition: Condition
     ) -> None:
-        other = blueprint_of({**config_mapping(tiny_family), "hidden": [5]})
+        other = blueprint_of({**tiny_family.to_dict(), "hidden": [5]})
         with pytest.raises(SettingsError, match=r"none of 48 models .* \(4 tensors, .* or use the flow sampler"):
             tiny_kde.latents(tiny_condition, other, 1, seeded())
 
     def test_a_config_that_the_zoo_lacks(
         self, tiny_kde: KdeSampler, tiny_family: FamilyConfig, tiny_condition: Condition
     ) -> None:
-        other = blueprint_of({**config_mapping(tiny_family), "activation": "silu"})
+        other = blueprint_of({**tiny_family.to_dict(), "activation": "silu"})
         with pytest.raises(SettingsError, match=r"none of \d+ models .*'activation': 'silu'.* use the flow sampler"):
             tiny_kde.latents(tiny_condition, other, 1, seeded())
 

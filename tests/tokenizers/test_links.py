@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from weightspace.networks.families import CNNConfig, MLPConfig, build_module, config_mapping
+from weightspace.networks.families import CNNConfig, MLPConfig, Network
 from weightspace.networks.infer import infer_architecture
 from weightspace.networks.permutation import permute, random_permutations
 from weightspace.schema import Architecture, TensorSpec
@@ -12,10 +12,9 @@ from weightspace.tokenizers.links import token_links
 
 
 def architecture(config: MLPConfig | CNNConfig) -> Architecture:
-    module = build_module(config_mapping(config))
-    assert module is not None
+    module = Network(config)
     specs = [TensorSpec(name, tuple(value.shape), "F32") for name, value in module.state_dict().items()]
-    return infer_architecture(specs, config=config_mapping(config))
+    return infer_architecture(specs, config=config.to_dict())
 
 
 MLP = architecture(MLPConfig((1, 2, 3), 4, (5, 3)))

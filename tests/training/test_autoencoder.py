@@ -16,7 +16,7 @@ import yaml
 from weightspace.data.images import load_images
 from weightspace.encoder import load_encoder
 from weightspace.errors import SettingsError, ZooError
-from weightspace.networks.families import build_module, family_config, run_flat
+from weightspace.networks.families import Network, family_config, run_flat
 from weightspace.schema import ZooEntry
 from weightspace.training import autoencoder
 from weightspace.training.autoencoder import (
@@ -236,7 +236,7 @@ class TestBehaviour:
             rows = batch.rows[:3]
             entry = tiny_zoo.entry(int(rows[0]))
             assert entry.config is not None
-            config, module = family_config(entry.config), build_module(entry.config)
+            config, module = family_config(entry.config), Network(family_config(entry.config))
             assert config is not None
             assert module is not None
             images = torch.rand(3, 4, 1, 8, 8, generator=torch.Generator().manual_seed(0))

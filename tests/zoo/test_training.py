@@ -11,7 +11,7 @@ import torch
 
 from weightspace.data.images import load_images
 from weightspace.errors import SettingsError, ZooError
-from weightspace.networks.families import build_module
+from weightspace.networks.families import Network, family_config
 from weightspace.settings import settings_from_mapping
 from weightspace.zoo import training
 from weightspace.zoo.dataset import Zoo
@@ -51,7 +51,7 @@ class TestZoo:
             entry, checkpoint = tiny_zoo.entry(row), tiny_zoo.checkpoint(row)
             assert entry.config is not None
             assert entry.dataset is not None
-            module, images = build_module(entry.config), load_images(entry.dataset)
+            module, images = Network(family_config(entry.config)), load_images(entry.dataset)
             assert module is not None
             module.load_state_dict(checkpoint.tensors())
             correct = (module(images.test_images).argmax(1) == images.test_labels).float().mean()

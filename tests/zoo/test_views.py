@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weightspace.errors import SettingsError
-from weightspace.networks.families import CNNConfig, config_mapping, initialize, stacked_forward
+from weightspace.networks.families import CNNConfig, initialize, stacked_forward
 from weightspace.networks.flat import flatten, unflatten
 from weightspace.networks.infer import infer_architecture
 from weightspace.schema import Architecture, TensorSpec
@@ -21,7 +21,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def population(models: int) -> tuple[torch.Tensor, Architecture]:
     specs = [TensorSpec(name, shape, "F32") for name, shape in CONFIG.shapes().items()]
-    architecture = infer_architecture(specs, config=config_mapping(CONFIG))
+    architecture = infer_architecture(specs, config=CONFIG.to_dict())
     stacked = initialize(CONFIG, ["kaiming_normal"] * models, generator())
     each = [flatten({name: value[i] for name, value in stacked.items()}, architecture) for i in range(models)]
     return torch.stack(each), architecture

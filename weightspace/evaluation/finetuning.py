@@ -13,12 +13,10 @@ from torch import Tensor
 
 from weightspace.data.images import load_images
 from weightspace.errors import SettingsError
-from weightspace.networks.families import FamilyConfig, config_mapping, run_flat
+from weightspace.networks.families import FamilyConfig, run_flat
 from weightspace.networks.flat import unflatten
 from weightspace.networks.population import Recipe, train_population
 from weightspace.schema import Architecture, ImageDataset
-
-_STEP_IMAGES = 2**15  # images that are run at once, over all models
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class Trial:
         shapes = {tensor.name: tensor.shape for tensor in self.architecture.tensors}
         if shapes != self.config.shapes():
             raise SettingsError(
-                f"{config_mapping(self.config)} has the tensors {self.config.shapes()}, the architecture {shapes}; "
+                f"{self.config.to_dict()} has the tensors {self.config.shapes()}, the architecture {shapes}; "
                 "give the config that the weights are of"
             )
 
@@ -81,12 +79,7 @@ def predictions(trial: Trial) -> Int[Tensor, "models images"]:
         SettingsError: the images do not fit the models.
     """
     images = _opened(trial).test_images
-    step = max(1, _STEP_IMAGES // max(1, len(trial.flat)))
-    parts = [
-        run_flat(trial.config, trial.architecture, trial.flat.float(), part.expand(len(trial.flat), *part.shape))
-        for part in images.split(step)
-    ]
-    return torch.cat([part.argmax(-1) for part in parts], dim=1)
+    return run_flat(trial.config, trial.architecture, trial.flat.float(), images).argmax(-1)
 
 
 def fine_tune(

@@ -68,8 +68,8 @@ def compare_functions(
     for (config, name), places in groups.items():
         dataset = load_images(name)
         labels = dataset.test_labels
-        before = _predictions(config, architecture, original[places], dataset.test_images)
-        after = _predictions(config, architecture, decoded[places], dataset.test_images)
+        before = run_flat(config, architecture, original[places], dataset.test_images).argmax(-1)
+        after = run_flat(config, architecture, decoded[places], dataset.test_images).argmax(-1)
         chance = float(labels.bincount().max()) / len(labels)
         columns.append(
             (
@@ -86,9 +86,3 @@ def compare_functions(
     gathered = [np.concatenate(column) for column in zip(*columns, strict=True)]
     order = np.argsort(gathered[0], kind="stable")
     return FunctionComparison(*(column[order] for column in gathered))
-
-
-def _predictions(
-    config: FamilyConfig, architecture: Architecture, flat: Tensor, images: Float[Tensor, "images c h w"]
-) -> Int[Tensor, "models images"]:
-    return run_flat(config, architecture, flat, images.expand(len(flat), *images.shape)).argmax(-1)

@@ -13,12 +13,10 @@ from torch.nn import functional as F
 from weightspace.data.images import load_images
 from weightspace.errors import SettingsError
 from weightspace.evaluation.finetuning import fits
-from weightspace.networks.families import FamilyConfig, config_mapping, run_flat
+from weightspace.networks.families import FamilyConfig, run_flat
 from weightspace.sampling.conditions import Blueprint, Condition
 from weightspace.schema import Architecture, ImageDataset
 from weightspace.search.results import UNNAMED, WantedResult
-
-_TOGETHER = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +71,7 @@ class Task:
         self, flat: Float[Tensor, "models params"], images: Int[Tensor, "models images"]
     ) -> Float[Tensor, "models images classes"]:
         """Runs each model on its images."""
-        return run_flat(self.family, self.architecture, flat, self.dataset.train_images[images])
+        return run_flat(self.family, self.architecture, flat, self.dataset.train_images, images)
 
     def loss(
         self, logits: Float[Tensor, "models images classes"], images: Int[Tensor, "models images"]
@@ -85,8 +83,7 @@ class Task:
     @torch.no_grad()
     def judge(self, flat: Float[Tensor, "models params"], images: Int[Tensor, "models images"]) -> Judgement:
         """Judges each model by its images."""
-        parts = zip(flat.split(_TOGETHER), images.split(_TOGETHER), strict=True)
-        logits = torch.cat([self.logits(*part) for part in parts])
+        logits = self.logits(flat, images)
         accuracy = (logits.argmax(-1) == self.dataset.train_labels[images]).float().mean(1)
         low, high = (0.0, 1.0) if self.wanted is None else (self.wanted.low, self.wanted.high)
         distance = (low - accuracy).clamp_min(0) + (accuracy - high).clamp_min(0)
@@ -112,7 +109,7 @@ def task_of(condition: Condition, blueprint: Blueprint) -> Task:
     if not fits(family, dataset):
         raise SettingsError(
             f"{dataset.id}: images of shape {tuple(dataset.train_images.shape[1:])} in {dataset.classes} classes do "
-            f"not fit {config_mapping(family)}; choose another dataset or architecture"
+            f"not fit {family.to_dict()}; choose another dataset or architecture"
         )
     wanted = next((one for one in condition.wanted if one.name == UNNAMED), None)
     return Task(dataset, family, blueprint.architecture, wanted)

@@ -1,24 +1,28 @@
-"""The small networks of trained zoos, as modules and as populations.
+"""The small networks that zoos are trained on: one description each, from which everything else follows.
 
-Each family is a frozen config, a ``torch.nn.Module`` and a *stacked* forward: N models of one config whose parameters
-carry a leading model axis run as one batched matrix product. A convolution becomes one too: on tiny maps by writing it
-out as a matrix, on larger ones as one grouped convolution.
+A family is a frozen config with two methods: ``layers`` builds the layers, ``forward`` says how images pass through
+them. The module, the shapes, the initial weights and the *stacked* forward, which runs many models of one config at
+once, are derived. A family of your own needs nothing but its config class::
 
-Add a family by adding a config class, its module and its stacked forward, and naming it in ``_FAMILIES``.
+    @register_family
+    @dataclass(frozen=True)
+    class MyConfig(FamilyConfig): ...
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
 from weightspace.errors import SettingsError
@@ -31,48 +35,117 @@ Initialization = Literal["kaiming_uniform", "kaiming_normal", "xavier_uniform", 
 Parameters = Mapping[str, Tensor]
 """Parameter name -> tensor with a leading model axis, ``(models, *shape)``."""
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+Function: TypeAlias = Callable[[Tensor], Tensor]
+
+Apply: TypeAlias = Callable[..., Tensor]
+"""``apply(name, x, then)`` runs the layer called ``name`` on ``x`` and, if given, a function of single entries."""
+
+ACTIVATIONS: dict[str, Function] = {
     "relu": F.relu,
     "gelu": F.gelu,
     "tanh": torch.tanh,
     "silu": F.silu,
 }
+# Models and images of one step: their activations fit in memory whatever the zoo and the dataset.
+_STEP_MODELS, _STEP_IMAGES = 64, 2**16
 
 
 @dataclass(frozen=True)
-class MLPConfig:
-    """Multi-layer perceptron on flattened images.
+class FamilyConfig(ABC):
+    """Config of one family of networks; all its sizes are at least 1.
 
     Attributes:
         image_shape: channels, height, width of one input image.
         classes: number of outputs.
+    """
+
+    family: ClassVar[str]
+    image_shape: tuple[int, int, int]
+    classes: int
+
+    if TYPE_CHECKING:  # a field of every family, behind its own sizes
+
+        @property
+        def activation(self) -> Activation:
+            """Nonlinearity between the layers."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if any(isinstance(size, int) and size < 1 for size in (value if isinstance(value, tuple) else (value,))):
+                raise SettingsError(f"{self.family} config: {field.name} {value}: every size must be at least 1")
+
+    @abstractmethod
+    def layers(self) -> dict[str, nn.Module]:
+        """Builds the layers by name, in forward order; they hold parameters and no buffers."""
+
+    @abstractmethod
+    def forward(self, images: Float[Tensor, "*models batch c h w"], apply: Apply) -> Tensor:
+        """Computes the logits ``(*models, batch, classes)``; axes are counted from the last, models may come first."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Parameter name -> shape, in forward order."""
+        return {name: tuple(value.shape) for name, value in _template(self).named_parameters()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The inverse of `family_config`, ready for JSON."""
+        return {"family": self.family, **asdict(self)}
+
+    def example_input(self) -> Float[Tensor, "2 c h w"]:
+        """Two random images to trace the module with."""
+        return torch.rand(2, *self.image_shape, generator=torch.Generator().manual_seed(0))
+
+
+FAMILIES: dict[str, type[FamilyConfig]] = {}
+"""Config class by the name of its family."""
+
+_Config = TypeVar("_Config", bound=type[FamilyConfig])
+
+
+def register_family(config: _Config) -> _Config:
+    """Makes a config class known under its ``family``; a decorator."""
+    FAMILIES[config.family] = config
+    return config
+
+
+@register_family
+@dataclass(frozen=True)
+class MLPConfig(FamilyConfig):
+    """Multi-layer perceptron on flattened images.
+
+    Attributes:
+        image_shape: see `FamilyConfig`.
+        classes: see `FamilyConfig`.
         hidden: width of each hidden layer.
         activation: applied after each hidden layer.
     """
 
     family: ClassVar[str] = "mlp"
-    image_shape: tuple[int, int, int]
-    classes: int
     hidden: tuple[int, ...] = (16,)
     activation: Activation = "relu"
 
-    def __post_init__(self) -> None:
-        _check_positive(self.family, image_shape=self.image_shape, classes=(self.classes,), hidden=self.hidden)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Parameter name -> shape, in forward order."""
+    def layers(self) -> dict[str, nn.Module]:
+        """``hidden.0``, ``hidden.1``, ..., ``head``."""
         widths = (math.prod(self.image_shape), *self.hidden)
-        shapes = {f"hidden.{i}": (fan_out, fan_in) for i, (fan_in, fan_out) in enumerate(pairwise(widths))}
-        return _with_biases({**shapes, "head": (self.classes, widths[-1])})
+        hidden = nn.ModuleList(nn.Linear(fan_in, fan_out) for fan_in, fan_out in pairwise(widths))
+        return {"hidden": hidden, "head": nn.Linear(widths[-1], self.classes)}
+
+    def forward(self, images: Float[Tensor, "*models batch c h w"], apply: Apply) -> Tensor:
+        """See `FamilyConfig.forward`."""
+        x = images.flatten(-3)
+        for i in range(len(self.hidden)):
+            x = apply(f"hidden.{i}", x, ACTIVATIONS[self.activation])
+        return apply("head", x)
 
 
+@register_family
 @dataclass(frozen=True)
-class CNNConfig:
+class CNNConfig(FamilyConfig):
     """Strided convolutions, each followed by the activation, and one linear layer on the last map.
 
     Attributes:
-        image_shape: channels, height, width of one input image.
-        classes: number of outputs.
+        image_shape: see `FamilyConfig`.
+        classes: see `FamilyConfig`.
         channels: output channels of each convolution.
         kernel_size: side of the square kernels, odd; the padding keeps the map's size before the stride.
         stride: stride of each convolution.
@@ -81,8 +154,6 @@ class CNNConfig:
     """
 
     family: ClassVar[str] = "cnn"
-    image_shape: tuple[int, int, int]
-    classes: int
     channels: tuple[int, ...] = (10, 16)
     kernel_size: int = 3
     stride: int = 2
@@ -90,98 +161,62 @@ class CNNConfig:
     activation: Activation = "relu"
 
     def __post_init__(self) -> None:
-        _check_positive(self.family, image_shape=self.image_shape, classes=(self.classes,), channels=self.channels)
-        if self.kernel_size % 2 == 0 or self.kernel_size < 1 or self.stride < 1:
-            raise SettingsError(
-                f"cnn: kernel_size {self.kernel_size} must be odd and positive, stride {self.stride} at least 1"
-            )
+        super().__post_init__()
+        if self.kernel_size % 2 == 0:
+            raise SettingsError(f"cnn config: kernel_size {self.kernel_size} must be odd")
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Parameter name -> shape, in forward order."""
+    def layers(self) -> dict[str, nn.Module]:
+        """``convs.0``, ``convs.1``, ..., ``head``."""
         widths = (self.image_shape[0], *self.channels)
-        side = self.kernel_size
-        shapes: dict[str, tuple[int, ...]] = {
-            f"convs.{i}": (fan_out, fan_in, side, side) for i, (fan_in, fan_out) in enumerate(pairwise(widths))
-        }
-        height, width = self.image_shape[1:]
-        for _ in self.channels:
-            height, width = -(-height // self.stride), -(-width // self.stride)
-        positions = height * width if self.pooling == "none" else 1
-        return _with_biases({**shapes, "head": (self.classes, widths[-1] * positions)})
-
-
-FamilyConfig = MLPConfig | CNNConfig
-
-
-class MLP(nn.Module):
-    """One multi-layer perceptron; see `MLPConfig`."""
-
-    def __init__(self, config: MLPConfig) -> None:
-        super().__init__()
-        self.config = config
-        shapes = config.shapes()
-        self.hidden = nn.ModuleList(_linear(shapes[f"hidden.{i}.weight"]) for i in range(len(config.hidden)))
-        self.head = _linear(shapes["head.weight"])
-
-    def forward(self, images: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch classes"]:
-        """Class logits."""
-        x = images.flatten(1)
-        for layer in self.hidden:
-            x = _ACTIVATIONS[self.config.activation](layer(x))
-        return self.head(x)
-
-
-class CNN(nn.Module):
-    """One convolutional network; see `CNNConfig`."""
-
-    def __init__(self, config: CNNConfig) -> None:
-        super().__init__()
-        self.config = config
-        widths = (config.image_shape[0], *config.channels)
-        self.convs = nn.ModuleList(
-            nn.Conv2d(fan_in, fan_out, config.kernel_size, config.stride, padding=config.kernel_size // 2)
+        convs = nn.ModuleList(
+            nn.Conv2d(fan_in, fan_out, self.kernel_size, self.stride, padding=self.kernel_size // 2)
             for fan_in, fan_out in pairwise(widths)
         )
-        self.head = _linear(config.shapes()["head.weight"])
+        positions = 1
+        if self.pooling == "none":
+            positions = math.prod(math.ceil(side / self.stride ** len(convs)) for side in self.image_shape[1:])
+        return {"convs": convs, "head": nn.Linear(widths[-1] * positions, self.classes)}
+
+    def forward(self, images: Float[Tensor, "*models batch c h w"], apply: Apply) -> Tensor:
+        """See `FamilyConfig.forward`."""
+        x = images
+        for i in range(len(self.channels)):
+            x = apply(f"convs.{i}", x, ACTIVATIONS[self.activation])
+        return apply("head", x.mean((-2, -1)) if self.pooling == "mean" else x.flatten(-3))
+
+
+class Network(nn.Module):
+    """One network of a family, as a module."""
+
+    def __init__(self, config: FamilyConfig) -> None:
+        super().__init__()
+        self.config = config
+        for name, layer in config.layers().items():
+            self.add_module(name, layer)
 
     def forward(self, images: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch classes"]:
         """Class logits."""
-        x = images
-        for layer in self.convs:
-            x = _ACTIVATIONS[self.config.activation](layer(x))
-        return self.head(x.mean((2, 3)) if self.config.pooling == "mean" else x.flatten(1))
+        return self.config.forward(images, lambda name, x, then=_identity: then(self.get_submodule(name)(x)))
 
 
-_FAMILIES: dict[str, tuple[type[Any], type[nn.Module]]] = {"mlp": (MLPConfig, MLP), "cnn": (CNNConfig, CNN)}
+@lru_cache(maxsize=256)
+def _template(config: FamilyConfig) -> Network:
+    """The module without memory for its weights: its layers say what to compute."""
+    with torch.device("meta"):
+        return Network(config)
 
 
 def family_config(config: Mapping[str, Any]) -> FamilyConfig | None:
-    """Reads a config mapping (the content of ``config.json``); None if it names no family of this library.
+    """Reads a config mapping (the content of ``config.json``); None if it names no registered family.
 
     Raises:
         SettingsError: it names a family but has an unknown key or a wrong value.
     """
     family = config.get("family")
-    if not isinstance(family, str) or family not in _FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         return None
     values = {key: value for key, value in config.items() if key != "family"}
-    return settings_from_mapping(_FAMILIES[family][0], values, where=f"{family} config")
-
-
-def config_mapping(config: FamilyConfig) -> dict[str, Any]:
-    """The inverse of `family_config`, ready for JSON."""
-    return {"family": config.family, **asdict(config)}
-
-
-def build_module(config: Mapping[str, Any]) -> nn.Module | None:
-    """Builds the module that a config mapping describes, or None if it names no family of this library."""
-    parsed = family_config(config)
-    return None if parsed is None else _FAMILIES[parsed.family][1](parsed)
-
-
-def example_input(config: Mapping[str, Any]) -> Float[Tensor, "batch c h w"]:
-    """Two random images of the shape that the config asks for: an input to trace the module with."""
-    return torch.rand(2, *config["image_shape"], generator=torch.Generator().manual_seed(0))
+    return settings_from_mapping(FAMILIES[family], values, where=f"{family} config")
 
 
 def initialize(
@@ -193,7 +228,7 @@ def initialize(
     """
     parameters = {}
     for name, shape in config.shapes().items():
-        if name.endswith(".bias"):
+        if len(shape) < 2:
             parameters[name] = torch.zeros(len(schemes), *shape)
             continue
         fan_in, receptive = math.prod(shape[1:]), math.prod(shape[2:])
@@ -213,88 +248,121 @@ def initialize(
 def stacked_forward(
     config: FamilyConfig, parameters: Parameters, images: Float[Tensor, "models batch c h w"]
 ) -> Float[Tensor, "models batch classes"]:
-    """Runs every model of a population on its own batch of images, as batched matrix products.
+    """Runs every model of a population on its own batch of images, all of them at once.
+
+    A linear layer becomes one batched matrix product. So does a convolution on tiny maps, written out as a matrix; on
+    larger ones it is one grouped convolution. Layers of other kinds run under `torch.vmap`.
 
     Args:
         config: the config that all models share.
         parameters: stacked parameters, ``(models, *shape)`` each.
         images: ``images[m]`` is the batch of model m; expand a shared batch along the first axis.
     """
-    activation = _ACTIVATIONS[config.activation]
-    if isinstance(config, MLPConfig):
-        x = images.flatten(2).mT
-        for i in range(len(config.hidden)):
-            x = activation(_stacked_linear(x, parameters, f"hidden.{i}"))
-        return _stacked_linear(x, parameters, "head").mT
-    x = images
-    for i in range(len(config.channels)):
-        x = activation(_stacked_conv(x, parameters, f"convs.{i}", config.kernel_size, config.stride))
-    x = x.mean((3, 4)) if config.pooling == "mean" else x.flatten(2)
-    return _stacked_linear(x.mT, parameters, "head").mT
+    template = _template(config)
+
+    def apply(name: str, x: Tensor, then: Function = _identity) -> Tensor:
+        layer = template.get_submodule(name)
+        own = {leaf: parameters[f"{name}.{leaf}"] for leaf, _ in layer.named_parameters()}
+        if isinstance(layer, nn.Linear) and x.ndim == 3 and "bias" in own:
+            # With the batch last, the gradient of a weight comes out in the weight's own layout and needs no copy.
+            return then(torch.baddbmm(own["bias"].unsqueeze(2), own["weight"], x.mT)).mT
+        if isinstance(layer, nn.Conv2d) and _is_plain(layer) and "bias" in own:
+            return then(_stacked_conv(layer, own["weight"], own["bias"], x))
+        return then(vmap(lambda weights, batch: functional_call(layer, weights, (batch,)))(own, x))
+
+    return config.forward(images, apply)
+
+
+def run_models(
+    config: FamilyConfig,
+    parameters: Parameters,
+    images: Float[Tensor, "*models images c h w"],
+    rows: Int[Tensor, "models batch"] | None = None,
+) -> Float[Tensor, "models batch classes"]:
+    """Computes the logits of any number of models on any number of images.
+
+    Without gradients, which would keep all of them in memory anyhow, some models and images run at a time.
+
+    Args:
+        config: the config that all models share.
+        parameters: stacked parameters; see `stacked_forward`.
+        images: images for all models, or each model's own along the first axis.
+        rows: each model's own choice of the images that are for all; None stands for every image.
+    """
+    count = len(next(iter(parameters.values())))
+    seen = rows if rows is not None else images if images.ndim == 5 else images.expand(count, *images.shape)
+    models, columns = max(1, count), max(1, seen.shape[1])
+    if not torch.is_grad_enabled():
+        models = min(models, _STEP_MODELS)
+        columns = max(1, _STEP_IMAGES // models)
+    logits = []
+    for start in range(0, max(1, count), models):
+        own = {name: value[start : start + models] for name, value in parameters.items()}
+        parts = []
+        for batch in seen[start : start + models].split(columns, dim=1):
+            # Whole images are copied, where indexing would go entry by entry.
+            chosen = batch if rows is None else images.index_select(0, batch.flatten()).unflatten(0, batch.shape)
+            parts.append(stacked_forward(config, own, chosen))
+        logits.append(_joined(parts, dim=1))
+    return _joined(logits, dim=0)
 
 
 def run_flat(
     config: FamilyConfig,
     architecture: Architecture,
     flat: Float[Tensor, "models params"],
-    images: Float[Tensor, "models batch c h w"],
+    images: Float[Tensor, "*models images c h w"],
+    rows: Int[Tensor, "models batch"] | None = None,
 ) -> Float[Tensor, "models batch classes"]:
-    """Runs models that are given as flat weight vectors; see `stacked_forward`."""
-    return stacked_forward(config, unflatten(flat, architecture), images)
+    """Runs models that are given as flat weight vectors; see `run_models`."""
+    return run_models(config, unflatten(flat, architecture), images, rows)
 
 
-def _linear(shape: tuple[int, ...]) -> nn.Linear:
-    fan_out, fan_in = shape
-    return nn.Linear(fan_in, fan_out)
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)  # without a copy, and gradients keep their layout
 
 
-def _stacked_linear(x: Float[Tensor, "models fan_in batch"], parameters: Parameters, name: str) -> Tensor:
-    # With the batch last, the gradient of a weight comes out in the weight's own layout and needs no copy.
-    return torch.baddbmm(parameters[f"{name}.bias"].unsqueeze(2), parameters[f"{name}.weight"], x)
+def _identity(x: Tensor) -> Tensor:
+    return x
 
 
-def _stacked_conv(x: Tensor, parameters: Parameters, name: str, kernel_size: int, stride: int) -> Tensor:
-    weight, bias = parameters[f"{name}.weight"], parameters[f"{name}.bias"]
-    batch, _, height, width = x.shape[1:]
-    fan_out = weight.shape[1]
-    out_height, out_width = -(-height // stride), -(-width // stride)
+def _is_plain(layer: nn.Conv2d) -> bool:
+    return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+
+
+def _stacked_conv(layer: nn.Conv2d, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+    models, batch, _, height, width = x.shape
     # On tiny maps the whole matrix of the convolution is about as small as the unfolded batch, and one product beats
     # many small convolutions; its size grows with the square of the map, so that larger maps are convolved in groups.
-    if fan_out * height * width <= 3 * batch * kernel_size**2:
-        out = _conv_as_matrix(x, weight, bias, stride, out_height * out_width)
-        return out.unflatten(3, (out_height, out_width))
+    if layer.out_channels * height * width <= 3 * batch * math.prod(layer.kernel_size):
+        return _conv_as_matrix(layer, weight, bias, x)
     grouped = F.conv2d(
-        x.transpose(0, 1).flatten(1, 2), weight.flatten(0, 1), bias.flatten(), stride, kernel_size // 2, groups=len(x)
+        x.transpose(0, 1).flatten(1, 2),
+        weight.flatten(0, 1),
+        bias.flatten(),
+        layer.stride,
+        layer.padding,
+        layer.dilation,
+        groups=models,
     )
-    return grouped.unflatten(1, (len(x), fan_out)).transpose(0, 1)
+    return grouped.unflatten(1, (models, layer.out_channels)).transpose(0, 1)
 
 
-def _conv_as_matrix(x: Tensor, weight: Tensor, bias: Tensor, stride: int, positions: int) -> Tensor:
-    taps = _taps(x.shape[3], x.shape[4], weight.shape[-1], stride).to(weight)
+def _conv_as_matrix(layer: nn.Conv2d, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+    taps = _taps(x.shape[3:], layer.kernel_size, layer.dilation, layer.padding, layer.stride).to(weight)
     models, fan_out, fan_in = weight.shape[:3]
+    positions = taps.shape[1]
     matrix = (weight.flatten(3) @ taps.flatten(1)).unflatten(3, taps.shape[1:])
     matrix = matrix.permute(0, 2, 4, 1, 3).reshape(models, fan_in * taps.shape[2], fan_out * positions)
     out = torch.baddbmm(bias.repeat_interleave(positions, dim=1).unsqueeze(1), x.flatten(2), matrix)
-    return out.unflatten(2, (fan_out, positions))
+    height = (x.shape[3] + 2 * layer.padding[0] - layer.dilation[0] * (layer.kernel_size[0] - 1) - 1) // layer.stride[0]
+    return out.unflatten(2, (fan_out, height + 1, -1))
 
 
 @lru_cache(maxsize=32)
-def _taps(height: int, width: int, kernel_size: int, stride: int) -> Float[Tensor, "taps outputs inputs"]:
+def _taps(
+    size: tuple[int, int], kernel_size: tuple[int, int], dilation: tuple[int, int], padding: Any, stride: Any
+) -> Float[Tensor, "taps outputs inputs"]:
     """1 where kernel tap t of output position p reads input position q, else 0."""
-    identity = torch.eye(height * width).reshape(-1, 1, height, width)
-    columns = F.unfold(identity, kernel_size, padding=kernel_size // 2, stride=stride)
-    return columns.permute(1, 2, 0).contiguous()
-
-
-def _with_biases(weights: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, shape in weights.items():
-        shapes[f"{name}.weight"] = shape
-        shapes[f"{name}.bias"] = shape[:1]
-    return shapes
-
-
-def _check_positive(family: str, **sizes: tuple[int, ...]) -> None:
-    for name, values in sizes.items():
-        if any(value < 1 for value in values):
-            raise SettingsError(f"{family} config: {name} is {values}, every size must be at least 1")
+    identity = torch.eye(math.prod(size)).reshape(-1, 1, *size)
+    return F.unfold(identity, kernel_size, dilation, padding, stride).permute(1, 2, 0).contiguous()

@@ -56,13 +56,13 @@ def infer_architecture(
 
 def _traced(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> Architecture | None:
     # Imported here: most checkpoints have no config of this library, and tracing is slow to import.
-    from weightspace.networks.families import build_module, example_input
+    from weightspace.networks.families import Network, family_config
     from weightspace.networks.tracing import architecture_of
 
-    module = build_module(config)
-    if module is None:
+    family = family_config(config)
+    if family is None:
         return None
-    architecture = architecture_of(module, example_input(config))
+    architecture = architecture_of(Network(family), family.example_input())
     described = {spec.name: spec.shape for spec in architecture.tensors}
     for name in sorted(described.keys() | stored.keys()):
         found = stored[name].shape if name in stored else None

@@ -21,7 +21,9 @@ from weightspace.errors import SettingsError
 from weightspace.networks.families import (
     FamilyConfig,
     Initialization,
+    Parameters,
     initialize,
+    run_models,
     stacked_forward,
 )
 from weightspace.schema import ImageDataset
@@ -78,17 +80,12 @@ class Snapshot:
 
 
 @dataclass(frozen=True)
-class _Images:
-    """The images of several datasets in one table; row numbers stand for images from here on."""
+class _Examples:
+    """What each model is trained or evaluated on: rows of one table of images, padded to one length, and labels."""
 
-    images: Float[Tensor, "rows c h w"]
-    labels: Int[Tensor, " rows"]
-    train: dict[str, Int[Tensor, " _n"]]
-    test: dict[str, Int[Tensor, " _n"]]
-
-    def chosen(self, rows: Int[Tensor, "models batch"]) -> Float[Tensor, "models batch c h w"]:
-        """Returns the images of these rows; whole images are copied, where indexing would go entry by entry."""
-        return self.images.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+    rows: Int[Tensor, "models most"]
+    labels: Int[Tensor, "models most"]
+    sizes: Int[Tensor, " models"]
 
 
 def train_population(
@@ -124,26 +121,32 @@ def train_population(
     if any(recipe.config != config for recipe in recipes):
         raise SettingsError("a population shares one architecture; group the recipes by their config first")
     generator = torch.Generator().manual_seed(seed)
-    table = _image_table([datasets[name] for name in dict.fromkeys(recipe.dataset for recipe in recipes)], device)
-    subsets, targets = _training_subsets(recipes, table, config.classes, generator)
+    used = [datasets[name] for name in dict.fromkeys(recipe.dataset for recipe in recipes)]
+    images = torch.cat([part for one in used for part in (one.train_images, one.test_images)]).to(device)
+    train, test = _examples(recipes, used, config.classes, generator)
     if initial is None:
         initial = initialize(config, [recipe.initialization for recipe in recipes], generator)
     _check_initial(initial, config, len(recipes))
     optimizer = _PopulationAdamW(recipes, initial, device)
-    sizes = torch.tensor([recipe.train_size for recipe in recipes])
-    batches = _passes(sizes, batch_size, generator) if in_passes else _drawn(sizes, batch_size, generator)
+    batches = (_passes if in_passes else _drawn)(train.sizes, batch_size, generator)
     due = _checkpoint_steps(recipes, checkpoints)
     numbers = torch.arange(len(recipes)).unsqueeze(1)
     for step in range(max(due) + 1):
         if members := due.get(step):
-            chosen = {name: value.detach()[members].cpu() for name, value in optimizer.parameters.items()}
-            results = _results(config, chosen, [recipes[m] for m in members], table, subsets[members], targets[members])
-            yield Snapshot(members, [step] * len(members), chosen, results)
+            chosen = {name: value.detach()[members] for name, value in optimizer.parameters.items()}
+            results = {}
+            for split, examples in (("test", test), ("train", train)):
+                accuracy, loss = _evaluate(config, chosen, images, examples, members)
+                results |= {f"{split}_accuracy": accuracy, f"{split}_loss": loss}
+            stored = {name: value.cpu() for name, value in chosen.items()}
+            yield Snapshot(members, [step] * len(members), stored, results)
         if step == max(due):
             return
         draws = next(batches)
-        rows, labels = subsets[numbers, draws].to(device), targets[numbers, draws].to(device)
-        logits = stacked_forward(config, optimizer.parameters, table.chosen(rows))
+        rows, labels = train.rows[numbers, draws].to(device), train.labels[numbers, draws].to(device)
+        # Whole images are copied, where indexing would go entry by entry.
+        batch = images.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+        logits = stacked_forward(config, optimizer.parameters, batch)
         # The sum over models keeps their gradients apart: each model's loss is the mean over its own batch. Classes
         # stand before models and images, for a softmax over the few entries of a last axis is slow.
         scores = logits.permute(2, 0, 1).flatten(1).unsqueeze(0)
@@ -213,42 +216,39 @@ def _passes(
         coming = [places[batch_size:] for places in coming]
 
 
-def _image_table(datasets: Sequence[ImageDataset], device: torch.device | str) -> _Images:
-    images, labels, start = [], [], 0
-    train: dict[str, Tensor] = {}
-    test: dict[str, Tensor] = {}
+def _examples(
+    recipes: Sequence[Recipe], datasets: Sequence[ImageDataset], classes: int, generator: torch.Generator
+) -> tuple[_Examples, _Examples]:
+    """Draws each model's training images and (noisy) labels; all test images are for evaluation.
+
+    Rows count through the training and test images of one dataset after the other.
+    """
+    splits: dict[str, tuple[Tensor, Tensor]] = {}
+    start = 0
     for dataset in datasets:
-        for rows, part_images, part_labels in (
-            (train, dataset.train_images, dataset.train_labels),
-            (test, dataset.test_images, dataset.test_labels),
-        ):
-            rows[dataset.id] = torch.arange(start, start + len(part_images))
-            start += len(part_images)
-            images.append(part_images)
-            labels.append(part_labels)
-    return _Images(torch.cat(images).to(device), torch.cat(labels), train, test)
-
-
-def _training_subsets(
-    recipes: Sequence[Recipe], table: _Images, classes: int, generator: torch.Generator
-) -> tuple[Int[Tensor, "models largest"], Int[Tensor, "models largest"]]:
-    """Each model's training rows and (noisy) labels, padded by repeating the first row; never read past its size."""
-    largest = max(recipe.train_size for recipe in recipes)
-    subsets = torch.zeros(len(recipes), largest, dtype=torch.int64)
-    targets = torch.zeros_like(subsets)
-    for number, recipe in enumerate(recipes):
-        rows = table.train[recipe.dataset]
+        middle = start + len(dataset.train_images)
+        end = middle + len(dataset.test_images)
+        splits[dataset.id] = torch.arange(start, middle), torch.arange(middle, end)
+        start = end
+    known = torch.cat([part for dataset in datasets for part in (dataset.train_labels, dataset.test_labels)])
+    subsets, targets = [], []
+    for recipe in recipes:
+        rows = splits[recipe.dataset][0]
         if recipe.train_size > len(rows):
             raise SettingsError(
                 f"{recipe.dataset}: train_size {recipe.train_size} exceeds its {len(rows)} training images; choose less"
             )
-        chosen = rows[torch.randperm(len(rows), generator=generator)[: recipe.train_size]]
-        labels = table.labels[chosen]
+        subsets.append(rows[torch.randperm(len(rows), generator=generator)[: recipe.train_size]])
+        labels = known[subsets[-1]]
         noisy = torch.rand(len(labels), generator=generator) < recipe.label_noise
-        labels = torch.where(noisy, torch.randint(classes, labels.shape, generator=generator), labels)
-        subsets[number] = torch.cat([chosen, chosen[:1].expand(largest - len(chosen))])
-        targets[number] = torch.cat([labels, labels[:1].expand(largest - len(labels))])
-    return subsets, targets
+        targets.append(torch.where(noisy, torch.randint(classes, labels.shape, generator=generator), labels))
+    test = [splits[recipe.dataset][1] for recipe in recipes]
+    return _padded(subsets, targets), _padded(test, [known[rows] for rows in test])
+
+
+def _padded(rows: Sequence[Tensor], labels: Sequence[Tensor]) -> _Examples:
+    sizes = torch.tensor([len(own) for own in rows])
+    return _Examples(pad_sequence(rows, batch_first=True), pad_sequence(labels, batch_first=True), sizes)
 
 
 def _checkpoint_steps(recipes: Sequence[Recipe], checkpoints: Sequence[float]) -> dict[int, list[int]]:
@@ -260,46 +260,12 @@ def _checkpoint_steps(recipes: Sequence[Recipe], checkpoints: Sequence[float]) -
 
 
 @torch.no_grad()
-def _results(
-    config: FamilyConfig,
-    parameters: dict[str, Tensor],
-    recipes: Sequence[Recipe],
-    table: _Images,
-    subsets: Tensor,
-    targets: Tensor,
-) -> dict[str, Tensor]:
-    """Accuracy and loss on the test split and on the images and labels that each model was trained on."""
-    test = [table.test[recipe.dataset] for recipe in recipes]
-    test_sizes = torch.tensor([len(rows) for rows in test])
-    test_rows = pad_sequence(test, batch_first=True)
-    train_sizes = torch.tensor([recipe.train_size for recipe in recipes])
-    results: dict[str, Tensor] = {}
-    for split, rows, labels, sizes in (
-        ("test", test_rows, table.labels[test_rows], test_sizes),
-        ("train", subsets, targets, train_sizes),
-    ):
-        parts = [
-            _scores(config, {name: value[part] for name, value in parameters.items()}, table, *chunk)
-            for part, chunk in _chunks(rows, labels, sizes)
-        ]
-        accuracy, loss = (torch.cat(values) for values in zip(*parts, strict=True))
-        results |= {f"{split}_accuracy": accuracy, f"{split}_loss": loss}
-    return results
-
-
-def _chunks(*columns: Tensor, size: int = 64) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
-    for start in range(0, len(columns[0]), size):
-        part = slice(start, start + size)
-        yield part, tuple(column[part] for column in columns)
-
-
-def _scores(
-    config: FamilyConfig, parameters: dict[str, Tensor], table: _Images, rows: Tensor, labels: Tensor, sizes: Tensor
+def _evaluate(
+    config: FamilyConfig, parameters: Parameters, images: Tensor, examples: _Examples, members: list[int]
 ) -> tuple[Tensor, Tensor]:
-    """Mean accuracy and cross-entropy over the first ``sizes[m]`` columns of each row."""
-    device = table.images.device
-    on_device = {name: value.to(device) for name, value in parameters.items()}
-    logits = stacked_forward(config, on_device, table.chosen(rows.to(device))).cpu()
+    """Mean accuracy and cross-entropy of some members of a population on their examples."""
+    rows, labels, sizes = examples.rows[members], examples.labels[members], examples.sizes[members]
+    logits = run_models(config, parameters, images, rows.to(images.device)).cpu()
     valid = torch.arange(rows.shape[1]) < sizes.unsqueeze(1)
     losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
     correct = (logits.argmax(-1) == labels).float()

@@ -15,7 +15,7 @@ from weightspace.encoder import Encoder
 from weightspace.errors import SettingsError
 from weightspace.models.codec import LatentCodec
 from weightspace.networks.alignment import align
-from weightspace.networks.families import FamilyConfig, config_mapping
+from weightspace.networks.families import FamilyConfig
 from weightspace.sampling.conditions import Blueprint, Condition
 from weightspace.schema import Architecture
 from weightspace.search.queries import joint_query
@@ -150,7 +150,7 @@ class KdeSampler:
         if family is not None and not fitting.any():
             raise SettingsError(
                 f"{self._zoo.location}: none of {len(fitting):,} models with these tensors has the config "
-                f"{config_mapping(family)}; {_ELSE}"
+                f"{family.to_dict()}; {_ELSE}"
             )
         scores = torch.zeros(len(fitting))
         if condition.dataset is not None or condition.wanted:

@@ -20,7 +20,7 @@ from weightspace.evaluation.finetuning import fits
 from weightspace.evaluation.proof import ProofRow, ProofSettings, Sampled, prove
 from weightspace.io.hub import HubOptions
 from weightspace.models.joint.modeling_joint import JointModel
-from weightspace.networks.families import FamilyConfig, config_mapping
+from weightspace.networks.families import FamilyConfig
 from weightspace.sampling.conditions import Blueprint, Condition, blueprint_of
 from weightspace.sampling.opening import held_out_datasets, training_rows
 from weightspace.sampling.refining import RefinedSampler
@@ -161,7 +161,7 @@ def plan_trials(
         nearest = nearest_datasets(wanted, {name: dataset_query(joint, one) for name, one in known.items()})
     configs = {name: (seen | unseen)[name] for name in (*chosen, *unseen)}
     every = {config for own in configs.values() for config in own}
-    made = {config: blueprint_of(config_mapping(config)) for config in every}
+    made = {config: blueprint_of(config.to_dict()) for config in every}
     blueprints = {name: tuple(made[config] for config in own) for name, own in configs.items()}
     return Trials(tuple(datasets), blueprints, settings.requests or bin_middles(joint, settings.bins), nearest)
 
@@ -235,7 +235,7 @@ def _usual(configs: Counter[FamilyConfig], activations: int) -> list[FamilyConfi
 
 
 def _layout(config: FamilyConfig) -> str:
-    return repr({name: value for name, value in config_mapping(config).items() if name != "activation"})
+    return repr({name: value for name, value in config.to_dict().items() if name != "activation"})
 
 
 def _spread(names: list[str], count: int) -> list[str]:

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from weightspace.data.images import load_images, variants
 from weightspace.errors import SettingsError
 from weightspace.io.checkpoint import checkpoint_bytes
-from weightspace.networks.families import Activation, FamilyConfig, Initialization, config_mapping, family_config
+from weightspace.networks.families import Activation, FamilyConfig, Initialization, family_config
 from weightspace.networks.population import Recipe, Snapshot, train_population
 from weightspace.schema import ModelRef, ZooEntry
 from weightspace.zoo.dataset import Zoo, load_zoo
@@ -228,6 +228,6 @@ def _stored(snapshot: Snapshot, recipes: Sequence[Recipe]) -> Iterator[tuple[Zoo
             dataset=recipe.dataset,
             results={**results, "step": float(step), "train_size": float(recipe.train_size)},
             hyperparameters=recipe.hyperparameters(),
-            config=json.loads(json.dumps(config_mapping(recipe.config))),
+            config=json.loads(json.dumps(recipe.config.to_dict())),
         )
         yield entry, checkpoint_bytes(tensors)
