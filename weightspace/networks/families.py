@@ -355,7 +355,9 @@ def _conv_as_matrix(layer: nn.Conv2d, weight: Tensor, bias: Tensor, x: Tensor) -
     matrix = (weight.flatten(3) @ taps.flatten(1)).unflatten(3, taps.shape[1:])
     matrix = matrix.permute(0, 2, 4, 1, 3).reshape(models, fan_in * taps.shape[2], fan_out * positions)
     out = torch.baddbmm(bias.repeat_interleave(positions, dim=1).unsqueeze(1), x.flatten(2), matrix)
-    height = (x.shape[3] + 2 * layer.padding[0] - layer.dilation[0] * (layer.kernel_size[0] - 1) - 1) // layer.stride[0]
+    height = (
+        x.shape[3] + 2 * int(layer.padding[0]) - layer.dilation[0] * (layer.kernel_size[0] - 1) - 1
+    ) // layer.stride[0]
     return out.unflatten(2, (fan_out, height + 1, -1))
 
 

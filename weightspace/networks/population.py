@@ -134,7 +134,7 @@ def train_population(
     for step in range(max(due) + 1):
         if members := due.get(step):
             chosen = {name: value.detach()[members] for name, value in optimizer.parameters.items()}
-            results = {}
+            results: dict[str, Tensor] = {}
             for split, examples in (("test", test), ("train", train)):
                 accuracy, loss = _evaluate(config, chosen, images, examples, members)
                 results |= {f"{split}_accuracy": accuracy, f"{split}_loss": loss}
@@ -246,7 +246,7 @@ def _examples(
     return _padded(subsets, targets), _padded(test, [known[rows] for rows in test])
 
 
-def _padded(rows: Sequence[Tensor], labels: Sequence[Tensor]) -> _Examples:
+def _padded(rows: list[Tensor], labels: list[Tensor]) -> _Examples:
     sizes = torch.tensor([len(own) for own in rows])
     return _Examples(pad_sequence(rows, batch_first=True), pad_sequence(labels, batch_first=True), sizes)
 
