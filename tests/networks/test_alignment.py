@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weightspace.errors import ArchitectureError, TokenError
-from weightspace.networks.alignment import align, canonical_order
+from weightspace.networks.alignment import align
 from weightspace.networks.permutation import permute, random_permutations
 from weightspace.schema import Architecture, GroupAxis, LayerSpec, PermutationGroup, TensorSpec
 
@@ -112,41 +112,10 @@ def test_dead_channels_do_not_swap_for_ever() -> None:
     assert all(torch.equal(p.sort(dim=1).values, torch.arange(p.shape[1]).repeat(2, 1)) for p in permutations)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-@settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 2**31))
-def test_canonical_order_is_the_same_to_the_bit_for_permuted_models(name: str, seed: int) -> None:
-    architecture = ARCHITECTURES[name]
-    flat, shuffled = drawn(architecture, 4, seed)
-    ordered, permutations = canonical_order(flat, architecture)
-    assert torch.equal(ordered, canonical_order(shuffled, architecture)[0])
-    assert torch.equal(ordered, permute(flat, permutations, architecture))
-    assert torch.equal(ordered, canonical_order(ordered, architecture)[0])
-
-
-def test_canonical_order_holds_for_wide_layers_and_equal_rows() -> None:
-    architecture = mlp(37, 130, 67, 10)
-    flat, _ = drawn(architecture, 3, 6)
-    flat[:, : 37 * 130].view(3, 130, 37)[:, 10:20] = 0  # ten channels that only their readers tell apart
-    flat[:, 37 * 130 : 37 * 130 + 130] = 0
-    generator = torch.Generator().manual_seed(7)
-    shuffled = permute(flat, random_permutations(architecture, 3, generator), architecture)
-    assert torch.equal(canonical_order(flat, architecture)[0], canonical_order(shuffled, architecture)[0])
-
-
-def test_canonical_order_puts_large_rows_first() -> None:
-    architecture = mlp(2, 3, 1)
-    first = torch.tensor([[1.0, 0, 3, 0, 2, 0]])
-    flat = torch.cat([first, torch.zeros(1, 3), torch.tensor([[10.0, 30, 20, 0]])], dim=1)
-    ordered, _ = canonical_order(flat, architecture)
-    assert ordered[0].tolist() == [3, 0, 2, 0, 1, 0, 0, 0, 0, 30, 20, 10, 0]
-
-
 def test_nothing_to_do() -> None:
     bare = dataclasses.replace(ARCHITECTURES["mlp"], groups=())
     flat, _ = drawn(bare, 2, 0)
     assert torch.equal(align(flat, flat[1], bare)[0], flat)
-    assert torch.equal(canonical_order(flat, bare)[0], flat)
     none = flat[:0]
     assert align(none, flat[0], ARCHITECTURES["mlp"])[0].shape == none.shape
 

@@ -9,7 +9,6 @@ from weightspace.networks.flat import (
     TOKENIZED_DTYPES,
     flat_dtype,
     flatten,
-    offsets,
     restore,
     split_off,
     unflatten,
@@ -33,15 +32,6 @@ def model(architecture: Architecture, seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     tensors = {s.name: torch.randn(s.shape, generator=generator).to(DTYPES[s.dtype]) for s in architecture.tensors}
     return tensors | {exclusion.tensor: torch.tensor(seed) for exclusion in architecture.exclusions}
-
-
-def test_offsets_are_where_flatten_puts_each_tensor() -> None:
-    architecture = small()
-    tensors = model(architecture)
-    flat = flatten(tensors, architecture)
-    assert offsets(architecture) == {"fc.weight": 0, "fc.bias": 6, "scale": 9}
-    for name, start in offsets(architecture).items():
-        assert torch.equal(flat[start : start + tensors[name].numel()], tensors[name].reshape(-1).float())
 
 
 def test_unflatten_gives_views_of_many_models() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from weightspace.networks.alignment import align
 from weightspace.networks.flat import unflatten
-from weightspace.networks.permutation import check_flat, permuted_tensors
+from weightspace.networks.permutation import permuted_axes
 from weightspace.schema import Architecture
 
 _SHORTLIST = 8  # known models that each of two ways proposes for a model
@@ -99,16 +99,15 @@ def sorted_weights(flat: Float[Tensor, "models params"], architecture: Architect
     No order of the channels brings two models closer than their sorted weights are (rearrangement inequality): a
     distance of zero is a necessary sign of a permuted copy.
     """
-    check_flat(flat, architecture)
     tensors = unflatten(flat, architecture)
-    for tensor in permuted_tensors(architecture):
-        values = tensors[tensor.name]
+    for name, axes in permuted_axes(architecture).items():
+        values = tensors[name]
         # From the last axis on: cutting and moving an axis leaves those before it in place.
-        for axis in sorted(tensor.axes, reverse=True):
-            values = values.unflatten(axis + 1, (-1, tensor.axes[axis][1])).movedim(axis + 1, -1)
+        for axis in sorted(axes, reverse=True):
+            values = values.unflatten(axis + 1, (-1, axes[axis][1])).movedim(axis + 1, -1)
         # On short axes NumPy sorts several times faster than torch.
-        ordered = np.sort(values.flatten(-len(tensor.axes)).detach().cpu().numpy(), axis=-1)
-        tensors[tensor.name] = torch.from_numpy(ordered).to(flat.device)
+        ordered = np.sort(values.flatten(-len(axes)).detach().cpu().numpy(), axis=-1)
+        tensors[name] = torch.from_numpy(ordered).to(flat.device)
     return torch.cat([values.flatten(1) for values in tensors.values()], dim=1)
 
 

@@ -8,7 +8,6 @@ back to the stored dtypes gives the same bits.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import accumulate
 
 import torch
 from jaxtyping import Float, Shaped
@@ -20,12 +19,6 @@ from weightspace.schema import Architecture, TensorSpec
 
 TOKENIZED_DTYPES = frozenset(name for name, dtype in DTYPES.items() if dtype.is_floating_point) - {"F4"}
 """Stored dtypes that a flat vector holds exactly. F4 is none: torch neither reads nor converts its packed pairs."""
-
-
-def offsets(architecture: Architecture) -> dict[str, int]:
-    """Returns where each tokenized tensor starts in the flat weight vector, in entries."""
-    starts = accumulate((spec.numel for spec in architecture.tensors), initial=0)
-    return {spec.name: start for spec, start in zip(architecture.tensors, starts, strict=False)}
 
 
 def flat_dtype(architecture: Architecture) -> torch.dtype:

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from weightspace.errors import ArchitectureError
-from weightspace.networks.flat import offsets, unflatten
-from weightspace.schema import Architecture, PermutationGroup
+from weightspace.networks.flat import unflatten
+from weightspace.schema import Architecture
 
 Permutations: TypeAlias = tuple[Int[Tensor, "_rows _size"], ...]
 
@@ -27,36 +26,13 @@ Permutations: TypeAlias = tuple[Int[Tensor, "_rows _size"], ...]
 _STEP_ENTRIES = 2**21
 
 
-@dataclass(frozen=True)
-class PermutedTensor:
-    """A tensor of the flat vector that at least one group acts on.
-
-    Attributes:
-        name: tensor name.
-        shape: its shape.
-        offset: where it starts in the flat vector.
-        axes: ``{axis: (group number, block)}``.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    offset: int
-    axes: dict[int, tuple[int, int]]
-
-    @property
-    def span(self) -> slice:
-        """The tensor's place in the flat vector."""
-        return slice(self.offset, self.offset + math.prod(self.shape))
-
-
 @lru_cache(maxsize=256)
-def permuted_tensors(architecture: Architecture) -> tuple[PermutedTensor, ...]:
-    """Lists the tensors that the groups of ``architecture`` act on, in flat order.
+def permuted_axes(architecture: Architecture) -> dict[str, dict[int, tuple[int, int]]]:
+    """Lists what the groups of ``architecture`` act on: tensor name -> axis -> (group number, block).
 
     Raises:
         ArchitectureError: a group names an unknown tensor or axis, does not fit the axis, or two act on one axis.
     """
-    start = offsets(architecture)
     shapes = {tensor.name: tensor.shape for tensor in architecture.tensors}
     axes: dict[str, dict[int, tuple[int, int]]] = {}
     for number, group in enumerate(architecture.groups):
@@ -73,11 +49,7 @@ def permuted_tensors(architecture: Architecture) -> tuple[PermutedTensor, ...]:
                     "keep one group an axis"
                 )
             axes[item.tensor][item.axis] = (number, item.block)
-    return tuple(
-        PermutedTensor(tensor.name, tensor.shape, start[tensor.name], axes[tensor.name])
-        for tensor in architecture.tensors
-        if tensor.name in axes
-    )
+    return axes
 
 
 def identity_permutations(
@@ -89,18 +61,9 @@ def identity_permutations(
 
 def random_permutations(architecture: Architecture, models: int, generator: torch.Generator) -> Permutations:
     """Draws an independent uniform permutation for every model and every group, on the device of ``generator``."""
-
-    def draw(group: PermutationGroup) -> Tensor:
-        # float64 makes ties between draws, which would favour some permutations, practically impossible
-        keys = torch.rand(models, group.size, generator=generator, device=generator.device, dtype=torch.float64)
-        return keys.argsort(dim=1)
-
-    return tuple(draw(group) for group in architecture.groups)
-
-
-def inverse(permutations: Permutations) -> Permutations:
-    """Builds the permutations that undo: after ``permute`` by p, ``permute`` by their inverse gives the original."""
-    return tuple(p.argsort(dim=1) for p in permutations)
+    # float64 makes ties between draws, which would favour some permutations, practically impossible
+    options: dict[str, Any] = {"generator": generator, "device": generator.device, "dtype": torch.float64}
+    return tuple(torch.rand(models, group.size, **options).argsort(dim=1) for group in architecture.groups)
 
 
 def compose(first: Permutations, second: Permutations) -> Permutations:
@@ -125,7 +88,6 @@ def permute(
     Raises:
         ArchitectureError: ``flat`` or ``permutations`` do not fit ``architecture``.
     """
-    check_flat(flat, architecture)
     views = max(1, len(permutations[0]) // max(1, len(flat))) if permutations else 1
     expected = [(views * len(flat), group.size) for group in architecture.groups]
     if [tuple(p.shape) for p in permutations] != expected:
@@ -146,24 +108,11 @@ def permute(
     return torch.cat([part.unflatten(0, (views, -1)) for part in parts], dim=1).flatten(0, 1)
 
 
-def check_flat(flat: Tensor, architecture: Architecture) -> None:
-    """Checks that ``flat`` is ``(models, params)`` of ``architecture``.
-
-    Raises:
-        ArchitectureError: it is not.
-    """
-    if flat.ndim != 2 or flat.shape[1] != architecture.numel:
-        raise ArchitectureError(
-            f"flat weights have shape {tuple(flat.shape)}, the architecture needs (models, {architecture.numel}); "
-            "flatten the tensors with this architecture"
-        )
-
-
 def _permuted(flat: Tensor, permutations: Permutations, architecture: Architecture) -> Tensor:
     tensors = unflatten(flat, architecture)
-    for tensor in permuted_tensors(architecture):
-        orders = {axis: (permutations[number], block) for axis, (number, block) in tensor.axes.items()}
-        tensors[tensor.name] = reorder(tensors[tensor.name], orders)
+    for name, axes in permuted_axes(architecture).items():
+        orders = {axis: (permutations[number], block) for axis, (number, block) in axes.items()}
+        tensors[name] = reorder(tensors[name], orders)
     rows = len(permutations[0])
     columns = [values.flatten(1) for values in tensors.values()]
     # What no group acts on is the same in every view.
