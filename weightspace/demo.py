@@ -1,4 +1,4 @@
-"""The main job from end to end: train a zoo, open it as files, train encoders, measure them, write a report."""
+"""The main job from end to end: train a zoo, import its files, train encoders, evaluate them, write a report."""
 
 from __future__ import annotations
 
@@ -15,36 +15,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
 from tqdm.auto import tqdm
 
-from weightspace.cards import EncoderFacts, Measurement, Score, write_card
+from weightspace.cards.encoder import EncoderFacts, Measurement
+from weightspace.cards.record import write_card
 from weightspace.data.image_encoders import OFFLINE_ENCODER, open_image_encoder
 from weightspace.encoder import Encoder, embed_zoo, load_encoder
 from weightspace.errors import SettingsError
 from weightspace.evaluation.bars import judge
-from weightspace.evaluation.functions import FunctionComparison, compare_functions
 from weightspace.evaluation.proof import ProofRow
-from weightspace.evaluation.retrieval import retrieval_table
-from weightspace.probes.explain import Description, Explanation, explain
+from weightspace.evaluation.retrieval import RetrievalRow, retrieval_table
+from weightspace.probes.explain import Explanation, explain
+from weightspace.probes.measurements import probe_measurements, reconstruction_measurements, retrieval_measurements
 from weightspace.probes.probe import ProbeRow, rows_to_records
-from weightspace.probes.representations import LinearCodes, statistics_of_rows
+from weightspace.probes.reconstruction import ReconstructionRow, family_names, reconstruction_table
 from weightspace.probes.runs import MIN_RUNS, run_table
-from weightspace.probes.zoo import ENCODER, JOINT, probe_zoo
-from weightspace.report.page import (
-    ALL_ARCHITECTURES,
-    Curve,
-    PredictedTrue,
-    ReconstructionRow,
-    Report,
-    RetrievalRow,
-    ZooMap,
-    write_report,
-)
+from weightspace.probes.zoo import ENCODER, JOINT, describe_runs, probe_zoo
+from weightspace.report.page import Curve, PredictedTrue, Report, ZooMap, write_report
 from weightspace.sampling.opening import Sources, open_sampler
 from weightspace.sampling.trials import EvaluationSettings, evaluate_samplers
-from weightspace.schema import Architecture
 from weightspace.training.autoencoder import (
     AutoencoderSettings,
     EncoderSettings,
@@ -63,8 +52,18 @@ from weightspace.zoo.training import ZooSettings, train_zoo
 from weightspace.zoo.views import Augmentation
 
 _TARGETS = ("test_accuracy", "generalization_gap", "classes")
-_DRAWS = 200  # a p-value of 0.005 can be told
-_IDENTITY_FILE, _SECONDS_FILE = "report-of.json", "seconds.json"
+_DRAWS = 200  # the least p-value is 1 / 201
+_SECONDS_FILE = "seconds.json"
+_COSTS = {
+    "train the zoo": 20.0,
+    "import its files": 10.0,
+    "train the autoencoder": 70.0,
+    "train the joint model": 90.0,
+    "reconstruct, probe, retrieve and explain": 70.0,
+    "sample and evaluate models": 20.0,
+    "write the report": 10.0,
+}
+"""The steps, and the seconds that each takes on two cores; their ratios tell how long is left on other machines."""
 
 
 def _joint_settings() -> JointSettings:
@@ -114,7 +113,7 @@ class DemoSettings:
 
 
 def run_demo(output: Path | str, settings: DemoSettings) -> Path:
-    """Runs the main job; what is there already and unchanged is reused.
+    """Runs the main job; results that exist already and are unchanged are reused.
 
     ``output`` gets ``trained`` (the zoo as it was trained), ``models`` (the same models as plain safetensors files with
     ``metadata.jsonl``), ``zoo`` (imported from these files, as a user's own models would be), ``encoder`` and ``joint``
@@ -132,17 +131,17 @@ def run_demo(output: Path | str, settings: DemoSettings) -> Path:
         SettingsError: settings that cannot be trained with, or the image encoder is not there.
     """
     output = Path(output)
-    open_image_encoder(settings.joint.image_encoder)  # what is not there is missed before minutes of training
-    with _timed(output, "1/7 train the zoo"):
+    open_image_encoder(settings.joint.image_encoder)  # fails before minutes of training
+    with _step(output, "train the zoo"):
         trained = train_zoo(settings.zoo, output / "trained")
-    with _timed(output, "2/7 open it as files"):
+    with _step(output, "import its files"):
         if not (output / "models" / "metadata.jsonl").exists():
             export_folder(trained, output / "models")
         import_folder(output / "models", output / "zoo", on_problem="error")
         zoo = load_zoo(output / "zoo")
-    with _timed(output, "3/7 train the autoencoder"):
+    with _step(output, "train the autoencoder"):
         encoder_path = train_autoencoder(zoo.path, output / "encoder", settings.autoencoder)
-    with _timed(output, "4/7 train the joint model"):
+    with _step(output, "train the joint model"):
         joint_path = train_joint(zoo.path, output / "joint", settings.joint)
     report = output / "report.html"
     state, joint_state = _trained(encoder_path), _trained(joint_path)
@@ -154,26 +153,29 @@ def run_demo(output: Path | str, settings: DemoSettings) -> Path:
         "targets": list(settings.targets),
         "seeds": list(settings.seeds),
     }
-    if report.exists() and _read_identity(output) == identity:
+    identity_file = output / "report-of.json"
+    if report.exists() and identity_file.exists() and json.loads(identity_file.read_text()) == identity:
         return report
     encoder, joint = load_encoder(encoder_path), load_encoder(joint_path)
-    with _timed(output, "5/7 reconstruct, probe, retrieve and explain"):
-        reconstruction = reconstruction_table(zoo, encoder, state)
+    with _step(output, "reconstruct, probe, retrieve and explain"):
+        reconstruction = reconstruction_table(zoo, encoder, state["test_runs"])
         probes = probe_zoo(zoo, [encoder, joint], settings.targets, seeds=settings.seeds)
         retrieval = retrieval_table(zoo, joint, joint_state)
-        explanation = explain_test_runs(zoo, {ENCODER: encoder, JOINT: joint}, state)
-    with _timed(output, "6/7 sample models and judge them"):
+        runs, explanation = run_table(zoo, state["test_runs"]), None
+        if len(runs) >= MIN_RUNS:
+            explanation = explain(runs, describe_runs(zoo, runs, {ENCODER: encoder, JOINT: joint}), draws=_DRAWS)
+    with _step(output, "sample and evaluate models"):
         sources = Sources(joint, zoo=zoo, encoder=str(encoder_path))
         samplers = {name: open_sampler(name, sources).sampler for name in settings.samplers}
         samples = evaluate_samplers(samplers, zoo, joint, settings.samples)
     tables = _Tables(reconstruction, probes, retrieval, explanation, samples)
-    with _timed(output, "7/7 write the report"):
-        measured = _probe_measurements(probes, ENCODER) + _kept_measurements(reconstruction)
+    with _step(output, "write the report"):
+        measured = probe_measurements(probes, ENCODER) + reconstruction_measurements(reconstruction)
         write_card(encoder_path, _card(zoo, encoder.model.card_facts(), state, measured))
-        measured = _probe_measurements(probes, JOINT) + _retrieval_measurements(retrieval)
+        measured = probe_measurements(probes, JOINT) + retrieval_measurements(retrieval)
         write_card(joint_path, _card(zoo, joint.model.card_facts(), joint_state, measured))
         write_report(_report(zoo, encoder, joint, settings, tables, _seconds(output)), output)
-        write_text(output / _IDENTITY_FILE, json.dumps(identity) + "\n")
+        write_text(identity_file, json.dumps(identity) + "\n")
     return report
 
 
@@ -190,122 +192,6 @@ class _Tables:
     retrieval: list[RetrievalRow]
     explanation: Explanation | None
     samples: list[ProofRow]
-
-
-def explain_test_runs(zoo: Zoo, encoders: Mapping[str, Encoder], training: Mapping[str, Any]) -> Explanation | None:
-    """Asks encoders and s(W) whether models of one dataset cluster and what determines the weights.
-
-    Args:
-        zoo: the zoo that the encoders were trained on.
-        encoders: by the name to show; all held out the same runs.
-        training: the training record of one of them, which names these runs.
-
-    Returns:
-        The answers, or None where too few runs were held out for any.
-    """
-    table = run_table(zoo, training["test_runs"])
-    if len(table) < MIN_RUNS:
-        return None
-    descriptions = [
-        *(Description(name, embed_zoo(encoder, zoo, table.rows)) for name, encoder in encoders.items()),
-        Description("s(W)", *statistics_of_rows(zoo.batches(table.rows), table.rows)),
-    ]
-    return explain(table, descriptions, draws=_DRAWS)
-
-
-def reconstruction_table(zoo: Zoo, encoder: Encoder, training: Mapping[str, Any]) -> list[ReconstructionRow]:
-    """Compares the test models that the encoder decodes with the originals, and PCA's at the same size with both.
-
-    PCA and IncrementalPCA are fitted for each architecture on all runs that are no test runs.
-
-    Args:
-        zoo: the zoo that the encoder was trained on.
-        encoder: the encoder.
-        training: its training record, which names the test runs.
-    """
-    tested = zoo.index["run_id"].isin(training["test_runs"]).to_numpy()
-    found: dict[str, list[_Decoded]] = {}
-    methods = (ENCODER, "PCA", "IncrementalPCA")
-    with tqdm(total=len(methods) * len(zoo.architectures), desc="reconstruct", leave=False) as bar:
-        for header, architecture in zoo.architectures.items():
-            rows = np.flatnonzero((zoo.index["header"] == header).to_numpy())
-            test, rest = rows[tested[rows]], rows[~tested[rows]]
-            if not len(test) or len(rest) < 2:
-                bar.update(len(methods))
-                continue
-            flat, size = zoo.flat(test), encoder.latent_size(architecture)
-            for method in methods:
-                if method == ENCODER:
-                    decoded = encoder.reconstruct(flat, architecture)
-                else:
-                    decoded = _decoded_by_pca(zoo, rest, flat, size, incremental=method == "IncrementalPCA")
-                compared = compare_functions(zoo, test, flat, decoded, architecture)
-                error = float((decoded - flat).square().mean() / (flat - flat.mean(0)).square().mean())
-                name = _architecture_name(zoo, int(test[0]), architecture)
-                found.setdefault(method, []).append(_Decoded(name, compared, architecture.numel, size, error))
-                bar.update()
-    run_ids = zoo.index["run_id"].to_numpy()
-    return [
-        row
-        for method, parts in found.items()
-        for row in (
-            *([_summary(method, ALL_ARCHITECTURES, parts, run_ids)] if len(parts) > 1 else []),
-            *(_summary(method, part.architecture, [part], run_ids) for part in parts),
-        )
-        if row is not None
-    ]
-
-
-@dataclass(frozen=True, eq=False)
-class _Decoded:
-    architecture: str
-    compared: FunctionComparison
-    weights: int
-    latent_size: int
-    relative_mse: float
-
-
-def _decoded_by_pca(
-    zoo: Zoo, train: np.ndarray, flat: Float[Tensor, "models params"], size: int, *, incremental: bool
-) -> Tensor:
-    codes = LinearCodes(size, incremental=incremental).fit(batch.flat.numpy() for batch in zoo.batches(train))
-    return torch.from_numpy(codes.inverse_transform(codes.transform(flat.numpy()))).float()
-
-
-def _summary(
-    method: str, architecture: str, parts: Sequence[_Decoded], run_ids: np.ndarray, replicates: int = 1000
-) -> ReconstructionRow | None:
-    learned = [part.compared.learned for part in parts]
-    rows, original, decoded, agreement = (
-        np.concatenate([getattr(part.compared, name)[keep] for part, keep in zip(parts, learned, strict=True)])
-        for name in ("rows", "original", "decoded", "agreement")
-    )
-    if not len(rows):
-        return None
-    _, member = np.unique(run_ids[rows], return_inverse=True)
-    sums = np.stack([np.bincount(member, values) for values in (original, decoded)], axis=1)
-    drawn = np.random.default_rng(0).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=replicates) @ sums
-    low, high = np.percentile(drawn[:, 1] / drawn[:, 0], [2.5, 97.5])
-    counts = np.array([keep.sum() for keep in learned])
-    return ReconstructionRow(
-        method=method,
-        architecture=architecture,
-        models=len(rows),
-        weights=float(np.average([part.weights for part in parts], weights=counts)),
-        latent_size=float(np.average([part.latent_size for part in parts], weights=counts)),
-        original_accuracy=float(original.mean()),
-        decoded_accuracy=float(decoded.mean()),
-        kept=float(decoded.mean() / original.mean()),
-        kept_low=float(low),
-        kept_high=float(high),
-        agreement=float(agreement.mean()),
-        relative_mse=float(np.average([part.relative_mse for part in parts], weights=counts)),
-    )
-
-
-def _architecture_name(zoo: Zoo, row: int, architecture: Architecture) -> str:
-    config = zoo.entry(row).config or {}
-    return str(config.get("family", architecture.digest))
 
 
 def _report(
@@ -330,9 +216,9 @@ def _report(
         and (row.representation, row.estimator) in ((ENCODER, "ridge"), (JOINT, "ridge"), ("s(W)", "ridge"))
     ]
     architectures = [
-        f"{_architecture_name(zoo, int(np.flatnonzero((zoo.index['header'] == header).to_numpy())[0]), architecture)} "
-        f"({architecture.numel:,} weights, {encoder.latent_size(architecture):,} latents)"
-        for header, architecture in zoo.architectures.items()
+        f"{name} ({zoo.architectures[header].numel:,} weights, "
+        f"{encoder.latent_size(zoo.architectures[header]):,} latents)"
+        for header, name in family_names(zoo).items()
     ]
     facts: dict[str, str | int | float] = {
         "models": len(zoo),
@@ -344,7 +230,7 @@ def _report(
         "joint model parameters": joint.model.num_parameters(),
         "image encoder": settings.joint.image_encoder,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
-        **{f"seconds to {name.partition(' ')[2]}": round(value, 1) for name, value in seconds.items()},
+        **{f"seconds to {name}": round(seconds[name], 1) for name in _COSTS if name in seconds},
     }
     return Report(
         title="weightspace demo",
@@ -375,52 +261,11 @@ def _report(
     )
 
 
-def _probe_measurements(probes: Sequence[ProbeRow], name: str) -> list[Measurement]:
-    measurements = []
-    for target in dict.fromkeys(row.target for row in probes):
-        own = [row for row in probes if row.target == target and (row.representation, row.estimator) == (name, "ridge")]
-        others = [row for row in probes if row.target == target and row.representation != name]
-        if own:
-            measurements.append(
-                Measurement(
-                    f"{target} from the embedding (ridge)",
-                    *(("roc_auc", "AUC") if own[0].labels else ("r2", "R²")),
-                    _probe_score(own[0], name),
-                    tuple(_probe_score(row, f"{row.representation}, {row.estimator}") for row in others),
-                )
-            )
-    return measurements
-
-
-def _kept_measurements(reconstruction: Sequence[ReconstructionRow]) -> list[Measurement]:
-    kept = [
-        Score(row.method, row.kept, row.kept_low, row.kept_high)
-        for row in reconstruction
-        if row.architecture == ALL_ARCHITECTURES
-    ]
-    if not kept:
-        return []
-    return [Measurement("reconstruction", "accuracy_kept", "share of accuracy kept", kept[0], tuple(kept[1:]))]
-
-
-def _retrieval_measurements(retrieval: Sequence[RetrievalRow]) -> list[Measurement]:
-    return [
-        Measurement(
-            f"retrieval {row.pair} ({row.question})",
-            "recall_at_1" if row.measure == "R@1" else "spearmanr",
-            row.measure,
-            Score(JOINT, row.value, row.low, row.high),
-            (Score("chance", row.chance),),
-        )
-        for row in retrieval
-    ]
-
-
 def _card(
     zoo: Zoo, facts: EncoderFacts, training: Mapping[str, Any], measurements: Sequence[Measurement]
 ) -> EncoderFacts:
     described = training_zoo(zoo)
-    if _is_digits(zoo):
+    if zoo.index["dataset"].dropna().str.startswith("digits").all():
         described = replace(described, name="small networks on variants of scikit-learn's digits")
     return replace(
         facts,
@@ -432,35 +277,25 @@ def _card(
     )
 
 
-def _is_digits(zoo: Zoo) -> bool:
-    return bool(zoo.index["dataset"].dropna().str.startswith("digits").all())
-
-
-def _probe_score(row: ProbeRow, method: str) -> Score:
-    if row.labels:
-        return Score(method, row.auc, row.auc_low, row.auc_high)
-    return Score(method, row.r2, row.r2_low, row.r2_high)
-
-
 @contextmanager
-def _timed(output: Path, stage: str) -> Iterator[None]:
-    """Announces a stage and adds its time to what earlier, interrupted runs spent on it."""
-    tqdm.write(stage, file=sys.stderr)
+def _step(output: Path, name: str) -> Iterator[None]:
+    """Announces a step and how long is left, and adds its time to what earlier, interrupted runs spent on it."""
+    spent, names = _seconds(output), list(_COSTS)
+    done, ahead = names[: names.index(name)], names[names.index(name) :]
+    pace = sum(spent.get(one, 0.0) for one in done) / sum(_COSTS[one] for one in done) if done else 1.0
+    left = sum(max(pace * _COSTS[one] - spent.get(one, 0.0), 0.0) for one in ahead)
+    progress = f"{len(done) + 1}/{len(names)} {name}, about {tqdm.format_interval(left)} left"
+    tqdm.write(progress, file=sys.stderr)
     start = time.perf_counter()
     try:
         yield
     finally:
         if output.is_dir():
-            spent = _seconds(output)
-            spent[stage] = spent.get(stage, 0.0) + time.perf_counter() - start
-            write_text(output / _SECONDS_FILE, json.dumps(spent) + "\n")
+            seconds = spent.get(name, 0.0) + time.perf_counter() - start
+            write_text(output / _SECONDS_FILE, json.dumps({**spent, name: seconds}) + "\n")
 
 
 def _seconds(output: Path) -> dict[str, float]:
+    """Reads the seconds that each step has taken."""
     path = output / _SECONDS_FILE
     return dict(json.loads(path.read_text())) if path.exists() else {}
-
-
-def _read_identity(output: Path) -> Any:
-    path = output / _IDENTITY_FILE
-    return json.loads(path.read_text()) if path.exists() else None

@@ -19,11 +19,10 @@ from weightspace.evaluation import proof
 from weightspace.evaluation.bars import judge
 from weightspace.probes.explain import ACROSS, ALL, ClusterRow, Explanation, VarianceRow
 from weightspace.probes.probe import ProbeRow, rows_to_records
+from weightspace.probes.reconstruction import ALL_ARCHITECTURES, ReconstructionRow
 from weightspace.report import (
-    ALL_ARCHITECTURES,
     Curve,
     PredictedTrue,
-    ReconstructionRow,
     Report,
     RetrievalRow,
     ZooMap,

@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Float
 from tqdm.auto import tqdm
 
-from weightspace.encoder import Encoder, load_encoder
+from weightspace.encoder import Encoder, embed_zoo, load_encoder
 from weightspace.errors import SettingsError
 from weightspace.models.joint.modeling_joint import JointModel
+from weightspace.probes.explain import Description
 from weightspace.probes.probe import ProbeRow, probe_table
 from weightspace.probes.representations import (
     FixedFeatures,
@@ -22,7 +23,9 @@ from weightspace.probes.representations import (
     baselines,
     collect_weights,
     embedding_features,
+    statistics_of_rows,
 )
+from weightspace.probes.runs import RunTable
 from weightspace.probes.targets import read_target
 from weightspace.training.autoencoder import read_training
 from weightspace.zoo.dataset import Zoo, load_zoo
@@ -146,6 +149,14 @@ def _seen_note(state: _Training) -> str:
     if state["encoder"] is not None:
         return "the encoder started from one that may have seen other models of the test datasets"
     return ""
+
+
+def describe_runs(zoo: Zoo, table: RunTable, encoders: Mapping[str, Encoder]) -> list[Description]:
+    """Describes runs by the embeddings of encoders, under the names given, and by s(W), the statistics of raw weights."""
+    return [
+        *(Description(name, embed_zoo(encoder, zoo, table.rows)) for name, encoder in encoders.items()),
+        Description("s(W)", *statistics_of_rows(zoo.batches(table.rows), table.rows)),
+    ]
 
 
 def encoder_features(encoder: Encoder, blocks: Sequence[WeightBlock], models: int) -> FixedFeatures:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from weightspace.report.page import (
-    ALL_ARCHITECTURES,
     Curve,
     PredictedTrue,
-    ReconstructionRow,
     Report,
     RetrievalRow,
     ZooMap,
@@ -15,10 +13,8 @@ from weightspace.report.page import (
 from weightspace.report.verdicts import Verdict, probe_verdicts, reconstruction_verdicts, retrieval_verdicts
 
 __all__ = [
-    "ALL_ARCHITECTURES",
     "Curve",
     "PredictedTrue",
-    "ReconstructionRow",
     "Report",
     "RetrievalRow",
     "Verdict",

@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from weightspace.evaluation.retrieval import RetrievalRow
 from weightspace.probes.explain import Explanation
+from weightspace.probes.reconstruction import ALL_ARCHITECTURES, ReconstructionRow
 from weightspace.report import plots
 from weightspace.report.legend import Legend, dataset_legend
 from weightspace.report.tables import Grid, bar_tables, cluster_tables, sample_tables, variance_tables
@@ -35,7 +36,6 @@ from weightspace.report.verdicts import (
 )
 from weightspace.zoo.storage import write_text
 
-ALL_ARCHITECTURES = "all"
 _UNKNOWN_DATASET = "unknown"
 _SPLITS = ("train", "validation", "eval", "test")
 
@@ -56,39 +56,6 @@ class _Measure:
 _OF_NUMBERS = (_Measure("R²", "r2", "r2"), _Measure("Kendall's τ", "kendall_tau", "tau"))
 _OF_LABELS = (_Measure("AUC", "auc", "auc"), _Measure("Balanced accuracy", *2 * ("balanced_accuracy",)))
 _PROBE_NUMBERS = [name for one in (*_OF_NUMBERS, *_OF_LABELS) for name in (one.column, one.permuted)]
-
-
-@dataclass(frozen=True)
-class ReconstructionRow:
-    """How well one method's decoded models do the originals' work.
-
-    Attributes:
-        method: ``"autoencoder"``, ``"PCA"``, ``"IncrementalPCA"``, ...
-        architecture: name of the architecture, or ``ALL_ARCHITECTURES``.
-        models: test models that were decoded.
-        weights: numbers one model has (mean where they differ).
-        latent_size: numbers that one model is decoded from (mean where they differ).
-        original_accuracy: mean accuracy of the originals, as a fraction.
-        decoded_accuracy: mean accuracy of the decoded models.
-        kept: share of the originals' accuracy that is kept, over models better than chance.
-        kept_low: lower end of its 95 % interval.
-        kept_high: upper end.
-        agreement: share of inputs that get the same class from both.
-        relative_mse: squared error of the weights over their variance.
-    """
-
-    method: str
-    architecture: str
-    models: int
-    weights: int | float
-    latent_size: int | float
-    original_accuracy: float
-    decoded_accuracy: float
-    kept: float
-    kept_low: float
-    kept_high: float
-    agreement: float
-    relative_mse: float
 
 
 @dataclass(frozen=True, eq=False)
