@@ -152,7 +152,7 @@ def _seen_note(state: _Training) -> str:
 
 
 def describe_runs(zoo: Zoo, table: RunTable, encoders: Mapping[str, Encoder]) -> list[Description]:
-    """Describes runs by the embeddings of encoders, under the names given, and by s(W), the statistics of raw weights."""
+    """Describes runs by the embeddings of encoders, by name, and by s(W), the statistics of the raw weights."""
     return [
         *(Description(name, embed_zoo(encoder, zoo, table.rows)) for name, encoder in encoders.items()),
         Description("s(W)", *statistics_of_rows(zoo.batches(table.rows), table.rows)),
