@@ -63,7 +63,7 @@ def write_model(folder: Path) -> None:
     """Writes a checkpoint in the shape of a language model, with its index."""
     import torch
 
-    from weightspace.io.checkpoint import save_checkpoint
+    from weightspace.io.writing import save_checkpoint
 
     shapes = {"q_proj": (WIDTH, WIDTH), "k_proj": (WIDTH, WIDTH), "v_proj": (WIDTH, WIDTH), "o_proj": (WIDTH, WIDTH)}
     generator = torch.Generator().manual_seed(0)
@@ -138,10 +138,9 @@ def ways() -> dict[str, dict[str, Callable[[], Any]]]:
         return found
 
     def sampled() -> object:
-        from weightspace.networks.infer import infer_architecture
 
         checkpoint = open_checkpoint(REPO)
-        architecture = infer_architecture(checkpoint.specs.values())
+        architecture = checkpoint.architecture
         tokenizer = get_tokenizer("channel", 256)
         sample = sample_windows(tokenizer, architecture, window=64, max_bytes=8_000_000)
         return tokenizer.tokenize_windows(checkpoint.entries, architecture, sample.runs)

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from weightspace.cli.main import tune_process
 from weightspace.data.images import load_images
-from weightspace.io.checkpoint import checkpoint_bytes
+from weightspace.io.writing import checkpoint_bytes
 from weightspace.networks.alignment import align
 from weightspace.networks.families import Network, initialize
 from weightspace.networks.flat import flatten, unflatten

@@ -19,7 +19,6 @@ from weightspace import (
     WeightAutoencoderModel,
     WeightFeatureExtractor,
     get_tokenizer,
-    infer_architecture,
     open_checkpoint,
     save_checkpoint,
 )
@@ -38,7 +37,7 @@ def main() -> None:
         checkpoint = open_checkpoint(path)
         tensors = checkpoint.tensors()
 
-    architecture = infer_architecture(checkpoint.specs.values())
+    architecture = checkpoint.architecture
     for layer in architecture.layers:
         print(f"{layer.name}: {layer.kind}, {layer.rows} rows of {layer.width}")
     for group in architecture.groups:

@@ -17,7 +17,7 @@ from huggingface_hub import HfApi
 from loopback_hub import LoopbackHub
 
 from weightspace.errors import DISTRIBUTION, REPOSITORY
-from weightspace.io.checkpoint import checkpoint_bytes
+from weightspace.io.writing import checkpoint_bytes
 from weightspace.zoo.dataset import load_zoo
 
 ROOT = Path(__file__).parent.parent

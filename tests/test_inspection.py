@@ -10,7 +10,8 @@ from torch import nn
 from weightspace.cli.main import main
 from weightspace.errors import CheckpointError, SettingsError, WeightspaceError
 from weightspace.inspection import inspect_location
-from weightspace.io.checkpoint import open_checkpoint, save_checkpoint
+from weightspace.io.checkpoint import open_checkpoint
+from weightspace.io.writing import save_checkpoint
 from weightspace.networks.families import MLPConfig
 from weightspace.tokenizers import TOKENIZERS, get_tokenizer
 

@@ -19,7 +19,8 @@ from weightspace.encoder import load_encoder
 from weightspace.errors import SettingsError, ZooError
 from weightspace.evaluation.functions import compare_functions
 from weightspace.evaluation.judging import task_of
-from weightspace.io.checkpoint import checkpoint_bytes, open_checkpoint_bytes
+from weightspace.io.checkpoint import open_checkpoint_bytes
+from weightspace.io.writing import checkpoint_bytes
 from weightspace.losses import masked_mse
 from weightspace.models.autoencoder.configuration_autoencoder import WeightAutoencoderConfig
 from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor

@@ -20,8 +20,9 @@ from loopback_hub import LoopbackHub
 from weightspace.cards import EncoderFacts, Measurement, Score, write_card
 from weightspace.cards.record import BEGIN, END, known_facts
 from weightspace.errors import HubError, WeightspaceError
-from weightspace.io.checkpoint import checkpoint_bytes, open_checkpoint, save_checkpoint
+from weightspace.io.checkpoint import open_checkpoint
 from weightspace.io.hub import HubOptions
+from weightspace.io.writing import checkpoint_bytes, save_checkpoint
 from weightspace.publishing import PushPlan, PushSettings, push_folder
 from weightspace.schema import ModelRef, ZooEntry
 from weightspace.zoo.dataset import Zoo, ZooWriter, load_zoo

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from weightspace.encoder import embed
     from weightspace.errors import WeightspaceError
     from weightspace.inspection import inspect_location
-    from weightspace.io.checkpoint import open_checkpoint, save_checkpoint
+    from weightspace.io.checkpoint import open_checkpoint
+    from weightspace.io.writing import save_checkpoint
     from weightspace.models.autoencoder.configuration_autoencoder import WeightAutoencoderConfig
     from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
     from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel
@@ -62,7 +63,7 @@ _HOMES = {
     "load_zoo": "weightspace.zoo.dataset",
     "open_checkpoint": "weightspace.io.checkpoint",
     "push_folder": "weightspace.publishing",
-    "save_checkpoint": "weightspace.io.checkpoint",
+    "save_checkpoint": "weightspace.io.writing",
     "train_autoencoder": "weightspace.training.autoencoder",
     "train_joint": "weightspace.training.joint",
     "train_prior": "weightspace.training.prior",

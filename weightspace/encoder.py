@@ -19,14 +19,15 @@ from transformers import AutoFeatureExtractor, AutoModel, BatchFeature
 
 from weightspace.errors import HubError, WeightspaceError, ZooError
 from weightspace.io.checkpoint import FAMOUS_STEMS, INDEX, Checkpoint, find_checkpoints, open_in
-from weightspace.io.hub import HubOptions, open_repo
-from weightspace.io.refs import is_repo_id, parse_ref
+from weightspace.io.folders import LocalFolder
+from weightspace.io.hub import HubOptions
+from weightspace.io.locations import locate
 from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
 from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel
 from weightspace.models.codec import LatentCodec
 from weightspace.models.joint.modeling_joint import JointModel
 from weightspace.models.loading import load_whole
-from weightspace.schema import Architecture, ModelRef
+from weightspace.schema import Architecture
 from weightspace.zoo.dataset import Zoo, load_zoo
 from weightspace.zoo.storage import replacing
 
@@ -163,21 +164,12 @@ def saved_folder(location: str | Path, options: HubOptions | None = None, *, kin
     Raises:
         WeightspaceError: there is no model.
     """
-    path = Path(location)
-    if not path.exists() and is_repo_id(parse_ref(str(location)).location):
-        return _fetched(parse_ref(str(location)), options, kind)
-    if not (path / "config.json").is_file():
+    folder, file = locate(str(location), options) or (None, None)
+    if folder is None or file is not None or not folder.has("config.json"):
         raise WeightspaceError(f"{location}: no {kind} (there is no config.json); train one or check the path")
-    return path, str(path.absolute())
-
-
-def _fetched(ref: ModelRef, options: HubOptions | None, kind: str) -> tuple[Path, str]:
-    """Fetches a model and the record of its training; names folder and commit."""
-    repo = open_repo(ref.location, ref.revision, options)
-    fetched = {name: repo.download(name) for name in _ENCODER_FILES if name in repo.entries}
-    if "config.json" not in fetched:
-        raise WeightspaceError(f"{repo}: no {kind} (there is no config.json); check the name")
-    return fetched["config.json"].parent, str(ModelRef(repo.repo_id, repo.sha))
+    paths = [folder.local_path(name) for name in _ENCODER_FILES if folder.has(name)]
+    path = paths[0].parent
+    return path, str(path.absolute() if isinstance(folder, LocalFolder) else folder.ref())
 
 
 def embed_zoo(

@@ -16,7 +16,6 @@ from weightspace.io.adapters import find_pairs, is_untrained, read_adapter
 from weightspace.io.checkpoint import Checkpoint, find_checkpoints, open_in
 from weightspace.io.hub import HubOptions
 from weightspace.io.quantization import Quantization
-from weightspace.networks.infer import infer_architecture
 from weightspace.schema import Architecture
 from weightspace.tokenizers import TOKENIZERS, get_tokenizer
 
@@ -156,9 +155,7 @@ def inspect_location(
         # Models of a tree mostly share a few headers, and architectures are the slow part.
         key = (tuple(checkpoint.specs.values()), checkpoint.aliases, json.dumps(checkpoint.config, sort_keys=True))
         if key not in inferred:
-            inferred[key] = infer_architecture(
-                checkpoint.specs.values(), config=checkpoint.config, aliases=checkpoint.aliases
-            )
+            inferred[key] = checkpoint.architecture
         architecture = inferred[key]
         return Inspection(
             checkpoint.where,

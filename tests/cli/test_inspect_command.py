@@ -7,7 +7,7 @@ import torch
 from click.testing import CliRunner
 
 from weightspace.cli.main import program
-from weightspace.io.checkpoint import save_checkpoint
+from weightspace.io.writing import save_checkpoint
 
 
 def invoke(*words: str) -> str:

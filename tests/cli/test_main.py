@@ -14,7 +14,7 @@ import torch
 from weightspace import __version__
 from weightspace.cli.main import main, program
 from weightspace.errors import ZooError
-from weightspace.io.checkpoint import save_checkpoint
+from weightspace.io.writing import save_checkpoint
 
 COMMANDS = [
     ["atlas"],

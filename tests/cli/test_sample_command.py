@@ -15,7 +15,8 @@ from weightspace.cli.main import main
 from weightspace.data.images import load_images
 from weightspace.evaluation.controls import from_scratch
 from weightspace.evaluation.finetuning import Trial, accuracy, predictions
-from weightspace.io.checkpoint import open_checkpoint, save_checkpoint
+from weightspace.io.checkpoint import open_checkpoint
+from weightspace.io.writing import save_checkpoint
 from weightspace.networks.flat import flatten, unflatten
 from weightspace.publishing import PushPlan, push_folder
 from weightspace.sampling import writing

@@ -9,7 +9,7 @@ import torch
 from click.testing import CliRunner
 
 from weightspace.cli.main import main, program
-from weightspace.io.checkpoint import save_checkpoint
+from weightspace.io.writing import save_checkpoint
 from weightspace.zoo.dataset import Zoo, load_zoo
 
 

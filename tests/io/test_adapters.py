@@ -13,7 +13,8 @@ from torch import Tensor
 from weightspace.errors import CheckpointError
 from weightspace.io.adapter_config import match_patterns
 from weightspace.io.adapters import Adapter, find_pairs, is_untrained, read_adapter
-from weightspace.io.checkpoint import Checkpoint, checkpoint_bytes, open_checkpoint, open_checkpoint_bytes
+from weightspace.io.checkpoint import Checkpoint, open_checkpoint, open_checkpoint_bytes
+from weightspace.io.writing import checkpoint_bytes
 from weightspace.schema import TensorSpec
 
 REAL = os.environ.get("WEIGHTSPACE_DATA")

@@ -18,16 +18,11 @@ from torch import Tensor
 
 from weightspace.dtypes import DTYPES
 from weightspace.errors import CheckpointError
-from weightspace.io import checkpoint as checkpoint_module
-from weightspace.io.checkpoint import (
-    Checkpoint,
-    checkpoint_bytes,
-    open_checkpoint,
-    open_checkpoint_bytes,
-    save_checkpoint,
-)
+from weightspace.io import writing as writing_module
+from weightspace.io.checkpoint import Checkpoint, open_checkpoint, open_checkpoint_bytes
 from weightspace.io.header import header_of
 from weightspace.io.reader import MemorySource
+from weightspace.io.writing import checkpoint_bytes, save_checkpoint
 from weightspace.schema import TensorSpec
 
 REAL = os.environ.get("WEIGHTSPACE_DATA")
@@ -367,7 +362,7 @@ def test_a_failed_write_leaves_what_was_there(
     def fail(*_: object) -> None:
         raise error
 
-    target = (checkpoint_module, "_bytes_of") if moment == "write" else (os, "fsync")
+    target = (writing_module, "_bytes_of") if moment == "write" else (os, "fsync")
     monkeypatch.setattr(*target, fail)
     expected = CheckpointError if isinstance(error, OSError) else type(error)
     with pytest.raises(expected) as caught:

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from weightspace.dtypes import DTYPES
 from weightspace.errors import ArchitectureError, CheckpointError
-from weightspace.io.checkpoint import checkpoint_bytes
 from weightspace.io.flat import flat_from_bytes
 from weightspace.io.header import Header, parse_header
+from weightspace.io.writing import checkpoint_bytes
 from weightspace.networks.flat import flat_dtype, flatten
 from weightspace.schema import Architecture, Exclusion, LayerSpec, TensorSpec
 

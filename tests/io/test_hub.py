@@ -14,8 +14,9 @@ from loopback_hub import LoopbackHub
 
 from weightspace.errors import CheckpointError, HubError, WeightspaceError
 from weightspace.io import hub as hub_module
-from weightspace.io.checkpoint import checkpoint_bytes, find_checkpoints, open_checkpoint
+from weightspace.io.checkpoint import find_checkpoints, open_checkpoint
 from weightspace.io.hub import HubOptions, call_hub, open_repo
+from weightspace.io.writing import checkpoint_bytes
 
 FILES = r"resolve/|^/cdn/"
 

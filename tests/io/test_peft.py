@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from weightspace.errors import CheckpointError
 from weightspace.io.adapters import Adapter, read_adapter
-from weightspace.io.checkpoint import Checkpoint, checkpoint_bytes, open_checkpoint, open_checkpoint_bytes
+from weightspace.io.checkpoint import Checkpoint, open_checkpoint, open_checkpoint_bytes
 from weightspace.io.peft import fold_scaling, folded_config, save_adapter, to_peft
+from weightspace.io.writing import checkpoint_bytes
 from weightspace.networks.infer import infer_architecture
 from weightspace.tokenizers import LoraTokenizer
 

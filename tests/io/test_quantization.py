@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from weightspace.errors import CheckpointError
-from weightspace.io.checkpoint import open_checkpoint, save_checkpoint
+from weightspace.io.checkpoint import open_checkpoint
 from weightspace.io.quantization import quantization_of
+from weightspace.io.writing import save_checkpoint
 from weightspace.schema import TensorSpec
 
 REAL = os.environ.get("WEIGHTSPACE_DATA")

@@ -8,7 +8,8 @@ from transformers import AutoFeatureExtractor
 
 from weightspace.dtypes import dtype_name
 from weightspace.errors import SettingsError, TokenError, WeightspaceError
-from weightspace.io.checkpoint import open_checkpoint, save_checkpoint
+from weightspace.io.checkpoint import open_checkpoint
+from weightspace.io.writing import save_checkpoint
 from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
 from weightspace.networks.families import CNNConfig, MLPConfig, Network, initialize
 from weightspace.networks.flat import flatten, unflatten

@@ -12,7 +12,7 @@ import torch
 
 from weightspace.data.images import variant_of
 from weightspace.errors import ZooError
-from weightspace.io.checkpoint import checkpoint_bytes
+from weightspace.io.writing import checkpoint_bytes
 from weightspace.probes.runs import last_checkpoints, run_table
 from weightspace.schema import ModelRef, ZooEntry
 from weightspace.zoo.dataset import Zoo, ZooWriter, load_zoo

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from weightspace.errors import SettingsError, ZooError
-from weightspace.io.checkpoint import checkpoint_bytes
+from weightspace.io.writing import checkpoint_bytes
 from weightspace.probes.labels import Labels
 from weightspace.probes.targets import class_membership, read_target
 from weightspace.zoo.dataset import Zoo, load_zoo

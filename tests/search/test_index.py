@@ -11,7 +11,7 @@ import torch
 
 from weightspace.encoder import Encoder, embed, load_encoder
 from weightspace.errors import SettingsError, ZooError
-from weightspace.io.checkpoint import save_checkpoint
+from weightspace.io.writing import save_checkpoint
 from weightspace.search import approximate
 from weightspace.search import index as searching
 from weightspace.search.index import EmbeddingIndex

@@ -12,7 +12,8 @@ from torch import Tensor
 from weightspace.dtypes import dtype_name
 from weightspace.errors import TokenError
 from weightspace.io.adapters import find_pairs
-from weightspace.io.checkpoint import Checkpoint, checkpoint_bytes, open_checkpoint, open_checkpoint_bytes
+from weightspace.io.checkpoint import Checkpoint, open_checkpoint, open_checkpoint_bytes
+from weightspace.io.writing import checkpoint_bytes
 from weightspace.networks.flat import flatten
 from weightspace.networks.infer import infer_architecture
 from weightspace.schema import Architecture, TensorSpec

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weightspace.errors import SettingsError, TokenError
-from weightspace.io.checkpoint import Checkpoint, checkpoint_bytes, open_checkpoint_bytes
+from weightspace.io.checkpoint import Checkpoint, open_checkpoint_bytes
+from weightspace.io.writing import checkpoint_bytes
 from weightspace.networks.infer import infer_architecture
 from weightspace.schema import Architecture
 from weightspace.tokenizers import get_tokenizer

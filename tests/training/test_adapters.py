@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from weightspace.encoder import load_encoder
-from weightspace.io.checkpoint import save_checkpoint
+from weightspace.io.writing import save_checkpoint
 from weightspace.training.autoencoder import train_autoencoder
 from weightspace.zoo.importing import import_folder
 

@@ -14,7 +14,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from weightspace.encoder import Encoder
-from weightspace.io.checkpoint import open_checkpoint, save_checkpoint
+from weightspace.io.checkpoint import open_checkpoint
+from weightspace.io.writing import save_checkpoint
 from weightspace.search.finding import Question, find_models, open_index
 from weightspace.search.index import EmbeddingIndex
 from weightspace.training.autoencoder import EncoderSettings

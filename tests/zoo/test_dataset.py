@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weightspace.errors import WeightspaceError, ZooError
-from weightspace.io.checkpoint import checkpoint_bytes
+from weightspace.io.writing import checkpoint_bytes
 from weightspace.schema import ModelRef, ZooEntry
 from weightspace.zoo import dataset, writer
 from weightspace.zoo.dataset import Zoo, ZooWriter, load_zoo

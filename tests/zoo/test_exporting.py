@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weightspace.errors import ZooError
-from weightspace.io.checkpoint import checkpoint_bytes, open_checkpoint
+from weightspace.io.checkpoint import open_checkpoint
+from weightspace.io.writing import checkpoint_bytes
 from weightspace.schema import ModelRef, ZooEntry
 from weightspace.zoo import exporting
 from weightspace.zoo.dataset import ZooWriter, load_zoo

@@ -38,7 +38,7 @@ def assert_same(zoo: Zoo, local: Zoo) -> None:
 @pytest.fixture
 def wide_zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Zoo:
     """12 models of 400 kB in row groups of two."""
-    from weightspace.io.checkpoint import checkpoint_bytes
+    from weightspace.io.writing import checkpoint_bytes
     from weightspace.schema import ModelRef, ZooEntry
 
     monkeypatch.setattr(writer, "GROUP_ROWS", 2)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from weightspace.errors import ZooError
-from weightspace.io.checkpoint import checkpoint_bytes, open_checkpoint_bytes
+from weightspace.io.checkpoint import open_checkpoint_bytes
+from weightspace.io.writing import checkpoint_bytes
 from weightspace.schema import ModelRef
 from weightspace.zoo import importing
 from weightspace.zoo.dataset import load_zoo

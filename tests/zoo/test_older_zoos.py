@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from weightspace.errors import ZooError
-from weightspace.io.checkpoint import checkpoint_bytes
+from weightspace.io.writing import checkpoint_bytes
 from weightspace.schema import ModelRef, ReportedMetric, ZooEntry
 from weightspace.zoo.dataset import load_zoo
 from weightspace.zoo.storage import LATER

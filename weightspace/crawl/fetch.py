@@ -20,14 +20,7 @@ from weightspace.crawl.card_facts import (
 from weightspace.crawl.plan import CARD, TRAINER_STATE, CrawlSettings, PlannedRepo
 from weightspace.errors import HubError, WeightspaceError, ZooError
 from weightspace.io.adapters import Adapter, is_untrained, read_adapter
-from weightspace.io.checkpoint import (
-    ADAPTER_CONFIG,
-    INDEX,
-    Checkpoint,
-    joined_bytes,
-    joined_header,
-    open_in,
-)
+from weightspace.io.checkpoint import ADAPTER_CONFIG, INDEX, Checkpoint, open_in
 from weightspace.io.folders import Folder
 from weightspace.io.header import byte_count, header_of, parse_header, shown
 from weightspace.io.hub import HubEntry, HubFile, HubOptions, HubRepo, is_passing
@@ -213,7 +206,7 @@ def _check_size(size: int) -> None:
 def _joined(files: Sequence[ByteSource]) -> bytes:
     """Reads the parts of a sharded checkpoint, each checked against its hash, as the bytes of one file."""
     read = [MemorySource(_read_whole(file), where=file.where) for file in files]
-    return joined_bytes(Checkpoint("the checkpoint", [(file, header_of(file)) for file in read]))
+    return Checkpoint("the checkpoint", [(file, header_of(file)) for file in read]).to_bytes()
 
 
 def _read_whole(file: ByteSource) -> memoryview:
@@ -228,7 +221,7 @@ def _read_whole(file: ByteSource) -> memoryview:
 def _weights_of(remote: Checkpoint, sharded: bool) -> RemoteWeights:
     """Returns what the zoo keeps of weights that stay on the Hub; those of shards count as one file."""
     if sharded:
-        first = joined_header(remote)
+        first = remote.header_bytes()
         size = len(first) + sum(byte_count(spec, remote.where) for spec in remote.specs.values())
         return RemoteWeights(header_digest(first, parse_header(first, file_size=size, where=remote.where)), size)
     (file,) = remote.sources

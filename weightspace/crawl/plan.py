@@ -23,7 +23,7 @@ from weightspace.io.checkpoint import ADAPTER_CONFIG, INDEX
 from weightspace.io.folders import is_visible
 from weightspace.io.header import load_json_object, shown
 from weightspace.io.hub import LIBRARY, HubOptions, call_hub
-from weightspace.io.refs import is_repo_id
+from weightspace.io.locations import is_repo_id
 from weightspace.schema import ReportedMetric
 from weightspace.settings import settings_from_mapping
 from weightspace.zoo.storage import write_text

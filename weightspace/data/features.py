@@ -21,8 +21,9 @@ from tqdm.auto import tqdm
 from weightspace.data.image_encoders import ImageEncoder
 from weightspace.data.images import load_images
 from weightspace.errors import CheckpointError, SettingsError
-from weightspace.io.checkpoint import open_checkpoint, save_checkpoint
+from weightspace.io.checkpoint import open_checkpoint
 from weightspace.io.hub import LIBRARY
+from weightspace.io.writing import save_checkpoint
 from weightspace.schema import ImageDataset
 
 Split = Literal["train", "test"]

@@ -26,12 +26,11 @@ from torch import Tensor
 
 from weightspace.data.efficientnet import EfficientNetLite0
 from weightspace.errors import HubError, SettingsError, install_command
-from weightspace.io.folders import Folder, LocalFolder
+from weightspace.io.folders import Folder
 from weightspace.io.header import shown
-from weightspace.io.hub import HubOptions, is_passing, open_repo
+from weightspace.io.hub import HubOptions, is_passing
+from weightspace.io.locations import locate
 from weightspace.io.pickles import open_pickle
-from weightspace.io.refs import is_repo_id, parse_ref
-from weightspace.schema import ModelRef
 
 DEFAULT_ENCODER = "openai/clip-vit-base-patch32"
 """What is meant where no encoder is named; on the Hub."""
@@ -157,18 +156,14 @@ def open_image_encoder(
     """
     if name == OFFLINE_ENCODER:
         return _PackagedEncoder(torch.device(device))
-    ref = parse_ref(name)
-    if Path(name).is_dir():
-        return _TransformersEncoder(name, LocalFolder(Path(name)), allow_pickle, torch.device(device))
-    if not is_repo_id(ref.location):
-        close = difflib.get_close_matches(name, [OFFLINE_ENCODER, DEFAULT_ENCODER], n=1)
-        mend = f"did you mean {close[0]!r}?" if close else f"choose {OFFLINE_ENCODER}, a folder or org/name on the Hub"
-        raise SettingsError(f"image encoder {name!r} is unknown; {mend}")
     options = options or HubOptions()
     try:
-        repo = open_repo(ref.location, ref.revision, options)
-        pinned = str(ModelRef(repo.repo_id, repo.sha, ref.subfolder))
-        return _TransformersEncoder(pinned, repo.folder(ref.subfolder or ""), allow_pickle, torch.device(device))
+        folder, file = locate(name, options) or (None, None)
+        if folder is None or file is not None:
+            close = difflib.get_close_matches(name, [OFFLINE_ENCODER, DEFAULT_ENCODER], n=1)
+            fix = f"did you mean {close[0]!r}?" if close else f"choose {OFFLINE_ENCODER}, a folder or org/name"
+            raise SettingsError(f"image encoder {name!r} is unknown; {fix}")
+        return _TransformersEncoder(folder, allow_pickle, torch.device(device))
     except HubError as error:
         if is_passing(error) or options.offline:
             raise HubError(f"{error}; {_MEND_OFFLINE}") from error.__cause__
@@ -207,8 +202,8 @@ class _PackagedEncoder(ImageEncoder):
 class _TransformersEncoder(ImageEncoder):
     """An image model of transformers, which sees images as its own image processor prepares them."""
 
-    def __init__(self, name: str, folder: Folder, allow_pickle: bool, device: torch.device) -> None:
-        self.name, self._folder, self._device = name, folder, device
+    def __init__(self, folder: Folder, allow_pickle: bool, device: torch.device) -> None:
+        self.name, self._folder, self._device = str(folder.ref()), folder, device
         settings = [file for file in (_CONFIG, *_PROCESSORS) if folder.has(file)]
         if _CONFIG not in settings or len(settings) < 2:
             missing = _PROCESSORS[0] if settings else _CONFIG

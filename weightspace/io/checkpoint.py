@@ -1,10 +1,8 @@
-"""Checkpoints: named tensors, read lazily from safetensors, on disk or on the Hub, and written atomically to disk."""
+"""Checkpoints: named tensors, read lazily from safetensors on disk or on the Hub."""
 
 from __future__ import annotations
 
 import difflib
-import json
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weightspace.dtypes import DTYPES, dtype_name
-from weightspace.errors import CheckpointError, HubError
-from weightspace.files import whole_file
-from weightspace.io.folders import Folder, LocalFolder
+from weightspace.dtypes import DTYPES
+from weightspace.errors import ArchitectureError, CheckpointError, SettingsError
+from weightspace.io.folders import Folder
 from weightspace.io.header import (
     MAX_TENSORS,
     Header,
@@ -24,16 +21,17 @@ from weightspace.io.header import (
     byte_count,
     header_of,
     headers_of,
-    parse_header,
     shown,
     torch_shape,
 )
-from weightspace.io.hub import HubFolder, HubOptions, HubRepo, open_repo
+from weightspace.io.hub import HubFolder, HubOptions
+from weightspace.io.locations import locate
 from weightspace.io.pickles import open_pickle
 from weightspace.io.quantization import Quantization, quantization_of
 from weightspace.io.reader import ByteSource, MemorySource, Piece, gather
-from weightspace.io.refs import is_repo_id, parse_ref
-from weightspace.schema import ModelRef, TensorSpec
+from weightspace.io.writing import checkpoint_bytes, header_bytes
+from weightspace.networks.infer import infer_architecture
+from weightspace.schema import Architecture, ModelRef, TensorSpec
 
 MAX_SHARDS = 4096
 """Most files of one checkpoint."""
@@ -50,8 +48,6 @@ _PICKLE_REFUSAL = (
 )
 FAMOUS_STEMS = ("model", "adapter_model", "diffusion_pytorch_model", "pytorch_lora_weights")
 """Names that libraries give to the weights of a folder, without variant; the first that is there is meant."""
-
-_STORAGE_ORDER = {name: rank for rank, name in enumerate(DTYPES)}
 
 
 class Checkpoint:
@@ -115,6 +111,19 @@ class Checkpoint:
     def __repr__(self) -> str:
         """Returns where it is and how many tensors it has."""
         return f"Checkpoint({self.where!r}, {len(self.specs)} tensors)"
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """Layers, their order and symmetries, inferred from the header and the config; see `infer_architecture`.
+
+        Raises:
+            ArchitectureError: the config describes a network with other tensors.
+            SettingsError: the config names a family of this library and has wrong values.
+        """
+        try:
+            return infer_architecture(self.specs.values(), config=self.config, aliases=self.aliases)
+        except (ArchitectureError, SettingsError) as error:
+            raise type(error)(f"{self.where}: {error}") from error
 
     @cached_property
     def quantization(self) -> Quantization | None:
@@ -194,6 +203,20 @@ class Checkpoint:
         read = dict(zip(kept, tensors, strict=True))
         return {name: read[self._kept.get(name, name)] for name in names}
 
+    def to_bytes(self) -> bytes:
+        """Returns all tensors as the bytes of one safetensors file; see `checkpoint_bytes`."""
+        return checkpoint_bytes(self.tensors(), self.metadata)
+
+    def header_bytes(self) -> bytes:
+        """Returns what stands before the data in `to_bytes`; no tensor is read.
+
+        Raises:
+            CheckpointError: a tensor cannot be stored.
+        """
+        for spec in self.specs.values():
+            _check_readable(spec, self.where)
+        return header_bytes(self.specs.values(), self.metadata, where=self.where)[0]
+
     def _find(self, name: str) -> tuple[ByteSource, StoredTensor]:
         found = self._stored.get(self._kept.get(name, name))
         if found is None:
@@ -223,8 +246,7 @@ def open_checkpoint(
     """
     try:
         folder, name = _located(location, options)
-        if name is None:
-            name = _weights_in(folder, allow_pickle)
+        name = _weights_in(folder, allow_pickle) if name is None else name
         return open_in(folder, name, allow_pickle=allow_pickle)
     except (OSError, ValueError) as error:
         raise CheckpointError(
@@ -309,92 +331,11 @@ def open_checkpoint_bytes(
     return Checkpoint(where, [(source, header_of(source))], config, adapter_config=adapter_config)
 
 
-def save_checkpoint(
-    tensors: Mapping[str, Tensor], path: str | Path, *, metadata: Mapping[str, str] | None = None
-) -> None:
-    """Writes a safetensors file, whole or not at all; an existing file is replaced at the last moment.
-
-    Tensors may be of any strides and on any device. Tensors that are one and the same memory are stored once, and the
-    others' names go into the metadata as aliases; views that merely overlap are stored in full. The bytes are those of
-    ``safetensors.torch.save``, with the metadata sorted by key.
-
-    Raises:
-        CheckpointError: a name, dtype, layout or metadata entry cannot be stored, or the file cannot be written.
-    """
-    path = Path(path)
-    header, stored = _layout(tensors, metadata or {}, where=str(path))
-    try:
-        with whole_file(path) as partial, partial.open("xb") as file:
-            file.write(header)
-            for tensor in stored:
-                file.write(_bytes_of(tensor))
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be written ({error.strerror}); check that its folder exists, is writable and has room"
-        ) from error
-
-
-def checkpoint_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
-    """Returns what `save_checkpoint` writes.
-
-    Raises:
-        CheckpointError: a name, dtype, layout or metadata entry cannot be stored.
-    """
-    header, stored = _layout(tensors, metadata or {}, where="checkpoint")
-    return b"".join([header, *map(_bytes_of, stored)])
-
-
-def joined_bytes(checkpoint: Checkpoint) -> bytes:
-    """Returns a checkpoint of any number of files as the bytes of one.
-
-    Raises:
-        CheckpointError: a tensor cannot be stored.
-    """
-    return checkpoint_bytes(checkpoint.tensors(), checkpoint.metadata)
-
-
-def joined_header(checkpoint: Checkpoint) -> bytes:
-    """Returns the bytes that stand before the data in `joined_bytes`; no tensor is read.
-
-    Raises:
-        CheckpointError: a tensor cannot be stored.
-    """
-    for spec in checkpoint.specs.values():
-        _check_readable(spec, checkpoint.where)
-    return _header(list(checkpoint.specs.values()), checkpoint.metadata, where=checkpoint.where)[0]
-
-
 def _located(location: str | Path | ModelRef, options: HubOptions | None) -> tuple[Folder, str | None]:
-    """Returns a folder, and the name of the file in it if the location is a file."""
-    ref = location if isinstance(location, ModelRef) else ModelRef(str(location))
-    if isinstance(location, str):
-        ref = parse_ref(location)
-    path = Path(ref.location)
-    if ref.revision is None and ref.subfolder is None:
-        if path.is_dir():
-            return LocalFolder(path), None
-        if path.exists():
-            return LocalFolder(path.parent), path.name
-    if isinstance(location, Path) or not is_repo_id(ref.location):
-        raise CheckpointError(f"{ref}: no such file or folder; check the path")
-    try:
-        repo = open_repo(ref.location, ref.revision, options)
-    except HubError as error:
-        if ref.revision is None and ref.subfolder is None:  # it may have been meant as a path
-            raise HubError(f"{error}; nor is there a file or folder of that name here") from error
-        raise
-    return _located_on_hub(repo, ref)
-
-
-def _located_on_hub(repo: HubRepo, ref: ModelRef) -> tuple[Folder, str | None]:
-    path = ref.subfolder or ""
-    if path in repo.entries:
-        parent, _, name = path.rpartition("/")
-        return repo.folder(parent), name
-    folder = repo.folder(path)
-    if path and not folder.tree():
-        raise CheckpointError(f"{ref}: the repository has no file or folder {shown(path)}; check the name")
-    return folder, None
+    found = locate(location, options)
+    if found is None:
+        raise CheckpointError(f"{location}: no such file or folder; check the path")
+    return found
 
 
 def _read(wanted: Sequence[tuple[TensorSpec, Piece]]) -> list[Tensor]:
@@ -491,74 +432,3 @@ def _shards(folder: Folder, index: str) -> list[tuple[ByteSource, Header]]:
                 f"{where}: tensor {shown(tensor)} is not in {shown(file)}: {problem}; fetch the shards and index again"
             )
     return list(headers.values())
-
-
-def _layout(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, where: str) -> tuple[bytes, list[Tensor]]:
-    """Builds the header and the tensors in the order of their bytes."""
-    aliases = _aliases(tensors, metadata, where)
-    specs = [_spec_of(name, tensor) for name, tensor in tensors.items() if name not in aliases]
-    header, names = _header(specs, {**metadata, **aliases}, where=where)
-    return header, [tensors[name] for name in names]
-
-
-def _header(specs: list[TensorSpec], metadata: Mapping[str, str], *, where: str) -> tuple[bytes, list[str]]:
-    """Builds the bytes before the data, and the names in the order of their bytes."""
-    # Widest dtypes first keeps every tensor aligned; names then make equal models equal headers.
-    specs = sorted(specs, key=lambda spec: (-_STORAGE_ORDER[spec.dtype], spec.name.encode(errors="replace")))
-    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    end = 0
-    for spec in specs:
-        start, end = end, end + byte_count(spec, where)
-        entries[spec.name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": (start, end)}
-    try:
-        text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
-    except UnicodeEncodeError as error:
-        raise CheckpointError(f"{where}: a tensor name or metadata text is not valid Unicode ({error})") from error
-    text += b" " * (-len(text) % 8)
-    header = len(text).to_bytes(8, "little") + text
-    parse_header(header, file_size=len(header) + end, where=where)  # whatever is written can be opened again
-    return header, [spec.name for spec in specs]
-
-
-def _spec_of(name: str, tensor: Tensor) -> TensorSpec:
-    dtype, shape = dtype_name(tensor.dtype), tuple(tensor.shape)
-    if dtype == "F4":
-        if not shape:
-            raise CheckpointError(
-                f"tensor {shown(name)}: a 0-d F4 tensor has no last axis to unpack; reshape it to (1,)"
-            )
-        shape = (*shape[:-1], 2 * shape[-1])
-    return TensorSpec(name, shape, dtype)
-
-
-def _aliases(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: str) -> dict[str, str]:
-    """Finds names of memory that another name stores; a name that the metadata uses otherwise is stored in full."""
-    sharing: dict[tuple[Any, ...], list[str]] = defaultdict(list)
-    for name, tensor in tensors.items():
-        _check_storable(name, tensor, where)
-        # Equal addresses alone are not equal tensors: a conjugated or negated view keeps its base's address.
-        if tensor.numel():
-            view = (tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg())
-            sharing[(tensor.device, tensor.data_ptr(), *view)].append(name)
-    aliases: dict[str, str] = {}
-    for names in sharing.values():
-        kept = min(names, key=lambda name: (metadata.get(name) in names, name))
-        aliases |= {name: kept for name in names if name != kept and metadata.get(name, kept) == kept}
-    return aliases
-
-
-def _check_storable(name: str, tensor: Tensor, where: str) -> None:
-    if name == "__metadata__":
-        raise CheckpointError(f"{where}: {name} is safetensors' own key; rename the tensor")
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-        kind = "quantized" if tensor.is_quantized else "without data" if tensor.is_meta else str(tensor.layout)
-        raise CheckpointError(f"{where}: tensor {shown(name)} is {kind}; make it a dense tensor first")
-    if tensor.dtype not in DTYPES.values():
-        raise CheckpointError(
-            f"{where}: tensor {shown(name)}: {tensor.dtype} cannot be stored as safetensors; convert it"
-        )
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    dense = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    return dense.reshape(-1).view(torch.uint8).numpy().data

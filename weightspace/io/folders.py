@@ -52,8 +52,8 @@ class Folder(ABC):
         """
 
     @abstractmethod
-    def ref(self, name: str) -> ModelRef:
-        """Returns the reference that opens the file again."""
+    def ref(self, name: str = "") -> ModelRef:
+        """Returns the reference that opens a file again, or the folder."""
 
     def title(self, name: str) -> str:
         """Returns the file's name in errors."""
@@ -104,8 +104,8 @@ class LocalFolder(Folder):
         """Returns the path of a file."""
         return self._path / name
 
-    def ref(self, name: str) -> ModelRef:
-        """Returns the path of a file as a reference."""
+    def ref(self, name: str = "") -> ModelRef:
+        """Returns the path of a file or of the folder as a reference."""
         return ModelRef(str(self._path / name))
 
     def title(self, name: str) -> str:

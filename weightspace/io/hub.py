@@ -343,9 +343,9 @@ class HubFolder(Folder):
         """Fetches the whole file; see `Folder.local_path`."""
         return self.repo.download(self._prefix + name)
 
-    def ref(self, name: str) -> ModelRef:
-        """Returns the file's reference, pinned to the commit."""
-        return ModelRef(self.repo.repo_id, self.repo.sha, self._prefix + name)
+    def ref(self, name: str = "") -> ModelRef:
+        """Returns the reference of a file or of the folder, pinned to the commit."""
+        return ModelRef(self.repo.repo_id, self.repo.sha, (self._prefix + name).rstrip("/") or None)
 
     def title(self, name: str) -> str:
         """Returns repository, commit and path of a file."""

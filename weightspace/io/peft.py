@@ -16,8 +16,9 @@ from weightspace.dtypes import dtype_name
 from weightspace.errors import CheckpointError
 from weightspace.files import write_whole
 from weightspace.io.adapters import FLAT_COMPONENT, PEFT_ROOT, Adapter, LoraPair, describe_adapter
-from weightspace.io.checkpoint import ADAPTER_CONFIG, save_checkpoint
+from weightspace.io.checkpoint import ADAPTER_CONFIG
 from weightspace.io.header import shown
+from weightspace.io.writing import save_checkpoint
 from weightspace.schema import TensorSpec
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

@@ -23,8 +23,8 @@ from weightspace.io.checkpoint import INDEX, Checkpoint, find_checkpoints, open_
 from weightspace.io.folders import LocalFolder
 from weightspace.io.header import header_of, load_json_object, shown
 from weightspace.io.hub import HubOptions
+from weightspace.io.locations import is_repo_id
 from weightspace.io.reader import open_file
-from weightspace.io.refs import is_repo_id
 from weightspace.publishing.plan import Kind, PlannedFile, PushSettings
 from weightspace.zoo.copying import copy_zoo, without_folders
 from weightspace.zoo.dataset import Zoo, load_zoo

@@ -24,7 +24,7 @@ from weightspace.cards.record import (
 from weightspace.errors import HubError, WeightspaceError
 from weightspace.io.header import shown
 from weightspace.io.hub import LIBRARY, HubEntry, HubOptions, HubRepo, RepoType, call_hub
-from weightspace.io.refs import is_repo_id
+from weightspace.io.locations import is_repo_id
 from weightspace.publishing.contents import (
     WEIGHTS,
     Contents,

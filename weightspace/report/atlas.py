@@ -25,7 +25,7 @@ from weightspace.encoder import embed_zoo, load_encoder
 from weightspace.errors import ZooError
 from weightspace.io.header import shown
 from weightspace.io.hub import HubOptions
-from weightspace.io.refs import is_repo_id
+from weightspace.io.locations import is_repo_id
 from weightspace.report import plots
 from weightspace.report.legend import MAX_DATASETS, dataset_legend
 from weightspace.zoo.dataset import load_zoo

@@ -71,19 +71,13 @@ def open_blueprint(location: str, options: HubOptions | None = None) -> Blueprin
     if location.endswith(".json") and Path(location).is_file():
         return blueprint_of(load_json_object(Path(location).read_bytes(), where=location), location)
     checkpoint = open_checkpoint(location, options=options)
-    try:
-        architecture = infer_architecture(
-            checkpoint.specs.values(), config=checkpoint.config, aliases=checkpoint.aliases
-        )
-    except ArchitectureError as error:
-        raise ArchitectureError(f"{location}: {error}") from error
-    strange = next((one for one in architecture.exclusions if not one.tensor.endswith(_COUNTER)), None)
+    strange = next((one for one in checkpoint.architecture.exclusions if not one.tensor.endswith(_COUNTER)), None)
     if strange is not None:
         raise ArchitectureError(
             f"{location}: {strange.tensor} cannot be sampled ({strange.reason}); give an architecture of floating "
             "point tensors"
         )
-    return Blueprint(architecture, checkpoint.config)
+    return Blueprint(checkpoint.architecture, checkpoint.config)
 
 
 def blueprint_of(config: Mapping[str, Any], where: str = "config") -> Blueprint:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from weightspace.cards import ModelFacts, ModelsFacts, SamplingFacts, write_card
 from weightspace.errors import SettingsError, ZooError
-from weightspace.io.checkpoint import checkpoint_bytes
 from weightspace.io.header import shown
-from weightspace.io.refs import is_repo_id
+from weightspace.io.locations import is_repo_id
+from weightspace.io.writing import checkpoint_bytes
 from weightspace.networks.flat import restore
 from weightspace.sampling.conditions import Blueprint
 from weightspace.zoo.describing import architecture_name

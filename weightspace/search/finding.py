@@ -13,7 +13,7 @@ from weightspace.encoder import Encoder, embed, load_encoder
 from weightspace.errors import SettingsError, WeightspaceError
 from weightspace.io.checkpoint import open_checkpoint
 from weightspace.io.hub import HubOptions
-from weightspace.io.refs import parse_ref
+from weightspace.io.locations import parse_ref
 from weightspace.search.index import EmbeddingIndex, is_index
 from weightspace.search.queries import dataset_for, described_dataset, joint_query
 from weightspace.search.results import parse_results

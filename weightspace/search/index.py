@@ -16,8 +16,9 @@ from jaxtyping import Float, Int
 
 from weightspace.encoder import Encoder, embed_zoo
 from weightspace.errors import CheckpointError, SettingsError, ZooError
-from weightspace.io.checkpoint import open_checkpoint, save_checkpoint
+from weightspace.io.checkpoint import open_checkpoint
 from weightspace.io.header import load_json_object
+from weightspace.io.writing import save_checkpoint
 from weightspace.search import approximate
 from weightspace.zoo.dataset import Zoo
 from weightspace.zoo.storage import read_table, replacing, unwritable, write_text

@@ -24,7 +24,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
 from weightspace.errors import SettingsError
-from weightspace.io.checkpoint import open_checkpoint, save_checkpoint
+from weightspace.io.checkpoint import open_checkpoint
+from weightspace.io.writing import save_checkpoint
 from weightspace.training.settings import LoopSettings
 
 _CHECKPOINTS, _HISTORY = "checkpoints", "history.jsonl"

@@ -28,7 +28,6 @@ from weightspace.io.header import Header, parse_header, shown
 from weightspace.io.hub import CONNECTIONS, HubOptions, HubRepo
 from weightspace.io.reader import ByteSource
 from weightspace.networks.families import FamilyConfig, family_config
-from weightspace.networks.infer import infer_architecture
 from weightspace.schema import Architecture, ModelRef, PermutationGroup, ReportedMetric, ZooEntry
 from weightspace.zoo.hub import SourceFile, fetch_zoo, open_zoo_repo
 from weightspace.zoo.remote import remote_blobs
@@ -254,12 +253,9 @@ class Zoo:
         where = f"{self.location}: header {digest}"
         if digest not in self._layouts:
             header = parse_header(blob, file_size=len(blob), where=where)
-            checkpoint = open_checkpoint_bytes(blob, where=where)
             configs = self._table["config"].filter(pc.equal(self._table["header"], digest)).unique().to_pylist()
             inferred = [
-                infer_architecture(
-                    checkpoint.specs.values(), config=_parsed(config, dict, where), aliases=checkpoint.aliases
-                )
+                open_checkpoint_bytes(blob, where=where, config=_parsed(config, dict, where)).architecture
                 for config in configs
             ]
             self._layouts[digest] = header, _agreed(inferred)

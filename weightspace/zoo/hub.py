@@ -12,8 +12,8 @@ from huggingface_hub import snapshot_download
 from weightspace.errors import HubError, ZooError
 from weightspace.io.header import MAX_HEADER_BYTES
 from weightspace.io.hub import LIBRARY, HubOptions, HubRepo, call_hub, open_repo
+from weightspace.io.locations import is_repo_id, parse_ref
 from weightspace.io.reader import ByteSource
-from weightspace.io.refs import is_repo_id, parse_ref
 from weightspace.zoo.storage import read_state
 
 

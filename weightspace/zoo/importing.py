@@ -27,9 +27,9 @@ from typing import Any, Literal
 from tqdm.auto import tqdm
 
 from weightspace.errors import WeightspaceError, ZooError
-from weightspace.io.checkpoint import joined_bytes, open_checkpoint
+from weightspace.io.checkpoint import open_checkpoint
 from weightspace.io.header import load_json_object, parse_header, shown
-from weightspace.io.refs import parse_ref
+from weightspace.io.locations import parse_ref
 from weightspace.schema import ModelRef, ReportedMetric, ZooEntry
 from weightspace.zoo.content import check_finite
 from weightspace.zoo.storage import MAX_BLOB_BYTES, RESULTS, weights_schema
@@ -320,7 +320,7 @@ def _load(candidate: _Candidate) -> tuple[ZooEntry, bytes]:
     weights = Path(source.where)
     try:
         sharded = weights.suffix == ".json"
-        blob = joined_bytes(source) if sharded else weights.read_bytes()
+        blob = source.to_bytes() if sharded else weights.read_bytes()
         adapter = weights.with_name("adapter_config.json")
         config = source.config
         if config is None and weights.name.startswith("adapter_model") and adapter.is_file():

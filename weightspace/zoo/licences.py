@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 
-from weightspace.io.refs import is_repo_id
+from weightspace.io.locations import is_repo_id
 
 _REDISTRIBUTABLE = re.compile(
     r"""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from weightspace.errors import HubError
-from weightspace.io.checkpoint import joined_bytes, open_checkpoint
+from weightspace.io.checkpoint import open_checkpoint
 from weightspace.io.header import shown
 from weightspace.io.hub import CONNECTIONS, HubEntry, HubRepo
 from weightspace.schema import ZooEntry
@@ -50,7 +50,7 @@ def _read(entry: ZooEntry, size: int) -> bytes:
     if ref.revision is None or ref.subfolder is None:
         raise HubError(f"{entry.model_id}: {shown(str(ref))} names no file at a commit of the Hub; write the zoo again")
     if ref.subfolder.endswith(".json"):
-        blob = joined_bytes(open_checkpoint(ref))
+        blob = open_checkpoint(ref).to_bytes()
     else:
         # The index says all that a listing of the repository would.
         file = HubRepo(ref.location, ref.revision, [HubEntry(ref.subfolder, size, entry.content)]).file(ref.subfolder)

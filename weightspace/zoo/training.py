@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from weightspace.data.images import load_images, variants
 from weightspace.errors import SettingsError
-from weightspace.io.checkpoint import checkpoint_bytes
+from weightspace.io.writing import checkpoint_bytes
 from weightspace.networks.families import Activation, FamilyConfig, Initialization, family_config
 from weightspace.networks.population import Recipe, Snapshot, train_population
 from weightspace.schema import ModelRef, ZooEntry

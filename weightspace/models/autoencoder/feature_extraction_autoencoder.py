@@ -215,8 +215,7 @@ def _opened(model: Weights) -> tuple[Architecture, Mapping[str, Tensor]]:
 
 def _architecture_of(checkpoint: Checkpoint) -> Architecture:
     """The architecture without what never becomes tokens, so that it need not be read."""
-    inferred = infer_architecture(checkpoint.specs.values(), config=checkpoint.config, aliases=checkpoint.aliases)
-    return replace(inferred, exclusions=())
+    return replace(checkpoint.architecture, exclusions=())
 
 
 def _in_whole_windows(run: TokenWindow, window: int) -> TokenWindow:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weightspace.errors import CheckpointError
-from weightspace.io.refs import parse_ref
+from weightspace.io.locations import parse_ref
 from weightspace.schema import ModelRef
 
 word = st.text(string.ascii_letters + string.digits + "_", min_size=1, max_size=12)

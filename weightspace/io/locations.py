@@ -1,11 +1,14 @@
-"""Text to `ModelRef`: where a model lives, checked before anything is opened."""
+"""Locations: a path, or ``org/name[@revision][:path]`` on the Hub, and the folder that either stands for."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path, PurePosixPath
 
-from weightspace.errors import CheckpointError
+from weightspace.errors import CheckpointError, HubError
+from weightspace.io.folders import Folder, LocalFolder
+from weightspace.io.header import shown
+from weightspace.io.hub import HubOptions, open_repo
 from weightspace.schema import ModelRef
 
 _HUB = re.compile(r"(?P<repo>[^/@:\\]+/[^/@:\\]+)(?:@(?P<revision>[^@:]*))?(?::(?P<subfolder>.*))?")
@@ -55,6 +58,50 @@ def is_repo_id(text: str) -> bool:
         and not text.endswith(".git")
         and all(_PART.fullmatch(part) and "--" not in part and ".." not in part for part in parts)
     )
+
+
+def locate(location: str | Path | ModelRef, options: HubOptions | None = None) -> tuple[Folder, str | None] | None:
+    """Finds the folder or file that a location stands for; every model of the library is opened through it.
+
+    What exists on this machine is never looked for on the Hub, and a `Path` is only looked for on this machine. A
+    repository is pinned to a commit.
+
+    Args:
+        location: a path, ``org/name[@revision][:path]``, or either of them parsed.
+        options: how the Hub is reached.
+
+    Returns:
+        The folder, and the name of the file in it if the location is a file; None if there is no such file or folder
+        and it is not the name of a repository.
+
+    Raises:
+        CheckpointError: the location is malformed, or the repository has no such path.
+        HubError: the Hub lacks the repository, refuses, or is out of reach.
+    """
+    ref = location if isinstance(location, ModelRef) else ModelRef(str(location))
+    if isinstance(location, str):
+        ref = parse_ref(location)
+    path, may_be_path = Path(ref.location), ref.revision is None and ref.subfolder is None
+    if may_be_path and path.is_dir():
+        return LocalFolder(path), None
+    if may_be_path and path.exists():
+        return LocalFolder(path.parent), path.name
+    if isinstance(location, Path) or not is_repo_id(ref.location):
+        return None
+    try:
+        repo = open_repo(ref.location, ref.revision, options)
+    except HubError as error:
+        if may_be_path:
+            raise HubError(f"{error}; nor is there a file or folder of that name here") from error.__cause__
+        raise
+    inside = ref.subfolder or ""
+    if inside in repo.entries:
+        parent, _, name = inside.rpartition("/")
+        return repo.folder(parent), name
+    folder = repo.folder(inside)
+    if inside and not folder.tree():
+        raise CheckpointError(f"{ref}: the repository has no file or folder {shown(inside)}; check the name")
+    return folder, None
 
 
 def _exists(text: str) -> bool:
