@@ -18,6 +18,7 @@ from torch import Tensor
 
 from weightspace.dtypes import DTYPES
 from weightspace.errors import CheckpointError
+from weightspace.io import checkpoint as checkpoint_module
 from weightspace.io import writing as writing_module
 from weightspace.io.checkpoint import Checkpoint, open_checkpoint, open_checkpoint_bytes
 from weightspace.io.header import header_of
