@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from weightspace.networks.chain import chain_groups, find_chains, order_chain
+from weightspace.networks.chain import find_chains
 from weightspace.networks.layers import group_layers
 from weightspace.networks.tracing import verify_groups
 from weightspace.schema import LayerSpec, PermutationGroup, TensorSpec
@@ -105,9 +105,10 @@ MODULES = {
 @pytest.mark.parametrize("case", MODULES)
 def test_chains_are_put_in_order_and_their_groups_hold(case: str) -> None:
     module, expected = MODULES[case]
-    ordered = order_chain(layers_of(module))
+    found = find_chains(layers_of(module))
+    assert found.ordered
+    ordered, groups = found.layers, found.groups
     assert names(ordered) == expected
-    groups = chain_groups(ordered)
     hidden = [layer for layer in ordered if layer.kind != "norm"][:-1]
     assert len(groups) == len(hidden) - case.startswith("depthwise")
     example = torch.randn(2, 4) if case.startswith("ten") else torch.randn(2, 1, 8, 8)
@@ -117,8 +118,8 @@ def test_chains_are_put_in_order_and_their_groups_hold(case: str) -> None:
 
 
 def test_groups_of_a_flattened_map() -> None:
-    ordered = order_chain(layers_of(dense(a=(8, 3, 3, 3), b=(10, 8 * 16), c=(2, 10))))
-    assert axes_of(chain_groups(ordered)) == [
+    found = find_chains(layers_of(dense(a=(8, 3, 3, 3), b=(10, 8 * 16), c=(2, 10))))
+    assert axes_of(found.groups) == [
         {("a.weight", 0, 1), ("a.bias", 0, 1), ("b.weight", 1, 16)},
         {("b.weight", 0, 1), ("b.bias", 0, 1), ("c.weight", 1, 1)},
     ]
@@ -168,7 +169,6 @@ DOUBTS = {
 def test_doubtful_networks_get_no_groups_and_a_note(case: str) -> None:
     shapes, reason = DOUBTS[case]
     layers = layers_of(shapes)
-    assert order_chain(layers) is None
     found = find_chains(layers)
     assert (found.groups, found.ordered, found.layers) == ((), False, layers)
     assert len(found.notes) == 1
@@ -199,7 +199,7 @@ def test_equal_widths_come_with_a_note_and_different_ones_without() -> None:
 
 def test_a_head_named_as_such_is_last() -> None:
     # Without the name, out -> fc1 -> fc2 would fit as well: the input is as wide as the output.
-    assert names(order_chain(layers_of(dense(fc1=(6, 4), fc2=(6, 6), output_layer=(4, 6))))) == [
+    assert names(find_chains(layers_of(dense(fc1=(6, 4), fc2=(6, 6), output_layer=(4, 6)))).layers) == [
         "fc1",
         "fc2",
         "output_layer",

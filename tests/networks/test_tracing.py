@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from weightspace.errors import ArchitectureError
-from weightspace.networks.tracing import architecture_of, trace_groups, verify_groups
+from weightspace.networks.infer import architecture_of
+from weightspace.networks.tracing import trace, verify_groups
 from weightspace.schema import GroupAxis, PermutationGroup
 
 
@@ -20,7 +21,7 @@ def axes_of(groups: tuple[PermutationGroup, ...]) -> list[set[tuple[str, int, in
 
 def verified(module: nn.Module, example: torch.Tensor) -> tuple[PermutationGroup, ...]:
     """The traced groups; all of them must hold, so that tracing itself is right and not only its filter."""
-    groups = trace_groups(module, example)
+    groups = trace(module, example)[0]
     assert verify_groups(module, groups, example, torch.Generator().manual_seed(3)) == groups
     return groups
 
@@ -98,7 +99,7 @@ def test_residual_sum_joins_its_sides() -> None:
 
 def test_residual_from_the_input_fixes_the_channels() -> None:
     module = Lambda(lambda m, x: m.out(x + m.fc(x)), fc=nn.Linear(5, 5), out=nn.Linear(5, 2))
-    assert trace_groups(module, ROWS) == ()
+    assert trace(module, ROWS)[0] == ()
 
 
 def test_concatenation_is_left_out_and_the_rest_kept() -> None:
@@ -194,7 +195,7 @@ def test_tied_weights_only_move_where_all_uses_agree() -> None:
     first, last = nn.Linear(5, 5), nn.Linear(5, 5)
     last.weight = first.weight
     inputs_too = nn.Sequential(first, nn.ReLU(), last)
-    assert trace_groups(inputs_too, ROWS) == ()
+    assert trace(inputs_too, ROWS)[0] == ()
     architecture = architecture_of(inputs_too, ROWS)
     assert architecture.aliases == (("2.weight", "0.weight"),)
     assert {t.name for t in architecture.tensors} == {"0.weight", "0.bias", "2.bias"}
@@ -202,9 +203,9 @@ def test_tied_weights_only_move_where_all_uses_agree() -> None:
 
 def test_what_is_not_understood_stays_fixed() -> None:
     module = Lambda(lambda m, x: m.b(m.a(x).cumsum(1)), a=nn.Linear(5, 4), b=nn.Linear(4, 2))
-    assert trace_groups(module, ROWS) == ()
+    assert trace(module, ROWS)[0] == ()
     module = Lambda(lambda m, x: m.b(m.a(x)[:, [0, 0, 1, 2]]), a=nn.Linear(5, 4), b=nn.Linear(4, 2))
-    assert trace_groups(module, ROWS) == ()
+    assert trace(module, ROWS)[0] == ()
     gated = nn.Sequential(nn.Linear(5, 8), nn.GLU(), nn.Linear(4, 2))
     assert axes_of(verified(gated, ROWS)) == []
 
@@ -231,13 +232,13 @@ class TestVerify:
         return verify_groups(self.module, [group], ROWS, torch.Generator().manual_seed(0)) == (group,)
 
     def test_right_groups_pass(self) -> None:
-        (group,) = trace_groups(self.module, ROWS)
+        (group,) = trace(self.module, ROWS)[0]
         assert self.check(group)
 
     @pytest.mark.parametrize("missing", range(7))
     def test_a_group_without_one_of_its_axes_is_rejected(self, missing: int) -> None:
         # Biases start at zero and norm scales at one: only drawn weights reveal that they are missing.
-        (group,) = trace_groups(self.module, ROWS)
+        (group,) = trace(self.module, ROWS)[0]
         assert len(group.axes) == 7
         assert not self.check(replace(group, axes=group.axes[:missing] + group.axes[missing + 1 :]))
 
@@ -252,7 +253,7 @@ class TestVerify:
         assert not self.check(PermutationGroup(4, (GroupAxis("0.weight", 2),)))
 
     def test_a_wrong_group_among_right_ones_is_dropped(self) -> None:
-        (group,) = trace_groups(self.module, ROWS)
+        (group,) = trace(self.module, ROWS)[0]
         wrong = PermutationGroup(4, (GroupAxis("3.weight", 1),))
         assert verify_groups(self.module, [wrong, group], ROWS, torch.Generator().manual_seed(0)) == (group,)
 
@@ -276,7 +277,7 @@ def test_untraceable_modules_say_so() -> None:
 
     module = Lambda(forward, fc=nn.Linear(5, 4))
     with pytest.raises(ArchitectureError, match="Lambda cannot be traced"):
-        trace_groups(module, ROWS)
+        trace(module, ROWS)[0]
     architecture = architecture_of(module, ROWS)
     assert not architecture.ordered
     assert not architecture.groups

@@ -8,12 +8,11 @@ Wherever names or shapes leave a doubt, nothing is claimed: the reason becomes a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 from weightspace.networks.layers import natural_key
-from weightspace.schema import GroupAxis, LayerSpec, PermutationGroup, TensorSpec
+from weightspace.schema import Architecture, GroupAxis, LayerSpec, PermutationGroup
 
 _BRANCHING = re.compile(
     r"(^|[._])(shortcut|downsample|skip|res(idual|net)?|attn|attention|self_attn|cross_attn|branch|experts?|gate|lora)"
@@ -42,25 +41,13 @@ class _DoubtError(Exception):
     """Why layers are not taken for a chain."""
 
 
-@dataclass(frozen=True)
-class Chains:
-    """Layers in order, as far as it is known.
-
-    Attributes:
-        layers: all layers; in forward order if ``ordered``, otherwise as they came.
-        groups: the permutation groups between neighbours.
-        notes: what could not be known.
-        ordered: whether the forward order was found.
-    """
-
-    layers: tuple[LayerSpec, ...]
-    groups: tuple[PermutationGroup, ...] = ()
-    notes: tuple[str, ...] = ()
-    ordered: bool = False
-
-
-def find_chains(layers: Sequence[LayerSpec]) -> Chains:
+def find_chains(layers: Sequence[LayerSpec]) -> Architecture:
     """Finds the forward order and the permutation groups of one chain, or of several side by side.
+
+    Shapes decide the order where they can; numbers in names of one pattern (``fc1``, ``fc2``, ``fc10``) count upwards.
+    Each norm layer stands behind what it normalises, lone vectors stand last. The inputs of the first and the outputs
+    of the last layer never move. A linear layer that reads a flattened ``(C, H, W)`` map moves in blocks of ``H * W``;
+    a depthwise convolution belongs to the group that it passes through.
 
     Chains side by side are looked for only under names that say so (actor, critic, policy, value); a lane that is in
     doubt keeps its layers in natural order and gets no groups.
@@ -68,51 +55,30 @@ def find_chains(layers: Sequence[LayerSpec]) -> Chains:
     try:
         lanes = _lanes(layers)
     except _DoubtError as doubt:
-        return Chains(tuple(layers), notes=(f"Permutation groups are left out: {doubt}.",))
+        return Architecture(tuple(layers), notes=(f"Permutation groups are left out: {doubt}.",))
     ordered: list[LayerSpec] = []
     groups: list[PermutationGroup] = []
     notes: list[str] = []
     known, skippable = True, False
     for name, members in lanes.items():
         where = f"In {name}: " if name else ""
+        vectors = [layer for layer in members if layer.kind == "vector"]
         try:
-            chain = _order(members)
+            chain, norms = _order(members)
         except _DoubtError as doubt:
             ordered.extend(members)
             known = False
             notes.append(f"{where}Permutation groups are left out: {doubt}.")
             continue
-        ordered.extend(chain)
-        found, left_out = _groups(chain)
+        behind = (layer for number, first in enumerate(chain) for layer in (first, *norms.get(number, ())))
+        ordered += [*norms.get(-1, ()), *behind, *vectors]
+        found, left_out = _groups(chain, norms, vectors)
         groups.extend(found)
         notes.extend(f"{where}{note}" for note in left_out)
         skippable = skippable or len({group.size for group in found}) < len(found)
     if skippable:
         notes.append("Symmetries come from names and shapes: a skip connection between equal widths would not be seen.")
-    return Chains(tuple(ordered), tuple(groups), tuple(notes), known)
-
-
-def order_chain(layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...] | None:
-    """Puts the layers of a plain feed-forward network in forward order, each norm layer behind what it normalises.
-
-    Shapes decide where they can; numbers in names of one pattern (``fc1``, ``fc2``, ``fc10``) count upwards.
-
-    Returns:
-        All layers in forward order (lone vectors last), or None if there is no such order or more than one.
-    """
-    try:
-        return _order(layers)
-    except _DoubtError:
-        return None
-
-
-def chain_groups(layers: Sequence[LayerSpec]) -> tuple[PermutationGroup, ...]:
-    """Derives the permutation groups of a chain that `order_chain` put in order.
-
-    The inputs of the first and the outputs of the last layer never move. A linear layer that reads a flattened
-    ``(C, H, W)`` map moves in blocks of ``H * W``; a depthwise convolution belongs to the group that it passes through.
-    """
-    return _groups(layers)[0]
+    return Architecture(tuple(ordered), tuple(groups), notes=tuple(notes), ordered=known)
 
 
 def _lanes(layers: Sequence[LayerSpec]) -> dict[str, list[LayerSpec]]:
@@ -135,26 +101,22 @@ def _lane(name: str) -> str | None:
     return None
 
 
-def _order(layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
+def _order(layers: Sequence[LayerSpec]) -> tuple[list[LayerSpec], dict[int, tuple[LayerSpec]]]:
+    """The linear layers and convolutions in forward order, and the norm layer behind each, by its number."""
     weights = [layer for layer in layers if layer.kind in ("linear", "conv")]
-    norms = [layer for layer in layers if layer.kind == "norm"]
-    vectors = [layer for layer in layers if layer.kind == "vector"]
     if not weights:
         raise _DoubtError("there is no linear layer and no convolution")
     if strange := [layer for layer in layers if layer.kind in ("embedding", "other")]:
         raise _DoubtError(f"the part of {strange[0].name} in the forward pass is unknown")
     _refuse_branches(layers, weights)
     chain = _search(weights)
-    placed: dict[int, list[LayerSpec]] = {}
-    for norm in norms:
+    placed: dict[int, tuple[LayerSpec]] = {}
+    for norm in (layer for layer in layers if layer.kind == "norm"):
         place = _norm_place(norm, chain)
         if place in placed:
             raise _DoubtError(f"{norm.name} and {placed[place][0].name} seem to normalise the same layer")
-        placed.setdefault(place, []).append(norm)
-    ordered = placed.get(-1, [])
-    for number, layer in enumerate(chain):
-        ordered += [layer, *placed.get(number, [])]
-    return (*ordered, *vectors)
+        placed[place] = (norm,)
+    return chain, placed
 
 
 def _refuse_branches(layers: Iterable[LayerSpec], weights: Sequence[LayerSpec]) -> None:
@@ -290,19 +252,17 @@ def _named_places(name: str, chain: Sequence[LayerSpec]) -> set[int]:
     return {n for n, layer in enumerate(chain) if numbers and re.findall(r"[0-9]+", layer.name) == numbers}
 
 
-def _groups(ordered: Sequence[LayerSpec]) -> tuple[tuple[PermutationGroup, ...], tuple[str, ...]]:
-    chain = [layer for layer in ordered if layer.kind in ("linear", "conv")]
-    vectors = [layer.tensors[0] for layer in ordered if layer.kind == "vector"]
-    norms = _norms_behind(ordered)
+def _groups(
+    chain: Sequence[LayerSpec], norms: Mapping[int, tuple[LayerSpec]], vectors: Sequence[LayerSpec]
+) -> tuple[list[PermutationGroup], list[str]]:
     groups: list[PermutationGroup] = []
     notes: list[str] = []
     axes: list[GroupAxis] = []
     doubts: list[str] = []
     for number, (layer, follower) in enumerate(pairwise(chain)):
-        size = layer.tensors[0].shape[0]
-        own = (*layer.tensors, *(tensor for norm in norms[layer.name] for tensor in norm.tensors))
-        axes += [GroupAxis(tensor.name, 0) for tensor in own]
-        doubts += _doubts(layer, norms[layer.name], vectors, first=number == 0)
+        size, own = layer.tensors[0].shape[0], norms.get(number, ())
+        axes += [GroupAxis(tensor.name, 0) for part in (layer, *own) for tensor in part.tensors]
+        doubts += _doubts(layer, own, vectors, first=number == 0)
         if _is_depthwise(follower, size):
             continue
         axes.append(GroupAxis(follower.tensors[0].name, 1, _block(layer, follower)))
@@ -311,22 +271,11 @@ def _groups(ordered: Sequence[LayerSpec]) -> tuple[tuple[PermutationGroup, ...],
         elif size > 1:
             groups.append(PermutationGroup(size, tuple(axes)))
         axes, doubts = [], []
-    return tuple(groups), tuple(notes)
-
-
-def _norms_behind(ordered: Sequence[LayerSpec]) -> dict[str, list[LayerSpec]]:
-    norms: dict[str, list[LayerSpec]] = {}
-    current: list[LayerSpec] = []
-    for layer in ordered:
-        if layer.kind in ("linear", "conv"):
-            current = norms.setdefault(layer.name, [])
-        elif layer.kind == "norm":
-            current.append(layer)
-    return norms
+    return groups, notes
 
 
 def _doubts(
-    layer: LayerSpec, norms: Sequence[LayerSpec], vectors: Sequence[TensorSpec], *, first: bool
+    layer: LayerSpec, norms: Sequence[LayerSpec], vectors: Sequence[LayerSpec], *, first: bool
 ) -> Iterator[str]:
     shape = layer.tensors[0].shape
     if first and layer.kind == "conv" and shape[1] == 1 < shape[0] <= _IMAGE_CHANNELS:
@@ -337,4 +286,4 @@ def _doubts(
             yield f"{norm.name} may normalise channels in groups"
     for vector in vectors:
         if vector.numel > 1 and vector.numel % shape[0] == 0:
-            yield f"{vector.name} may belong to them"
+            yield f"{vector.tensors[0].name} may belong to them"

@@ -6,8 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from weightspace.dtypes import dtype_name
 from weightspace.errors import ArchitectureError
 from weightspace.networks.chain import find_chains
+from weightspace.networks.families import Network, family_config
 from weightspace.networks.layers import exclusion_reason, group_layers
 from weightspace.schema import Architecture, Exclusion, TensorSpec
 
@@ -33,45 +38,65 @@ def infer_architecture(
         ArchitectureError: a name appears twice, or ``config`` describes a network with other tensors.
         SettingsError: ``config`` names a family of this library and has wrong values.
     """
-    specs = tuple(specs)
+    architecture = _unordered(tuple(specs), tuple(aliases))
+    if config is not None and (family := family_config(config)) is not None:
+        described, stored = family.shapes(), {spec.name: spec.shape for spec in architecture.tensors}
+        for name in sorted(described.keys() | stored.keys()):
+            if described.get(name) != stored.get(name):
+                raise ArchitectureError(
+                    f"tensor {name!r}: the config describes shape {described.get(name)}, the checkpoint has "
+                    f"{stored.get(name)}; put the config.json of this checkpoint beside it, or none"
+                )
+        return _traced(architecture, Network(family), family.example_input())
+    if aliases:
+        alias, kept = aliases[0]
+        note = f"Permutation groups are left out: {alias} and {kept} are one tensor, used twice."
+        return replace(architecture, notes=(note,))
+    return replace(find_chains(architecture.layers), exclusions=architecture.exclusions)
+
+
+def architecture_of(module: nn.Module, example: Tensor) -> Architecture:
+    """Reads the architecture of a module: its tensors in forward order and its groups, traced and verified.
+
+    Where the module cannot be traced, the layers keep the natural order of their names and a note says why.
+    """
+    from weightspace.networks.tracing import ties
+
+    names = ties(module)
+    state = module.state_dict()
+    specs = [TensorSpec(n, tuple(state[n].shape), dtype_name(state[n].dtype)) for n, kept in names.items() if n == kept]
+    aliases = tuple((name, kept) for name, kept in names.items() if name != kept)
+    return _traced(_unordered(specs, aliases), module, example)
+
+
+def _unordered(specs: Sequence[TensorSpec], aliases: tuple[tuple[str, str], ...]) -> Architecture:
+    """Groups tensors into layers, in the natural order of their names."""
     names = [spec.name for spec in specs]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ArchitectureError(f"tensor {twice!r} appears twice; every tensor needs a name of its own")
     reasons = {spec.name: exclusion_reason(spec) for spec in specs}
     exclusions = tuple(Exclusion(name, reason) for name, reason in reasons.items() if reason is not None)
-    tokenized = {spec.name: spec for spec in specs if reasons[spec.name] is None}
-
-    built = None if config is None else _traced(config, tokenized)
-    if built is not None:
-        return replace(built, exclusions=exclusions, aliases=tuple(aliases))
-    layers = group_layers(tokenized.values())
-    if aliases:
-        alias, kept = aliases[0]
-        note = f"Permutation groups are left out: {alias} and {kept} are one tensor, used twice."
-        return Architecture(layers, (), exclusions, tuple(aliases), (note,))
-    found = find_chains(layers)
-    return Architecture(found.layers, found.groups, exclusions, (), found.notes, found.ordered)
+    return Architecture(group_layers(spec for spec in specs if reasons[spec.name] is None), (), exclusions, aliases)
 
 
-def _traced(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> Architecture | None:
+def _traced(architecture: Architecture, module: nn.Module, example: Tensor) -> Architecture:
     # Imported here: most checkpoints have no config of this library, and tracing is slow to import.
-    from weightspace.networks.families import Network, family_config
-    from weightspace.networks.tracing import architecture_of
+    from weightspace.networks.tracing import trace, verify_groups
 
-    family = family_config(config)
-    if family is None:
-        return None
-    architecture = architecture_of(Network(family), family.example_input())
-    described = {spec.name: spec.shape for spec in architecture.tensors}
-    for name in sorted(described.keys() | stored.keys()):
-        found = stored[name].shape if name in stored else None
-        if described.get(name) != found:
-            raise ArchitectureError(
-                f"tensor {name!r}: the config describes shape {described.get(name)}, the checkpoint has {found}; "
-                "put the config.json of this checkpoint beside it, or none"
-            )
+    try:
+        groups, order = trace(module, example)
+    except ArchitectureError as error:
+        return replace(architecture, notes=(f"Permutation groups are left out: {error}.",))
+    tokenized = {tensor.name for tensor in architecture.tensors}
+    groups = tuple(group for group in groups if all(axis.tensor in tokenized for axis in group.axes))
+    # A fixed seed: the draw only has to be generic, and the same module should always read the same.
+    held = verify_groups(module, groups, example, torch.Generator().manual_seed(0))
+    notes = [] if held == groups else [f"{len(groups) - len(held)} traced permutation groups changed the function."]
+    place = {name: number for number, name in enumerate(order)}
+    if unused := [layer.name for layer in architecture.layers if not any(t.name in place for t in layer.tensors)]:
+        notes.append(f"The forward pass does not use {', '.join(unused)}.")
     layers = tuple(
-        replace(layer, tensors=tuple(stored[spec.name] for spec in layer.tensors)) for layer in architecture.layers
+        sorted(architecture.layers, key=lambda layer: min(place.get(t.name, len(place)) for t in layer.tensors))
     )
-    return replace(architecture, layers=layers)
+    return replace(architecture, layers=layers, groups=held, notes=tuple(notes), ordered=True)

@@ -12,7 +12,7 @@ import copy
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -22,10 +22,8 @@ from torch.func import functional_call
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from weightspace.dtypes import dtype_name
 from weightspace.errors import ArchitectureError
-from weightspace.networks.layers import exclusion_reason, group_layers
-from weightspace.schema import Architecture, Exclusion, GroupAxis, PermutationGroup, TensorSpec
+from weightspace.schema import GroupAxis, PermutationGroup
 
 Axis: TypeAlias = tuple[int, int]
 """``(space, block)``: entry i of the axis belongs to channel ``i // block`` of that space."""
@@ -51,6 +49,9 @@ class _Spaces:
         self.size.append(size)
         self.frozen.append(frozen)
         return len(self.parent) - 1, 1
+
+    def fresh(self, shape: Iterable[int], *, frozen: bool) -> Axes:
+        return [self.new(size, frozen=frozen) for size in shape]
 
     def find(self, axis: Axis) -> Axis:
         space, block = axis
@@ -80,24 +81,34 @@ class _Spaces:
 
 
 @dataclass
-class _Trace:
-    """What the rules work on: the spaces, and the axes of every tensor seen so far."""
+class _Operation:
+    """One operation of the graph, as the rules see it.
 
-    spaces: _Spaces = field(default_factory=_Spaces)
-    axes: dict[Node, Axes] = field(default_factory=dict)
+    Attributes:
+        spaces: of the whole trace.
+        arguments: by the names of the operation's schema.
+        known: axes of the tensors seen so far.
+        shape: of the result.
+    """
 
-    def known(self, value: object) -> Axes:
-        return self.axes[value] if isinstance(value, Node) and value in self.axes else []
+    spaces: _Spaces
+    arguments: dict[str, Any]
+    known: dict[Node, Axes]
+    shape: tuple[int, ...]
 
-    def fresh(self, shape: Iterable[int], *, frozen: bool) -> Axes:
-        return [self.spaces.new(size, frozen=frozen) for size in shape]
+    def axes(self, value: object) -> Axes:
+        """The axes of a tensor; none for anything else."""
+        return self.known.get(value, []) if isinstance(value, Node) else []
+
+    def __getitem__(self, name: str) -> Axes:
+        return self.axes(self.arguments.get(name))
 
 
-Rule: TypeAlias = Callable[[_Trace, dict[str, Any], tuple[int, ...]], Axes]
-"""(trace, the operation's arguments by name, shape of the result) -> axes of the result."""
+Rule: TypeAlias = Callable[[_Operation], Axes]
+"""An operation -> axes of its result."""
 
 
-def trace_groups(module: nn.Module, example: Tensor) -> tuple[PermutationGroup, ...]:
+def trace(module: nn.Module, example: Tensor) -> tuple[tuple[PermutationGroup, ...], tuple[str, ...]]:
     """Derives the permutation groups of ``module`` from its operations on ``example``, in evaluation mode.
 
     Understood: linear layers, matrix products, convolutions (transposed and depthwise too), batch, group, instance,
@@ -109,41 +120,40 @@ def trace_groups(module: nn.Module, example: Tensor) -> tuple[PermutationGroup, 
         example: an input that the module accepts.
 
     Returns:
-        One group for each set of channels, in forward order. Names are those of ``module.state_dict()``; a tied tensor
-        goes by its first name.
+        One group for each set of channels, in forward order, and the names of the tensors in the order of their first
+        use. Names are those of ``module.state_dict()``; a tied tensor goes by its first name.
 
     Raises:
         ArchitectureError: the module cannot be exported.
     """
-    return _groups_and_order(module, example)[0]
+    graph, names = _export(module, example)
+    spaces = _Spaces()
+    known: dict[Node, Axes] = {}
+    parameters: dict[str, Axes] = {}
+    order: dict[str, None] = {}
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node.op != "placeholder":
+            order.update(dict.fromkeys(names[source.name] for source in node.all_input_nodes if source.name in names))
+            _apply(spaces, known, node)
+        elif isinstance(value, Tensor):
+            # Inputs, constants and buffers outside of the state keep their order; tied parameters share their axes.
+            name = names.get(node.name)
+            known[node] = spaces.fresh(value.shape, frozen=name is None)
+            if name is not None:
+                known[node] = parameters.setdefault(name, known[node])
 
-
-def architecture_of(module: nn.Module, example: Tensor) -> Architecture:
-    """Reads the architecture of a module: its tensors in forward order and its groups, traced and verified.
-
-    Where the module cannot be traced, the layers keep the natural order of their names and a note says why.
-    """
-    state = module.state_dict()
-    kept, aliases = _ties(module)
-    specs = [TensorSpec(n, tuple(t.shape), dtype_name(t.dtype)) for n, t in state.items() if n in kept]
-    reasons = {spec.name: exclusion_reason(spec) for spec in specs}
-    exclusions = tuple(Exclusion(name, reason) for name, reason in reasons.items() if reason is not None)
-    layers = group_layers(spec for spec in specs if reasons[spec.name] is None)
-    architecture = Architecture(layers, (), exclusions, aliases)
-    try:
-        groups, order = _groups_and_order(module, example)
-    except ArchitectureError as error:
-        return replace(architecture, notes=(f"Permutation groups are left out: {error}.",))
-    tokenized = {name for name, reason in reasons.items() if reason is None}
-    groups = tuple(group for group in groups if all(axis.tensor in tokenized for axis in group.axes))
-    # A fixed seed: the draw only has to be generic, and the same module should always read the same.
-    held = verify_groups(module, groups, example, torch.Generator().manual_seed(0))
-    notes = [] if held == groups else [f"{len(groups) - len(held)} traced permutation groups changed the function."]
-    place = {name: number for number, name in enumerate(order)}
-    if unused := [layer.name for layer in layers if not any(t.name in place for t in layer.tensors)]:
-        notes.append(f"The forward pass does not use {', '.join(unused)}.")
-    layers = tuple(sorted(layers, key=lambda layer: min(place.get(t.name, len(place)) for t in layer.tensors)))
-    return replace(architecture, layers=layers, groups=held, notes=tuple(notes), ordered=True)
+    axes: dict[int, list[GroupAxis]] = {}
+    for name in order:
+        for number, axis in enumerate(parameters[name]):
+            space, block = spaces.find(axis)
+            axes.setdefault(space, []).append(GroupAxis(name, number, block))
+    groups = tuple(
+        PermutationGroup(spaces.size[space], tuple(members))
+        for space, members in axes.items()
+        if not spaces.frozen[space] and spaces.size[space] > 1
+    )
+    return groups, tuple(order)
 
 
 def verify_groups(
@@ -165,9 +175,8 @@ def verify_groups(
         The groups under which the outputs agree to within rounding, in the order given.
     """
     twin = copy.deepcopy(module).eval().to(torch.float64)
-    kept, _ = _ties(module)
-    state = {name: tensor for name, tensor in twin.state_dict().items() if name in kept}
-    state = {name: _generic(tensor, generator) for name, tensor in state.items()}
+    kept = set(ties(module).values())
+    state = {name: _generic(tensor, generator) for name, tensor in twin.state_dict().items() if name in kept}
     if example.is_floating_point():
         example = torch.randn(example.shape, generator=generator, dtype=torch.float64)
 
@@ -210,53 +219,15 @@ def _moved(state: dict[str, Tensor], group: PermutationGroup, generator: torch.G
 
 
 def _agree(before: Tensor, after: Tensor) -> bool:
-    if before.shape != after.shape:
-        return False
-    if not before.is_floating_point():
+    if before.shape != after.shape or not before.is_floating_point() or not before.numel():
         return torch.equal(before, after)
-    return bool((before - after).abs().max() <= _TOLERANCE * before.abs().max()) if before.numel() else True
+    return torch.allclose(before, after, rtol=0, atol=_TOLERANCE * float(before.abs().max()))
 
 
-def _ties(module: nn.Module) -> tuple[set[str], tuple[tuple[str, str], ...]]:
-    """First names of all state tensors, and ``(alias, first name)`` of tied ones."""
+def ties(module: nn.Module) -> dict[str, str]:
+    """Name of each tensor of the state -> the first name of the same tensor, which differs where tensors are tied."""
     first: dict[int, str] = {}
-    aliases = []
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        kept = first.setdefault(id(tensor), name)
-        if kept != name:
-            aliases.append((name, kept))
-    return set(first.values()), tuple(aliases)
-
-
-def _groups_and_order(module: nn.Module, example: Tensor) -> tuple[tuple[PermutationGroup, ...], tuple[str, ...]]:
-    graph, names = _export(module, example)
-    trace = _Trace()
-    parameters: dict[str, Axes] = {}
-    order: dict[str, None] = {}
-    for node in graph.nodes:
-        if node.op != "placeholder":
-            order.update(dict.fromkeys(names[source.name] for source in node.all_input_nodes if source.name in names))
-            _apply(trace, node)
-        elif isinstance(node.meta.get("val"), Tensor):
-            name = names.get(node.name)
-            shape = node.meta["val"].shape
-            # Inputs, constants and buffers outside of the state keep their order; tied parameters share their axes.
-            if name is None:
-                trace.axes[node] = trace.fresh(shape, frozen=True)
-            else:
-                trace.axes[node] = parameters.setdefault(name, trace.fresh(shape, frozen=False))
-
-    axes: dict[int, list[GroupAxis]] = {}
-    for name in order:
-        for number, axis in enumerate(parameters[name]):
-            space, block = trace.spaces.find(axis)
-            axes.setdefault(space, []).append(GroupAxis(name, number, block))
-    groups = tuple(
-        PermutationGroup(trace.spaces.size[space], tuple(members))
-        for space, members in axes.items()
-        if not trace.spaces.frozen[space] and trace.spaces.size[space] > 1
-    )
-    return groups, tuple(order)
+    return {name: first.setdefault(id(tensor), name) for name, tensor in module.state_dict(keep_vars=True).items()}
 
 
 def _export(module: nn.Module, example: Tensor) -> tuple[torch.fx.Graph, dict[str, str]]:
@@ -268,30 +239,26 @@ def _export(module: nn.Module, example: Tensor) -> tuple[torch.fx.Graph, dict[st
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ArchitectureError(f"{type(module).__name__} cannot be traced ({line})") from error
     signature = program.graph_signature
+    first = ties(module)
     targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    _, aliases = _ties(module)
-    first = dict(aliases)
-    stored = module.state_dict()
-    names = {node: first.get(name, name) for node, name in targets.items() if name in stored}
-    return program.graph, names
+    return program.graph, {node: first[name] for node, name in targets.items() if name in first}
 
 
-def _apply(trace: _Trace, node: Node) -> None:
-    value = node.meta.get("val")
-    operation = node.target
+def _apply(spaces: _Spaces, known: dict[Node, Axes], node: Node) -> None:
+    value, operation = node.meta.get("val"), node.target
     schema = operation._schema if isinstance(operation, torch._ops.OpOverload) else None
     rule = None if schema is None else _rule(schema.name.removeprefix("aten::"))
     if schema is None or rule is None or not isinstance(value, Tensor):
         # Also the output node: what leaves the network keeps its order.
         for source in node.all_input_nodes:
-            trace.spaces.freeze(*trace.axes.get(source, []))
+            spaces.freeze(*known.get(source, []))
         if isinstance(value, Tensor):
-            trace.axes[node] = trace.fresh(value.shape, frozen=True)
+            known[node] = spaces.fresh(value.shape, frozen=True)
         return
     arguments = {argument.name: argument.default_value for argument in schema.arguments}
     arguments.update(zip(arguments, node.args, strict=False))
     arguments.update(node.kwargs)
-    trace.axes[node] = rule(trace, arguments, tuple(value.shape))
+    known[node] = rule(_Operation(spaces, arguments, known, tuple(value.shape)))
 
 
 def _rule(name: str) -> Rule | None:
@@ -301,107 +268,86 @@ def _rule(name: str) -> Rule | None:
     return _RULES.get(name)
 
 
-def _elementwise(trace: _Trace, arguments: dict[str, Any], shape: tuple[int, ...]) -> Axes:
-    tensors = [trace.known(leaf) for leaf in pytree.tree_leaves(list(arguments.values()))]
-    return _broadcast(trace, [axes for axes in tensors if axes], shape)
+def _elementwise(op: _Operation) -> Axes:
+    tensors = [op.axes(leaf) for leaf in pytree.tree_leaves(list(op.arguments.values()))]
+    return _broadcast(op.spaces, tensors, op.shape)
 
 
-def _broadcast(trace: _Trace, tensors: Sequence[Axes], shape: Sequence[int]) -> Axes:
+def _broadcast(spaces: _Spaces, tensors: Sequence[Axes], shape: Sequence[int]) -> Axes:
     result = []
     for place, size in enumerate(reversed(shape), start=1):
-        alike = [axes[-place] for axes in tensors if len(axes) >= place and trace.spaces.length(axes[-place]) == size]
-        result.append(trace.spaces.join(*alike) if alike else trace.spaces.new(size, frozen=True))
+        alike = [axes[-place] for axes in tensors if len(axes) >= place and spaces.length(axes[-place]) == size]
+        result.append(spaces.join(*alike) if alike else spaces.new(size, frozen=True))
     return result[::-1]
 
 
-def _linear(trace: _Trace, arguments: dict[str, Any], shape: tuple[int, ...]) -> Axes:
-    x, weight, bias = (trace.known(arguments[name]) for name in ("input", "weight", "bias"))
-    trace.spaces.join(x[-1], weight[1])
-    trace.spaces.join(weight[0], *bias)
-    return [*x[:-1], weight[0]]
+def _linear(op: _Operation) -> Axes:
+    x, weight = op["input"], op["weight"]
+    op.spaces.join(x[-1], weight[1])
+    return [*x[:-1], op.spaces.join(weight[0], *op["bias"])]
 
 
-def _matmul(trace: _Trace, arguments: dict[str, Any], shape: tuple[int, ...]) -> Axes:
-    names = ("mat1", "mat2") if "mat1" in arguments else ("self", "mat2" if "mat2" in arguments else "other")
-    x, y = (trace.known(arguments[name]) for name in names)
-    trace.spaces.join(x[-1], y[-2] if len(y) > 1 else y[0])
-    batch = _broadcast(trace, [x[:-2], y[:-2]], shape[: max(len(x), len(y)) - 2])
+def _matmul(op: _Operation) -> Axes:
+    adds = "mat1" in op.arguments
+    x, y = op["mat1" if adds else "self"], op["mat2" if "mat2" in op.arguments else "other"]
+    op.spaces.join(x[-1], y[-2] if len(y) > 1 else y[0])
+    batch = _broadcast(op.spaces, [x[:-2], y[:-2]], op.shape[: max(len(x), len(y)) - 2])
     result = [*batch, *x[-2:-1], *(y[-1:] if len(y) > 1 else [])]
-    if "mat1" in arguments:
-        _broadcast(trace, [trace.known(arguments["self"]), result], shape)
+    if adds:
+        _broadcast(op.spaces, [op["self"], result], op.shape)
     return result
 
 
-def _conv(trace: _Trace, arguments: dict[str, Any], shape: tuple[int, ...]) -> Axes:
-    x, weight, bias = (trace.known(arguments[name]) for name in ("input", "weight", "bias"))
-    spaces, groups = trace.spaces, arguments["groups"]
+def _conv(op: _Operation, *, transposed: bool = False) -> Axes:
+    x, weight, spaces = op["input"], op["weight"], op.spaces
     channel = len(x) - len(weight) + 1
     spaces.freeze(*x[channel + 1 :], *weight[2:])
-    inputs, outputs = spaces.length(x[channel]), spaces.length(weight[0])
+    inputs, outputs = (weight[0], weight[1]) if transposed else (weight[1], weight[0])
+    groups, size = op.arguments["groups"], spaces.length(weight[0])
     if groups == 1:
-        spaces.join(x[channel], weight[1])
-        made = weight[0]
-    elif groups == inputs:
-        # Depthwise: each input channel makes outputs / inputs neighbouring output channels
+        spaces.join(x[channel], inputs)
+    elif not transposed and groups == spaces.length(x[channel]):
+        # Depthwise: each input channel makes size / groups neighbouring output channels
         space, block = x[channel]
-        made = spaces.join((space, block * (outputs // inputs)), weight[0])
+        outputs = spaces.join((space, block * (size // groups)), outputs)
     else:
-        spaces.freeze(x[channel], weight[0], weight[1])
-        made = weight[0]
-    spaces.join(made, *bias)
-    return [*x[:channel], made, *trace.fresh(shape[channel + 1 :], frozen=True)]
+        spaces.freeze(x[channel], inputs, outputs)
+        outputs = spaces.new(op.shape[channel], frozen=True)
+    spaces.join(outputs, *op["bias"])
+    return [*x[:channel], outputs, *spaces.fresh(op.shape[channel + 1 :], frozen=True)]
 
 
-def _conv_transpose(trace: _Trace, arguments: dict[str, Any], shape: tuple[int, ...]) -> Axes:
-    x, weight, bias = (trace.known(arguments[name]) for name in ("input", "weight", "bias"))
-    channel = len(x) - len(weight) + 1
-    trace.spaces.freeze(*x[channel + 1 :], *weight[2:])
-    if arguments["groups"] == 1:
-        trace.spaces.join(x[channel], weight[0])
-        made = trace.spaces.join(weight[1], *bias)
-    else:
-        trace.spaces.freeze(x[channel], *weight, *bias)
-        made = trace.spaces.new(shape[channel], frozen=True)
-    return [*x[:channel], made, *trace.fresh(shape[channel + 1 :], frozen=True)]
-
-
-def _channel_norm(trace: _Trace, arguments: dict[str, Any], shape: tuple[int, ...]) -> Axes:
-    x = trace.known(arguments["input"])
-    if arguments.get("num_groups", 1) not in (1, shape[1]):
-        trace.spaces.freeze(x[1])
+def _norm(op: _Operation, *, channel: bool) -> Axes:
+    """Joins scale, shift and statistics with the channels, or with the last axes."""
+    x = op["input"]
+    if channel and op.arguments.get("num_groups", 1) not in (1, op.shape[1]):
+        op.spaces.freeze(x[1])
     for name in ("weight", "bias", "running_mean", "running_var"):
-        trace.spaces.join(x[1], *trace.known(arguments.get(name)))
+        for axis, own in zip(x[1:2] if channel else x[::-1], op[name][::-1], strict=False):
+            op.spaces.join(axis, own)
     return x
 
 
-def _prelu(trace: _Trace, arguments: dict[str, Any], shape: tuple[int, ...]) -> Axes:
-    x, (slope,) = trace.known(arguments["self"]), trace.known(arguments["weight"])
-    if len(x) > 1 and trace.spaces.length(slope) == shape[1]:
-        trace.spaces.join(x[1], slope)
+def _prelu(op: _Operation) -> Axes:
+    x, (slope,) = op["self"], op["weight"]
+    if len(x) > 1 and op.spaces.length(slope) == op.shape[1]:
+        op.spaces.join(x[1], slope)
     return x
 
 
-def _layer_norm(trace: _Trace, arguments: dict[str, Any], shape: tuple[int, ...]) -> Axes:
-    x = trace.known(arguments["input"])
-    for name in ("weight", "bias"):
-        for axis, own in zip(x[::-1], trace.known(arguments.get(name))[::-1], strict=False):
-            trace.spaces.join(axis, own)
-    return x
+def _pool(op: _Operation, *, spatial: int) -> Axes:
+    x = op["self"] or op["input"]
+    op.spaces.freeze(*x[-spatial:])
+    return [*x[:-spatial], *op.spaces.fresh(op.shape[-spatial:], frozen=True)]
 
 
-def _pool(trace: _Trace, arguments: dict[str, Any], shape: tuple[int, ...], *, spatial: int) -> Axes:
-    x = trace.known(arguments.get("self", arguments.get("input")))
-    trace.spaces.freeze(*x[-spatial:])
-    return [*x[:-spatial], *trace.fresh(shape[-spatial:], frozen=True)]
-
-
-def _reshape(trace: _Trace, arguments: dict[str, Any], shape: tuple[int, ...]) -> Axes:
+def _reshape(op: _Operation) -> Axes:
     """Pairs runs of old and new axes that hold equally many entries."""
-    x = trace.known(next(iter(arguments.values())))
-    old = [trace.spaces.length(axis) for axis in x]
+    x, shape = op.axes(next(iter(op.arguments.values()))), op.shape
     if 0 in shape:
-        trace.spaces.freeze(*x)
-        return trace.fresh(shape, frozen=True)
+        op.spaces.freeze(*x)
+        return op.spaces.fresh(shape, frozen=True)
+    old = [op.spaces.length(axis) for axis in x]
     result: Axes = []
     i = j = 0
     while i < len(old) or j < len(shape):
@@ -413,16 +359,15 @@ def _reshape(trace: _Trace, arguments: dict[str, Any], shape: tuple[int, ...]) -
                 left, i_end = left * old[i_end], i_end + 1
             else:
                 right, j_end = right * shape[j_end], j_end + 1
-        result += _regroup(trace, x[i:i_end], shape[j:j_end])
+        result += _regroup(op.spaces, x[i:i_end], shape[j:j_end])
         i, j = i_end, j_end
     return result
 
 
-def _regroup(trace: _Trace, x: Axes, shape: tuple[int, ...]) -> Axes:
-    spaces = trace.spaces
+def _regroup(spaces: _Spaces, x: Axes, shape: tuple[int, ...]) -> Axes:
     wide = [axis for axis in x if spaces.length(axis) > 1]
     slots = [place for place, size in enumerate(shape) if size > 1]
-    result = [spaces.new(size, frozen=True) for size in shape]
+    result = spaces.fresh(shape, frozen=True)
     if not wide:
         return result
     space, block = spaces.find(wide[0])
@@ -438,42 +383,40 @@ def _regroup(trace: _Trace, x: Axes, shape: tuple[int, ...]) -> Axes:
     return result
 
 
-def _permute(trace: _Trace, arguments: dict[str, Any], shape: tuple[int, ...]) -> Axes:
-    x = trace.known(arguments["self"])
-    return [x[axis] for axis in arguments["dims"]]
+def _permute(op: _Operation) -> Axes:
+    return [op["self"][axis] for axis in op.arguments["dims"]]
 
 
-def _transpose(trace: _Trace, arguments: dict[str, Any], shape: tuple[int, ...]) -> Axes:
-    x = list(trace.known(arguments["self"]))
+def _transpose(op: _Operation) -> Axes:
+    x = list(op["self"])
     if len(x) > 1:  # torch refuses .T beyond two axes, so that the last two are meant where none are named
-        one, two = arguments.get("dim0", -2), arguments.get("dim1", -1)
+        one, two = op.arguments.get("dim0", -2), op.arguments.get("dim1", -1)
         x[one], x[two] = x[two], x[one]
     return x
 
 
-def _reduce(trace: _Trace, arguments: dict[str, Any], shape: tuple[int, ...]) -> Axes:
-    x = trace.known(arguments["self"])
-    dims = arguments.get("dim")
+def _reduce(op: _Operation) -> Axes:
+    x, dims = op["self"], op.arguments.get("dim")
     dims = list(range(len(x))) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
     gone = {axis % len(x) for axis in dims} if x else set()
-    if len(shape) == len(x):
-        return [trace.spaces.new(1, frozen=True) if place in gone else axis for place, axis in enumerate(x)]
+    if len(op.shape) == len(x):
+        return [op.spaces.new(1, frozen=True) if place in gone else axis for place, axis in enumerate(x)]
     return [axis for place, axis in enumerate(x) if place not in gone]
 
 
-def _embedding(trace: _Trace, arguments: dict[str, Any], shape: tuple[int, ...]) -> Axes:
-    weight = trace.known(arguments["weight"])
-    trace.spaces.freeze(weight[0])
-    return [*trace.known(arguments["indices"]), weight[1]]
+def _embedding(op: _Operation) -> Axes:
+    rows, columns = op["weight"]
+    op.spaces.freeze(rows)
+    return [*op["indices"], columns]
 
 
-def _concatenate(trace: _Trace, arguments: dict[str, Any], shape: tuple[int, ...]) -> Axes:
-    tensors = [list(trace.known(tensor)) for tensor in arguments["tensors"]]
-    place = arguments["dim"] % len(shape)
+def _concatenate(op: _Operation) -> Axes:
+    tensors = [list(op.axes(tensor)) for tensor in op.arguments["tensors"]]
+    place = op.arguments["dim"] % len(op.shape)
     for axes in tensors:
-        trace.spaces.freeze(axes[place])
-        axes[place] = trace.spaces.new(shape[place], frozen=True)
-    return _broadcast(trace, tensors, shape)
+        op.spaces.freeze(axes[place])
+        axes[place] = op.spaces.new(op.shape[place], frozen=True)
+    return _broadcast(op.spaces, tensors, op.shape)
 
 
 # fmt: off
@@ -488,9 +431,9 @@ _ELEMENTWISE = (
 _RULES: dict[str, Rule] = {
     **dict.fromkeys(_ELEMENTWISE, _elementwise),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _conv),
-    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _conv_transpose),
-    **dict.fromkeys(("batch_norm", "instance_norm", "group_norm"), _channel_norm),
-    **dict.fromkeys(("layer_norm", "rms_norm"), _layer_norm),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), partial(_conv, transposed=True)),
+    **dict.fromkeys(("batch_norm", "instance_norm", "group_norm"), partial(_norm, channel=True)),
+    **dict.fromkeys(("layer_norm", "rms_norm"), partial(_norm, channel=False)),
     **dict.fromkeys(("addmm", "bmm", "matmul", "mm"), _matmul),
     **dict.fromkeys(("flatten", "reshape", "squeeze", "unflatten", "unsqueeze", "view"), _reshape),
     **dict.fromkeys(("mT", "numpy_T", "t", "transpose"), _transpose),
