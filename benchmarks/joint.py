@@ -32,8 +32,9 @@ from weightspace.errors import SettingsError, WeightspaceError
 from weightspace.files import write_whole
 from weightspace.models.joint.configuration_joint import PAIRS
 from weightspace.models.joint.modeling_joint import JointModel, unit
-from weightspace.probes.probe import RidgePath, probe_table
-from weightspace.probes.representations import LinearCodes, Representation, WeightBlock, baselines, collect_weights
+from weightspace.probes.estimators import RidgePath
+from weightspace.probes.probe import probe_table
+from weightspace.probes.representations import Representation, WeightBlock, baselines, collect_weights, fit_codes
 from weightspace.probes.zoo import encoder_features
 from weightspace.stats.resampling import RunBootstrap, pooled_interval
 from weightspace.stats.retrieval import first_ranks, result_correlation, retrieval, same_identity
@@ -140,7 +141,7 @@ def measure_variant(demo: Demo, variant: Variant, seed: int) -> dict[str, Any]:
     """Trains and measures a variant on the test runs of its own split."""
     settings = demo.settings(variant, seed)
     encoder = demo.trained(settings, pretrained=variant.pretrained)
-    features = encoder_features(encoder, demo.blocks, len(demo.zoo))
+    features = encoder_features(encoder, demo.blocks)
     test = demo.split(settings.split_seed).test
     embeds = torch.from_numpy(features.features(test)[:, : features.dimensions])
     return {
@@ -169,7 +170,11 @@ def probed(
         assert row.predictions is not None
         bootstrap = RunBootstrap(demo.runs[row.predictions.rows], np.random.default_rng(split_seed), REPLICATES)
         replicates = bootstrap.r2(row.predictions.targets, row.predictions.predicted)
-        found[row.estimator] = {"r2": row.r2, "permuted": row.permuted_r2, "replicates": replicates.round(4).tolist()}
+        found[row.estimator] = {
+            "r2": row.scores["r2"].value,
+            "permuted": row.scores["r2"].permuted,
+            "replicates": replicates.round(4).tolist(),
+        }
     return {"probes": found}
 
 
@@ -227,7 +232,7 @@ def measure_unseen(demo: Demo, variant: Variant, fold: int) -> dict[str, Any]:
     held = np.array([demo.names.index(name) for name in held_out])
     split = demo.split(settings.split_seed)
     test = split.test[np.isin(demo.own[split.test], held)]
-    features = encoder_features(encoder, demo.blocks, len(demo.zoo))
+    features = encoder_features(encoder, demo.blocks)
     embeds = torch.from_numpy(features.features(test)[:, : features.dimensions])
     datasets = [demo.datasets[number] for number in held]
     found = {"joint": similarities(encoder.model, datasets, F.normalize(embeds, dim=-1))}
@@ -261,7 +266,7 @@ def predicted_datasets(
         ]
     )
     seen = np.setdiff1d(np.arange(len(means)), held)
-    codes = LinearCodes(len(seen) - 1).fit(means[seen])
+    codes = fit_codes([means[seen]], len(seen) - 1)
     targets = codes.transform(means)
     train, validation = (rows[~np.isin(demo.own[rows], held)] for rows in (split.train, split.validation))
     fitted = representation.fit(train)

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from weightspace import train_autoencoder, train_zoo
-from weightspace.probes.probe import format_table
+from weightspace.probes.rows import format_table
 from weightspace.probes.zoo import probe_zoo
 from weightspace.training.autoencoder import AutoencoderSettings, EncoderSettings
 from weightspace.training.settings import LoopSettings

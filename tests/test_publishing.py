@@ -171,7 +171,7 @@ def test_an_encoder_without_recorded_facts_gets_a_card_all_the_same(hub: Loopbac
 def test_a_published_encoder_is_tested_on_the_runs_it_never_saw(
     hub: LoopbackHub, encoder: Path, tiny_zoo: Zoo, tmp_path: Path
 ) -> None:
-    from weightspace.probes.probe import rows_to_records
+    from weightspace.probes.rows import rows_to_records
     from weightspace.probes.zoo import probe_zoo
 
     push_folder(encoder, "org/encoder", OURS)

@@ -27,8 +27,8 @@ from weightspace.evaluation.proof import ProofRow
 from weightspace.evaluation.retrieval import RetrievalRow, retrieval_table
 from weightspace.probes.explain import Explanation, explain
 from weightspace.probes.measurements import probe_measurements, reconstruction_measurements, retrieval_measurements
-from weightspace.probes.probe import ProbeRow, rows_to_records
 from weightspace.probes.reconstruction import ReconstructionRow, family_names, reconstruction_table
+from weightspace.probes.rows import ProbeRow, rows_to_records
 from weightspace.probes.runs import MIN_RUNS, run_table
 from weightspace.probes.zoo import ENCODER, JOINT, describe_runs, probe_zoo
 from weightspace.report.page import Curve, PredictedTrue, Report, ZooMap, write_report

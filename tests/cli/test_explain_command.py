@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from weightspace.cli.main import main
-from weightspace.probes.representations import statistics_of_rows, weight_statistics
+from weightspace.probes.representations import statistics_of_rows
 from weightspace.probes.runs import run_table
+from weightspace.probes.statistics import weight_statistics
 from weightspace.training.autoencoder import read_training
 from weightspace.zoo.dataset import Zoo
 

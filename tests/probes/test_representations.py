@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -13,21 +11,20 @@ from torch import Tensor
 from weightspace.errors import SettingsError, ZooError
 from weightspace.networks.flat import unflatten
 from weightspace.networks.permutation import permute, random_permutations
-from weightspace.probes import representations
 from weightspace.probes import representations as module
+from weightspace.probes import statistics
 from weightspace.probes.representations import (
     CodeFeatures,
     FeatureBlock,
-    FixedFeatures,
-    LinearCodes,
+    Features,
     WeightBlock,
     baselines,
     collect_weights,
-    embedding_features,
-    weight_invariants,
-    weight_statistics,
+    fit_codes,
 )
+from weightspace.probes.statistics import weight_invariants, weight_statistics
 from weightspace.schema import Architecture, GroupAxis, LayerSpec, PermutationGroup, TensorSpec
+from weightspace.zoo.dataset import ZooBatch
 
 
 def layer(name: str, *shape: int) -> LayerSpec:
@@ -129,7 +126,7 @@ def test_scalars_constants_and_diverged_weights_stay_finite() -> None:
 def test_models_are_described_by_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     flat = weights(CNN)
     whole = weight_statistics(flat, CNN)
-    monkeypatch.setattr(representations, "_CHUNK_ENTRIES", 2 * CNN.numel)
+    monkeypatch.setattr(statistics, "CHUNK_ENTRIES", 2 * CNN.numel)
     assert torch.equal(weight_statistics(flat, CNN), whole)
 
 
@@ -147,30 +144,28 @@ def test_linear_codes_invert_what_lies_in_their_span(incremental: bool) -> None:
     rng = np.random.default_rng(0)
     plane = rng.normal(size=(3, 20))
     train, test = rng.normal(size=(90, 3)) @ plane + 1, rng.normal(size=(5, 3)) @ plane + 1
-    codes = LinearCodes(3, incremental=incremental).fit(train[i : i + 7] for i in range(0, 90, 7))
+    codes = fit_codes((train[i : i + 7] for i in range(0, 90, 7)), 3, incremental=incremental)
     assert codes.transform(test).shape == (5, 3)
     np.testing.assert_allclose(codes.inverse_transform(codes.transform(test)), test, atol=1e-8)
 
 
 def test_incremental_codes_do_not_depend_on_how_the_stream_is_cut() -> None:
     data = np.random.default_rng(0).normal(size=(200, 30)).astype(np.float32)
-    one = LinearCodes(4, incremental=True).fit(data)
-    other = LinearCodes(4, incremental=True).fit(np.split(data, [1, 2, 50, 199]))
+    one = fit_codes([data], 4, incremental=True)
+    other = fit_codes(np.split(data, [1, 2, 50, 199]), 4, incremental=True)
     np.testing.assert_allclose(one.transform(data), other.transform(data), atol=1e-4)
 
 
 def test_codes_shrink_to_what_the_data_allow_and_refuse_what_they_cannot_do() -> None:
-    assert LinearCodes(64).fit(np.eye(5)).transform(np.eye(5)).shape == (5, 5)
-    assert LinearCodes(64, incremental=True).fit(np.eye(5)).transform(np.eye(5)).shape == (5, 5)
+    assert fit_codes([np.eye(5)], 64).transform(np.eye(5)).shape == (5, 5)
+    assert fit_codes([np.eye(5)], 64, incremental=True).transform(np.eye(5)).shape == (5, 5)
     for incremental in (False, True):
         with pytest.raises(ZooError, match="PCA: 1 training models"):
-            LinearCodes(2, incremental=incremental).fit(np.ones((1, 3)))
+            fit_codes([np.ones((1, 3))], 2, incremental=incremental)
     with pytest.raises(ZooError, match="no model"):
-        LinearCodes(2, incremental=True).fit([])
+        fit_codes([], 2, incremental=True)
     with pytest.raises(SettingsError, match="size: 0"):
-        LinearCodes(0)
-    with pytest.raises(SettingsError, match="not fitted"):
-        LinearCodes(2).transform(np.ones((1, 3)))
+        fit_codes([np.eye(3)], 0)
 
 
 def block(architecture: Architecture, rows: list[int]) -> WeightBlock:
@@ -196,11 +191,12 @@ def test_mixed_architectures_stand_side_by_side_with_indicators() -> None:
 
 def test_shared_columns_are_not_set_side_by_side() -> None:
     embeddings = np.arange(12, dtype=np.float32).reshape(4, 3)
-    features = embedding_features(embeddings, -embeddings, np.array(["x", "y", "x", "y"]))
+    parts = [np.array([0, 2]), np.array([1, 3])]
+    features = Features([FeatureBlock(rows, embeddings[rows], -embeddings[rows]) for rows in parts], shared=True)
     matrix = features.features(np.array([1, 2]))
     np.testing.assert_array_equal(matrix, [[3, 4, 5, 0, 1], [6, 7, 8, 1, 0]])
     np.testing.assert_array_equal(features.permuted_features(np.array([1]))[:, :3], [[-3, -4, -5]])
-    single = embedding_features(embeddings, None, np.array(["x"] * 4))
+    single = Features([FeatureBlock(np.arange(4), embeddings)], shared=True)
     np.testing.assert_array_equal(single.features(np.arange(4)), embeddings)
     assert np.isnan(single.permuted_features(np.arange(4))).all()
 
@@ -251,9 +247,9 @@ def test_weights_are_collected_by_architecture() -> None:
     flat = weights(MLP, 4)
     fixed = Architecture((layer("z", 2, 2),))
     batches = [
-        SimpleNamespace(rows=np.array([0, 1]), architecture=MLP, flat=flat[:2]),
-        SimpleNamespace(rows=np.array([2]), architecture=fixed, flat=weights(fixed, 1)),
-        SimpleNamespace(rows=np.array([4, 3]), architecture=MLP, flat=flat[2:]),
+        ZooBatch(header="", rows=np.array([0, 1]), architecture=MLP, flat=flat[:2]),
+        ZooBatch(header="", rows=np.array([2]), architecture=fixed, flat=weights(fixed, 1)),
+        ZooBatch(header="", rows=np.array([4, 3]), architecture=MLP, flat=flat[2:]),
     ]
     first, second = collect_weights(batches, torch.Generator().manual_seed(0))
     assert list(first.rows) == [0, 1, 4, 3] and torch.equal(first.flat, flat)
@@ -265,7 +261,8 @@ def test_weights_are_collected_by_architecture() -> None:
 def test_another_order_of_layers_is_another_block() -> None:
     swapped = Architecture(MLP.layers[::-1], MLP.groups)
     batches = [
-        SimpleNamespace(rows=np.array([i]), architecture=a, flat=weights(a, 1)) for i, a in enumerate((MLP, swapped))
+        ZooBatch(header="", rows=np.array([i]), architecture=a, flat=weights(a, 1))
+        for i, a in enumerate((MLP, swapped))
     ]
     assert len(collect_weights(batches, torch.Generator().manual_seed(0))) == 2
 
@@ -273,12 +270,12 @@ def test_another_order_of_layers_is_another_block() -> None:
 def test_refuses_features_that_do_not_cover_the_models() -> None:
     ones = np.ones((2, 3))
     with pytest.raises(ZooError, match="once each"):
-        FixedFeatures([FeatureBlock(np.array([0, 2]), ones)])
+        Features([FeatureBlock(np.array([0, 2]), ones)])
     with pytest.raises(ZooError, match="shape"):
         FeatureBlock(np.arange(3), ones)
     with pytest.raises(ZooError, match="NaN or Inf for 1 of 2 models"):
         FeatureBlock(np.arange(2), np.array([[1.0], [np.nan]]))
     with pytest.raises(ZooError, match="widths"):
-        FixedFeatures(
+        Features(
             [FeatureBlock(np.array([0]), np.ones((1, 2))), FeatureBlock(np.array([1]), np.ones((1, 3)))], shared=True
         )

@@ -11,8 +11,7 @@ from PIL import Image
 
 from weightspace.errors import SettingsError, ZooError
 from weightspace.io.writing import checkpoint_bytes
-from weightspace.probes.labels import Labels
-from weightspace.probes.targets import class_membership, read_target
+from weightspace.probes.targets import TARGETS, Labels, class_membership, read_target
 from weightspace.zoo.dataset import Zoo, load_zoo
 from weightspace.zoo.importing import import_folder
 
@@ -68,6 +67,12 @@ class TestNumbers:
         for name in ("negative", "optimizer", "unknown"):
             with pytest.raises(SettingsError, match=f"target 'log10:{name}': no model of .* has a positive number"):
                 read_target(zoo, f"log10:{name}")
+
+
+class TestOtherTargets:
+    def test_are_added_by_their_name(self, zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(TARGETS, "row", lambda zoo: np.arange(len(zoo)) / 2)
+        np.testing.assert_array_equal(read_target(zoo, "row"), np.arange(RUNS) / 2)
 
 
 class TestCategories:

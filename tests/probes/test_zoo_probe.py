@@ -13,8 +13,8 @@ import torch
 from weightspace.encoder import embed_zoo, load_encoder
 from weightspace.errors import SettingsError, ZooError
 from weightspace.probes import zoo as probes
-from weightspace.probes.probe import ProbeRow
 from weightspace.probes.representations import collect_weights
+from weightspace.probes.rows import ProbeRow
 from weightspace.probes.zoo import ENCODER, JOINT, encoder_features, probe_zoo
 from weightspace.training.autoencoder import read_training
 from weightspace.zoo.dataset import Zoo
@@ -88,7 +88,7 @@ class TestFeatures:
     ) -> None:
         encoder = load_encoder(tiny_encoder)
         blocks = collect_weights(tiny_zoo.batches(), torch.Generator().manual_seed(0))
-        found = encoder_features(encoder, blocks, len(tiny_zoo))
+        found = encoder_features(encoder, blocks)
         everyone = np.arange(48)
         plain, moved = found.features(everyone), found.permuted_features(everyone)
         width = encoder.embedding_size

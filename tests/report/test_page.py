@@ -18,8 +18,8 @@ from weightspace.errors import ZooError
 from weightspace.evaluation import proof
 from weightspace.evaluation.bars import judge
 from weightspace.probes.explain import ACROSS, ALL, ClusterRow, Explanation, VarianceRow
-from weightspace.probes.probe import ProbeRow, rows_to_records
 from weightspace.probes.reconstruction import ALL_ARCHITECTURES, ReconstructionRow
+from weightspace.probes.rows import ProbeRow, rows_to_records
 from weightspace.report import (
     Curve,
     PredictedTrue,

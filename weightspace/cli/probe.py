@@ -39,7 +39,7 @@ def probe(
     and AUC. Splits keep the checkpoints of a run together. Every number stands once more for neuron-permuted test
     models.
     """
-    from weightspace.probes.probe import format_table, rows_to_records
+    from weightspace.probes.rows import format_table, rows_to_records
     from weightspace.probes.zoo import probe_zoo
 
     rows = probe_zoo(zoo, encoders, targets, seeds=seeds, unseen_datasets=unseen_datasets)

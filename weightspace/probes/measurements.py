@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from weightspace.cards.encoder import Measurement, Score
 from weightspace.evaluation.retrieval import RetrievalRow
-from weightspace.probes.probe import ProbeRow
 from weightspace.probes.reconstruction import ALL_ARCHITECTURES, ReconstructionRow
+from weightspace.probes.rows import ProbeRow
 from weightspace.probes.zoo import JOINT
 
 
@@ -30,9 +30,8 @@ def probe_measurements(rows: Sequence[ProbeRow], name: str) -> list[Measurement]
 
 
 def _score(row: ProbeRow, method: str) -> Score:
-    if row.labels:
-        return Score(method, row.auc, row.auc_low, row.auc_high)
-    return Score(method, row.r2, row.r2_low, row.r2_high)
+    score = row.scores["auc" if row.labels else "r2"]
+    return Score(method, score.value, score.low, score.high)
 
 
 def reconstruction_measurements(rows: Sequence[ReconstructionRow]) -> list[Measurement]:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from weightspace.encoder import Encoder
 from weightspace.evaluation.functions import compare_functions
-from weightspace.probes.representations import LinearCodes
+from weightspace.probes.representations import fit_codes
 from weightspace.probes.zoo import ENCODER
 from weightspace.zoo.dataset import Zoo
 
@@ -119,7 +119,7 @@ def family_names(zoo: Zoo) -> dict[str, str]:
 def _decoded_by_pca(
     zoo: Zoo, train: Int[np.ndarray, "train"], flat: Float[Tensor, "models params"], size: int, *, incremental: bool
 ) -> Float[Tensor, "models params"]:
-    codes = LinearCodes(size, incremental=incremental).fit(batch.flat.numpy() for batch in zoo.batches(train))
+    codes = fit_codes((batch.flat.numpy() for batch in zoo.batches(train)), size, incremental=incremental)
     return torch.from_numpy(codes.inverse_transform(codes.transform(flat.numpy()))).float()
 
 

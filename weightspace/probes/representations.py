@@ -1,8 +1,7 @@
 """What a probe may look at: raw weights, their statistics, linear codes, or an encoder's embedding.
 
-Two kinds of things stand here. ``weight_statistics`` and ``weight_invariants`` describe weights by numbers that do not
-change when hidden neurons are reordered. Representations hand a probe its feature matrix, for the models as they are
-and for the same models neuron-permuted; what they learn from data (PCA) they learn from the training split alone.
+A representation hands a probe its feature matrix, for the models as they are and for the same models neuron-permuted;
+what it learns from data (PCA) it learns from the training split alone.
 
 Mixed architectures: each architecture has its own columns, which are zero for the models of the others, and an
 indicator column for each architecture follows. One probe thus serves all of them: for a linear one this is a linear
@@ -24,258 +23,74 @@ from sklearn.decomposition import PCA, IncrementalPCA
 from torch import Tensor
 
 from weightspace.errors import SettingsError, ZooError
-from weightspace.networks.flat import unflatten
 from weightspace.networks.permutation import permute, random_permutations
+from weightspace.probes.statistics import CHUNK_ENTRIES, FLOAT32_MAX, weight_invariants, weight_statistics
 from weightspace.schema import Architecture
+from weightspace.zoo.dataset import ZooBatch
 
 LARGEST_MATRIX = 2**28
 """Most entries of a feature matrix: 1 GiB in float32."""
 
-PERCENTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 _LOGGER = logging.getLogger(__name__)
-_NORM_QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
-_SPECTRUM = 16
-# Matrices whose smaller side is longer would take minutes a model.
-_LARGEST_SPECTRUM = 1024
-# Weights that are described at once: 32 MiB in float64.
-_CHUNK_ENTRIES = 2**22
-_FLOAT32_MAX = float(torch.finfo(torch.float32).max)
 
 
-# --- numbers that describe weights -----------------------------------------------------------------------------------
-
-
-def weight_statistics(
-    flat: Float[Tensor, "models params"], architecture: Architecture
-) -> Float[Tensor, "models stats"]:
-    """Computes s(W): mean, variance and percentiles 1, 25, 50, 75, 99 of each tensor (Unterthiner et al., 2020).
-
-    Seven numbers a tensor in the order of ``architecture.tensors``, so 14 for a layer of kernel and bias. They are
-    computed in float64 from sorted weights: permuting neurons does not change a single bit of them.
-
-    Raises:
-        ArchitectureError: ``flat`` does not fit ``architecture``.
-    """
-    return _by_chunk(flat, architecture, _statistics)
-
-
-def weight_invariants(
-    flat: Float[Tensor, "models params"], architecture: Architecture
-) -> Float[Tensor, "models stats"]:
-    """Computes further numbers that neuron permutations leave alone, beside s(W).
-
-    For each tensor skewness and excess kurtosis. For each tensor of two or more axes, read as a matrix (output
-    channels, rest): its singular values, quantiles of the norms of its output and of its input channels, and for
-    convolution kernels the roughness along each spatial axis (mean squared difference of neighbours over mean square).
-    For each hidden permutation group: the singular values of the product of the layer that writes its channels and
-    each layer that reads them. More than 16 singular values are read off at 16 evenly spaced ranks, the largest and
-    the smallest among them; where the smaller side of a matrix is over 1,024 its spectrum is left out.
-
-    Raises:
-        ArchitectureError: ``flat`` does not fit ``architecture``.
-    """
-    return _by_chunk(flat, architecture, _invariants)
-
-
-def _by_chunk(
-    flat: Tensor, architecture: Architecture, describe: Callable[[dict[str, Tensor], Architecture], Iterator[Tensor]]
-) -> Tensor:
-    chunks = flat.detach().split(max(1, _CHUNK_ENTRIES // max(1, architecture.numel)))
-    described = [torch.cat(list(describe(unflatten(c.double(), architecture), architecture)), dim=1) for c in chunks]
-    # Diverged models stay finite: the variance of weights of 1e20 has no float32.
-    return torch.cat(described).clamp(-_FLOAT32_MAX, _FLOAT32_MAX).float()
-
-
-def _statistics(tensors: dict[str, Tensor], architecture: Architecture) -> Iterator[Tensor]:
-    for spec in architecture.tensors:
-        ordered = tensors[spec.name].reshape(-1, spec.numel).sort(dim=1).values
-        mean = ordered.mean(dim=1, keepdim=True)
-        yield mean
-        yield (ordered - mean).square().mean(dim=1, keepdim=True)
-        yield _quantiles(ordered, PERCENTILES)
-
-
-def _invariants(tensors: dict[str, Tensor], architecture: Architecture) -> Iterator[Tensor]:
-    blocks = {(axis.tensor, axis.axis): axis.block for group in architecture.groups for axis in group.axes}
-    for spec in architecture.tensors:
-        weight = tensors[spec.name]
-        yield _shape_of_distribution(weight.reshape(-1, spec.numel))
-        if len(spec.shape) < 2:
-            continue
-        if min(spec.shape[0], spec.numel // spec.shape[0]) <= _LARGEST_SPECTRUM:
-            yield _singular_values(weight.flatten(2))
-        for axis in (0, 1):
-            norms = _channels(weight, axis, blocks.get((spec.name, axis), 1)).norm(dim=2)
-            yield _quantiles(norms.sort(dim=1).values, _NORM_QUANTILES)
-        for axis in range(2, len(spec.shape)):
-            if spec.shape[axis] > 1:
-                rough = weight.diff(dim=axis + 1).square().flatten(1).mean(dim=1, keepdim=True)
-                yield _ratio(rough, weight.square().flatten(1).mean(dim=1, keepdim=True))
-    yield from _products(tensors, architecture)
-
-
-def _products(tensors: dict[str, Tensor], architecture: Architecture) -> Iterator[Tensor]:
-    place = {spec.name: number for number, spec in enumerate(architecture.tensors) if len(spec.shape) >= 2}
-    for group in architecture.groups:
-        if group.size > _LARGEST_SPECTRUM:
-            continue
-        writers = [axis for axis in group.axes if axis.axis == 0 and axis.tensor in place]
-        for reader in (axis for axis in group.axes if axis.axis == 1 and axis.tensor in place):
-            before = [axis for axis in writers if place[axis.tensor] < place[reader.tensor]]
-            if not before:
-                continue
-            writer = max(before, key=lambda axis: place[axis.tensor])
-            written = _channels(tensors[writer.tensor], 0, writer.block)
-            read = _channels(tensors[reader.tensor], 1, reader.block)
-            # The product is read^T written; its squared singular values are the eigenvalues of R^1/2 W R^1/2 with the
-            # Gram matrices of both, which are only as large as the group.
-            values, vectors = torch.linalg.eigh(read @ read.mT)
-            root = vectors * values.clamp(min=0).sqrt().unsqueeze(1) @ vectors.mT
-            squared = torch.linalg.eigvalsh(root @ (written @ written.mT) @ root)
-            yield _spectrum(squared, min(group.size, written.shape[2], read.shape[2]))
-
-
-def _channels(weight: Tensor, axis: int, block: int) -> Float[Tensor, "models channels entries"]:
-    """Moves an axis of the tensors to the front; ``block`` consecutive entries are one channel."""
-    front = weight.movedim(axis + 1, 1)
-    return front.reshape(len(front), front.shape[1] // block, -1)
-
-
-def _singular_values(matrix: Float[Tensor, "models rows width"]) -> Float[Tensor, "models values"]:
-    small = matrix if matrix.shape[1] <= matrix.shape[2] else matrix.mT
-    return _spectrum(torch.linalg.eigvalsh(small @ small.mT), small.shape[1])
-
-
-def _spectrum(ascending_squares: Float[Tensor, "models all"], rank: int) -> Float[Tensor, "models values"]:
-    values = ascending_squares[:, -rank:].clamp(min=0).sqrt()
-    return values if rank <= _SPECTRUM else _quantiles(values, np.linspace(0, 1, _SPECTRUM))
-
-
-def _quantiles(ordered: Float[Tensor, "models entries"], points: Sequence[float] | np.ndarray) -> Tensor:
-    # torch.quantile sorts again and refuses more than 16M entries.
-    last = ordered.shape[1] - 1
-    place = torch.as_tensor(np.asarray(points) * last)
-    low = place.floor().long().clamp(max=last)
-    return torch.lerp(ordered[:, low], ordered[:, (low + 1).clamp(max=last)], place - low)
-
-
-def _shape_of_distribution(values: Float[Tensor, "models entries"]) -> Float[Tensor, "models 2"]:
-    centred = values - values.mean(dim=1, keepdim=True)
-    scale = centred.square().mean(dim=1, keepdim=True).sqrt()
-    unit = _ratio(centred, scale)
-    kurtosis = unit.pow(4).mean(dim=1) - 3
-    return torch.stack([unit.pow(3).mean(dim=1), torch.where(scale[:, 0] > 0, kurtosis, 0.0)], dim=1)
-
-
-def _ratio(above: Tensor, below: Tensor) -> Tensor:
-    return torch.where(below > 0, above / torch.where(below > 0, below, 1.0), 0.0)
-
-
-# --- linear codes ----------------------------------------------------------------------------------------------------
-
-
-class LinearCodes:
-    """PCA of flat weights of one architecture, by scikit-learn: whole (``PCA``) or streamed (``IncrementalPCA``).
-
-    Both ways: ``inverse_transform`` gives weights back, so that reconstructions compare at the same code size.
+def fit_codes(
+    flat: Iterable[Shaped[np.ndarray, "_chunk params"]], size: int, *, incremental: bool = False
+) -> PCA | IncrementalPCA:
+    """Fits PCA of the flat weights of one architecture: whole, or chunk by chunk in bounded memory.
 
     Args:
-        size: numbers a code; at most as many as training models and parameters, fewer are used where it is larger.
-        incremental: fits chunk by chunk in bounded memory.
-        seed: of the randomised solver that PCA uses for large matrices.
+        flat: weights of the training models, in chunks of any length.
+        size: numbers a code; at most as many as models and parameters, fewer are used where it is larger.
+        incremental: streams the chunks through ``IncrementalPCA``.
+
+    Returns:
+        The fitted estimator; its ``inverse_transform`` gives weights back, so that reconstructions compare at the same
+        code size.
+
+    Raises:
+        ZooError: there are fewer than two models.
     """
+    if size < 1:
+        raise SettingsError(f"size: {size} is no code size; use 1 or more")
 
-    def __init__(self, size: int, *, incremental: bool = False, seed: int = 0) -> None:
-        """Remembers the settings."""
-        if size < 1:
-            raise SettingsError(f"size: {size} is no code size; use 1 or more")
-        self.size, self.incremental, self.seed = size, incremental, seed
-        self._estimator: PCA | IncrementalPCA | None = None
+    def bounded(chunk: np.ndarray) -> int:
+        if len(chunk) < 2:
+            raise ZooError(f"PCA: {len(chunk)} training models of one architecture are too few; add at least 2")
+        return min(size, *chunk.shape)
 
-    def fit(
-        self, flat: Shaped[np.ndarray, "models params"] | Iterable[Shaped[np.ndarray, "_chunk params"]]
-    ) -> LinearCodes:
-        """Fits the components on training models, given as one matrix or as chunks of any length.
-
-        Raises:
-            ZooError: there are fewer than two models.
-        """
-        if not self.incremental:
-            whole = flat if isinstance(flat, np.ndarray) else np.concatenate(list(flat))
-            size = self._bounded(*whole.shape)
-            self._estimator = PCA(size, random_state=self.seed).fit(whole)
-            return self
-        self._estimator = None
-        # A chunk of twice the code size costs least a model: each fit decomposes the chunk and the components so far.
-        for chunk in _rechunked([flat] if isinstance(flat, np.ndarray) else flat, max(2 * self.size, 64)):
-            if self._estimator is None:
-                self._estimator = IncrementalPCA(self._bounded(*chunk.shape))
-            self._estimator.partial_fit(chunk)
-        if self._estimator is None:
-            raise ZooError("PCA: there is no model to fit on; add at least 2 training models of this architecture")
-        return self
-
-    def transform(self, flat: Shaped[np.ndarray, "models params"]) -> Shaped[np.ndarray, "models codes"]:
-        """Encodes weights."""
-        codes: np.ndarray = self._fitted.transform(flat)
-        return codes
-
-    def inverse_transform(self, codes: Shaped[np.ndarray, "models codes"]) -> Shaped[np.ndarray, "models params"]:
-        """Decodes codes into weights."""
-        flat: np.ndarray = self._fitted.inverse_transform(codes)
-        return flat
-
-    @property
-    def _fitted(self) -> PCA | IncrementalPCA:
-        if self._estimator is None:
-            raise SettingsError("PCA: not fitted yet; call fit with training models first")
-        return self._estimator
-
-    def _bounded(self, models: int, params: int) -> int:
-        if models < 2:
-            raise ZooError(f"PCA: {models} training models of one architecture are too few; add at least 2")
-        return min(self.size, models, params)
+    if not incremental:
+        whole = np.concatenate(list(flat))
+        return PCA(bounded(whole), random_state=0).fit(whole)
+    codes = None
+    # A chunk of twice the code size costs least a model: each fit decomposes the chunk and the components so far.
+    for chunk in _rechunked(flat, max(2 * size, 64)):
+        if codes is None:
+            codes = IncrementalPCA(bounded(chunk))
+        codes.partial_fit(chunk)
+    if codes is None:
+        raise ZooError("PCA: there is no model to fit on; add at least 2 training models of this architecture")
+    return codes
 
 
 def _rechunked(chunks: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:
     """Cuts a stream anew into chunks of ``length`` to ``2 * length - 1`` rows; only a shorter stream gives fewer."""
-    held: np.ndarray | None = None
+    kept: np.ndarray | None = None
     for chunk in chunks:
-        held = chunk if held is None else np.concatenate([held, chunk])
-        while len(held) >= 2 * length:
-            yield held[:length]
-            held = held[length:]
-    if held is not None and len(held):
-        yield held
-
-
-# --- representations -------------------------------------------------------------------------------------------------
-
-
-@runtime_checkable
-class FittedRepresentation(Protocol):
-    """Feature matrices of any models of the zoo, after fitting."""
-
-    @property
-    def dimensions(self) -> int:
-        """Numbers that describe one model, architecture indicators left out."""
-        ...
-
-    def features(self, rows: Int[np.ndarray, "rows"]) -> Float[np.ndarray, "rows features"]:
-        """Returns the features of these models."""
-        ...
-
-    def permuted_features(self, rows: Int[np.ndarray, "rows"]) -> Float[np.ndarray, "rows features"]:
-        """Returns the features of the same models neuron-permuted; NaN for models without a known symmetry."""
-        ...
+        kept = chunk if kept is None else np.concatenate([kept, chunk])
+        while len(kept) >= 2 * length:
+            yield kept[:length]
+            kept = kept[length:]
+    if kept is not None and len(kept):
+        yield kept
 
 
 @runtime_checkable
 class Representation(Protocol):
     """A way to describe models; ``fit`` sees the rows of the training split and nothing else."""
 
-    def fit(self, train: Int[np.ndarray, "train"]) -> FittedRepresentation:
-        """Learns what there is to learn from the training models."""
+    def fit(self, train: Int[np.ndarray, "train"]) -> Features:
+        """Learns from the training models, and describes all models."""
         ...
 
 
@@ -305,8 +120,8 @@ class FeatureBlock:
                 raise ZooError(f"{name}: NaN or Inf for {bad} of {len(values)} models; leave these models out")
 
 
-class FixedFeatures:
-    """Features that need no fitting, side by side for each architecture.
+class Features:
+    """Feature matrices of all models of a zoo, architectures side by side; a representation that needs no fitting.
 
     Args:
         blocks: one for each architecture; together they hold the models 0, 1, 2, ... once each.
@@ -333,7 +148,7 @@ class FixedFeatures:
         self._starts = np.zeros(len(widths), dtype=int) if shared else np.cumsum([0, *widths[:-1]])
         self._width = self.dimensions if shared else sum(widths)
 
-    def fit(self, train: Int[np.ndarray, "train"]) -> FixedFeatures:
+    def fit(self, train: Int[np.ndarray, "train"]) -> Features:
         """Returns itself."""
         return self
 
@@ -354,7 +169,7 @@ class FixedFeatures:
                 matrix[here] = np.nan
                 continue
             columns = slice(self._starts[number], self._starts[number] + source.shape[1])
-            matrix[here, columns] = np.clip(source[self._place[rows[here]]], -_FLOAT32_MAX, _FLOAT32_MAX)
+            matrix[here, columns] = np.clip(source[self._place[rows[here]]], -FLOAT32_MAX, FLOAT32_MAX)
             if indicators:
                 matrix[here, self._width + number] = 1
         return matrix
@@ -395,50 +210,29 @@ class CodeFeatures:
         """Remembers the weights."""
         self.blocks, self.size, self.incremental = tuple(blocks), size, incremental
 
-    def fit(self, train: Int[np.ndarray, "train"]) -> FixedFeatures:
+    def fit(self, train: Int[np.ndarray, "train"]) -> Features:
         """Fits components on these models and encodes all; an architecture with one training model has no codes."""
-        return FixedFeatures([self._coded(block, train) for block in self.blocks])
-
-    def codes(self, block: WeightBlock, train: Int[np.ndarray, "train"]) -> LinearCodes:
-        """Fits the codes of one architecture on those of the models ``train`` that are in ``block``."""
-        known = np.flatnonzero(np.isin(block.rows, train))
-        weights = block.flat.numpy()
-        step = max(1, _CHUNK_ENTRIES // max(1, weights.shape[1]))
-        chunks = (weights[known[i : i + step]] for i in range(0, len(known), step))
-        return LinearCodes(self.size, incremental=self.incremental).fit(chunks)
+        return Features([self._coded(block, train) for block in self.blocks])
 
     def _coded(self, block: WeightBlock, train: np.ndarray) -> FeatureBlock:
-        if np.isin(block.rows, train).sum() < 2:
+        known = np.flatnonzero(np.isin(block.rows, train))
+        if len(known) < 2:
             return block.described(lambda flat: flat[:, :0])
-        codes = self.codes(block, train)
+        weights = block.flat.numpy()
+        step = max(1, CHUNK_ENTRIES // max(1, weights.shape[1]))
+        chunks = (weights[known[i : i + step]] for i in range(0, len(known), step))
+        codes = fit_codes(chunks, self.size, incremental=self.incremental)
         return block.described(lambda flat: torch.from_numpy(codes.transform(flat.numpy())))
 
 
-@runtime_checkable
-class WeightBatch(Protocol):
-    """What ``collect_weights`` reads of a zoo's batch."""
-
-    @property
-    def rows(self) -> Int[np.ndarray, "models"]:
-        """Row numbers in the zoo."""
-
-    @property
-    def architecture(self) -> Architecture:
-        """What all models of the batch share."""
-
-    @property
-    def flat(self) -> Float[Tensor, "models params"]:
-        """Their weights."""
-
-
-def collect_weights(batches: Iterable[WeightBatch], generator: torch.Generator) -> list[WeightBlock]:
+def collect_weights(batches: Iterable[ZooBatch], generator: torch.Generator) -> list[WeightBlock]:
     """Gathers the batches of a whole zoo into one block for each architecture, with a permuted copy of every model.
 
     Args:
-        batches: as ``Zoo.batches`` gives them; each holds models of one architecture.
+        batches: as ``Zoo.batches`` gives them.
         generator: draws one random neuron permutation a model and group.
     """
-    gathered: dict[tuple[object, object], list[WeightBatch]] = {}
+    gathered: dict[tuple[object, object], list[ZooBatch]] = {}
     for batch in batches:
         # Not the digest: it is the same for any order of the layers, and flat vectors follow that order.
         gathered.setdefault((batch.architecture.tensors, batch.architecture.groups), []).append(batch)
@@ -452,7 +246,7 @@ def collect_weights(batches: Iterable[WeightBatch], generator: torch.Generator) 
 
 
 def statistics_of_rows(
-    batches: Iterable[WeightBatch], rows: Int[np.ndarray, "rows"]
+    batches: Iterable[ZooBatch], rows: Int[np.ndarray, "rows"]
 ) -> tuple[Float[np.ndarray, "rows stats"], bool]:
     """Describes models by s(W): tensor by tensor where all architectures have as many, else each in its own columns.
 
@@ -477,10 +271,15 @@ def baselines(blocks: Sequence[WeightBlock], *, code_size: int = 64) -> dict[str
     ``W`` (raw weights), ``s(W)`` (weight statistics), ``s(W)+invariants`` (the strongest), ``PCA``, ``IncrementalPCA``.
     ``W`` is left out, with a warning, where its matrix would have more than ``LARGEST_MATRIX`` entries.
     """
-    statistics = [block.described(partial(weight_statistics, architecture=block.architecture)) for block in blocks]
-    invariants = [block.described(partial(weight_invariants, architecture=block.architecture)) for block in blocks]
+
+    def features(describe: Callable[[Tensor, Architecture], Tensor]) -> Features:
+        return Features([block.described(partial(describe, architecture=block.architecture)) for block in blocks])
+
+    def invariants(flat: Tensor, architecture: Architecture) -> Tensor:
+        return torch.cat([weight_statistics(flat, architecture), weight_invariants(flat, architecture)], dim=1)
+
     entries = sum(len(block.rows) for block in blocks) * sum(block.architecture.numel for block in blocks)
-    raw = {"W": FixedFeatures([block.described(lambda w: w) for block in blocks])} if entries <= LARGEST_MATRIX else {}
+    raw = {"W": features(lambda flat, architecture: flat)} if entries <= LARGEST_MATRIX else {}
     if not raw:
         _LOGGER.warning(
             "raw weights are left out of the probes: each of %d architectures has columns of its own, %.3g entries in "
@@ -490,35 +289,8 @@ def baselines(blocks: Sequence[WeightBlock], *, code_size: int = 64) -> dict[str
         )
     return {
         **raw,
-        "s(W)": FixedFeatures(statistics),
-        "s(W)+invariants": FixedFeatures([_joined(*pair) for pair in zip(statistics, invariants, strict=True)]),
+        "s(W)": features(weight_statistics),
+        "s(W)+invariants": features(invariants),
         "PCA": CodeFeatures(blocks, code_size),
         "IncrementalPCA": CodeFeatures(blocks, code_size, incremental=True),
     }
-
-
-def _joined(one: FeatureBlock, other: FeatureBlock) -> FeatureBlock:
-    permuted = None
-    if one.permuted is not None and other.permuted is not None:
-        permuted = np.hstack([one.permuted, other.permuted])
-    return FeatureBlock(one.rows, np.hstack([one.values, other.values]), permuted)
-
-
-def embedding_features(
-    embeddings: Shaped[np.ndarray, "models dims"],
-    permuted: Shaped[np.ndarray, "models dims"] | None,
-    architectures: Shaped[np.ndarray, "models"],
-) -> FixedFeatures:
-    """Builds the representation of an encoder's embedding, whose columns all architectures share.
-
-    Args:
-        embeddings: one row a model.
-        permuted: embeddings of the same models neuron-permuted; rows of NaN for models without a known symmetry.
-        architectures: digest or name of each model's architecture.
-    """
-    blocks = []
-    for name in np.unique(architectures):
-        rows = np.flatnonzero(architectures == name)
-        moved = None if permuted is None or np.isnan(permuted[rows]).all() else permuted[rows]
-        blocks.append(FeatureBlock(rows, embeddings[rows], moved))
-    return FixedFeatures(blocks, shared=True)

@@ -1,20 +1,23 @@
-"""What a zoo knows of its models that a probe can be asked for: numbers, categories, and the classes they have seen."""
+"""Targets of probes, read from a zoo: numbers, categories, and the classes that models were trained on.
+
+``TARGETS`` names those that are computed; another one is added to it, from anywhere.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from tqdm.auto import tqdm
 
-from weightspace.data.images import load_images, parse_dataset_id
+from weightspace.data.images import load_images, parse_dataset_id, variant_of
 from weightspace.errors import SettingsError, WeightspaceError, ZooError
 from weightspace.io.header import shown
-from weightspace.probes.labels import Labels
 from weightspace.zoo.dataset import Zoo
 from weightspace.zoo.splits import MIN_RUNS
 
@@ -25,15 +28,64 @@ _VARIATIONS = ("rotation", "polarity")
 _NAMED = 20  # names in an error, at most
 
 
-def read_target(zoo: Zoo, name: str) -> Float[np.ndarray, "models"] | Labels:
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """Labels of models, each predicted like a number from a column of zeros and ones.
+
+    Attributes:
+        names: of the labels.
+        values: 1 where a model has the label, 0 where it has not, NaN in the whole row of a model that is not known.
+        exclusive: whether a model has exactly one of them.
+        note: what a reader has to know of them, or empty.
+    """
+
+    names: tuple[str, ...]
+    values: Float[np.ndarray, "_models _labels"]
+    exclusive: bool
+    note: str = ""
+
+    def members(self, truth: Float[np.ndarray, "test labels"]) -> Bool[np.ndarray, "test groups"]:
+        """Tells the groups that balanced accuracy weighs alike: who has each category; who has and lacks each label."""
+        has = truth == 1
+        return has if self.exclusive else np.hstack([has, ~has])
+
+    def answers(
+        self, predicted: Float[np.ndarray, "test labels"], shares: Float[np.ndarray, " labels"]
+    ) -> Bool[np.ndarray, "test groups"]:
+        """Decides in which groups a probe places each model.
+
+        A prediction estimates the probability of a label. The answer is the category whose probability is the largest
+        multiple of its share among the training models, and "yes" to a label that is more probable than its share: by
+        Bayes' rule the decisions with the greatest balanced accuracy.
+
+        Args:
+            predicted: one column a label.
+            shares: how many of the training models have each label.
+        """
+        if not self.exclusive:
+            yes = predicted > shares
+            return np.hstack([yes, ~yes])
+        multiple = np.divide(predicted, shares, out=np.full_like(predicted, -np.inf), where=shares > 0)
+        answers: np.ndarray = multiple.argmax(axis=1)[:, None] == np.arange(len(self.names))
+        return answers
+
+    def chance(self, truth: Float[np.ndarray, "test labels"]) -> float:
+        """Computes the balanced accuracy of one answer to every question, which is that of the commonest, too."""
+        return 1 / int((truth == 1).any(axis=0).sum()) if self.exclusive else 0.5
+
+
+Targets = Float[np.ndarray, "models"] | Labels
+
+
+def read_target(zoo: Zoo, name: str) -> Targets:
     """Reads from a zoo what a probe is to predict of every model.
 
     Args:
         zoo: the zoo.
         name: a result, e.g. ``"test_accuracy"``; a hyper-parameter; ``dataset``, ``base_model``, ``licence`` or
-            ``task``; ``rotation`` or ``polarity`` of the dataset; or ``"classes"``, the classes that a model was
-            trained on. With ``log10:`` before it, the logarithm of a number, which suits those that span orders of
-            magnitude: models where it is zero or less are left out.
+            ``task``; ``rotation`` or ``polarity`` of the dataset; or one of ``TARGETS``: ``"classes"``, the classes
+            that a model was trained on. With ``log10:`` before it, the logarithm of a number, which suits those that
+            span orders of magnitude: models where it is zero or less are left out.
 
     Returns:
         Numbers, NaN where they are missing, if at least half of the known values are numbers. Categories otherwise;
@@ -43,8 +95,8 @@ def read_target(zoo: Zoo, name: str) -> Float[np.ndarray, "models"] | Labels:
         SettingsError: the zoo knows nothing of that name, or nothing that differs between models.
         ZooError: no dataset can be opened to learn its classes.
     """
-    if name == CLASSES:
-        return class_membership(zoo)
+    if name in TARGETS:
+        return TARGETS[name](zoo)
     values = _known_of(zoo, name.removeprefix(LOG))
     numbers = np.array([_number(value) for value in values])
     known = sum(value is not None for value in values)
@@ -78,7 +130,9 @@ def class_membership(zoo: Zoo) -> Labels:
     left_out: dict[str, str] = {}
     for name in tqdm(known, desc="classes of datasets", leave=False, disable=len(known) < 2):
         try:
-            classes[name] = _classes(name)
+            base = parse_dataset_id(name).source.base
+            named = load_images(name).names
+            classes[name] = frozenset(f"{base}:{one}" if math.isfinite(_number(one)) else one for one in named)
         except WeightspaceError as error:
             left_out[name] = str(error)
     if not classes:
@@ -115,11 +169,6 @@ def _questions(classes: Mapping[str, frozenset[str]]) -> dict[tuple[bool, ...], 
         elif not all(owners):
             sides.setdefault(owners, ([], []))[0].append(one)
     return sides
-
-
-def _classes(dataset: str) -> frozenset[str]:
-    base = parse_dataset_id(dataset).source.base
-    return frozenset(f"{base}:{name}" if math.isfinite(_number(name)) else name for name in load_images(dataset).names)
 
 
 def _membership_note(
@@ -167,23 +216,14 @@ def _known_of(zoo: Zoo, name: str) -> list[Any]:
     """Looks a name up; what is not known is None."""
     if name in zoo.result_names or name in _DESCRIPTIVE:
         return [None if value != value else value for value in zoo.index[name].tolist()]  # noqa: PLR0124 - NaN
-    found = [_plain(entry.hyperparameters.get(name)) for entry in zoo.entries()]
-    if name in _VARIATIONS and not any(value is not None for value in found):
-        return [_variation(dataset, name) for dataset in zoo.index["dataset"]]
-    return found
-
-
-def _variation(dataset: Any, name: str) -> str | None:
-    """Names how a dataset is shown, as a text: an angle is no number on a line."""
-    try:
-        variant = parse_dataset_id(dataset) if isinstance(dataset, str) else None
-    except ZooError:
-        return None
-    return None if variant is None else f"{getattr(variant, name)}{' degrees' if name == 'rotation' else ''}"
-
-
-def _plain(value: Any) -> str | int | float | bool | None:
-    return value if isinstance(value, str | int | float) else None
+    given = [entry.hyperparameters.get(name) for entry in zoo.entries()]
+    found = [value if isinstance(value, str | int | float) else None for value in given]
+    if name not in _VARIATIONS or any(value is not None for value in found):
+        return found
+    variants = [variant_of(dataset) if isinstance(dataset, str) else None for dataset in zoo.index["dataset"]]
+    # A text, for an angle is no number on a line.
+    unit = " degrees" if name == "rotation" else ""
+    return [None if variant is None else f"{getattr(variant, name)}{unit}" for variant in variants]
 
 
 def _number(value: Any) -> float:
@@ -205,3 +245,6 @@ def _names(zoo: Zoo) -> str:
 
 def _presentable(text: str) -> str:
     return text if text.isprintable() and len(text) <= 100 else shown(text)
+
+
+TARGETS: dict[str, Callable[[Zoo], Targets]] = {CLASSES: class_membership}

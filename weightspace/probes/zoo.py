@@ -4,27 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import Float
 from tqdm.auto import tqdm
 
 from weightspace.encoder import Encoder, embed_zoo, load_encoder
 from weightspace.errors import SettingsError
 from weightspace.models.joint.modeling_joint import JointModel
 from weightspace.probes.explain import Description
-from weightspace.probes.probe import ProbeRow, probe_table
+from weightspace.probes.probe import probe_table
 from weightspace.probes.representations import (
-    FixedFeatures,
+    Features,
     WeightBlock,
     baselines,
     collect_weights,
-    embedding_features,
     statistics_of_rows,
 )
+from weightspace.probes.rows import ProbeRow
 from weightspace.probes.runs import RunTable
 from weightspace.probes.targets import read_target
 from weightspace.training.autoencoder import read_training
@@ -74,7 +73,7 @@ def probe_zoo(
     for one in encoders:
         if _name(one) in representations:
             raise SettingsError(f"{one.name}: a second {_name(one)} model; probe one of each kind at a time")
-        representations[_name(one)] = encoder_features(one, blocks, len(opened))
+        representations[_name(one)] = encoder_features(one, blocks)
     trained = [(one, _training_on(opened, one)) for one in encoders]
     splitting = _unseen_datasets(opened, trained) if unseen_datasets else {"test_runs": _held_out(trained)}
     with tqdm(desc="probe", unit="probe", leave=False) as bar:
@@ -159,18 +158,7 @@ def describe_runs(zoo: Zoo, table: RunTable, encoders: Mapping[str, Encoder]) ->
     ]
 
 
-def encoder_features(encoder: Encoder, blocks: Sequence[WeightBlock], models: int) -> FixedFeatures:
+def encoder_features(encoder: Encoder, blocks: Sequence[WeightBlock]) -> Features:
     """Embeds all models of ``blocks``, and their neuron-permuted copies where the symmetry is known."""
-    plain: Float[np.ndarray, "models features"] | None = None
-    moved: Float[np.ndarray, "models features"] | None = None
-    names = np.empty(models, dtype=object)
-    for number, block in enumerate(blocks):
-        values = encoder.embed(block.flat, block.architecture).numpy()
-        if plain is None or moved is None:
-            plain, moved = np.empty((models, values.shape[1]), np.float32), np.full((models, values.shape[1]), np.nan)
-        plain[block.rows] = values
-        if block.permuted is not None:
-            moved[block.rows] = encoder.embed(block.permuted, block.architecture).numpy()
-        names[block.rows] = f"{number}"
-    assert plain is not None
-    return embedding_features(plain, moved, names.astype(str))
+    embedded = [block.described(partial(encoder.embed, architecture=block.architecture)) for block in blocks]
+    return Features(embedded, shared=True)
