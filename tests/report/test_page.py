@@ -20,7 +20,7 @@ from weightspace.evaluation.bars import judge
 from weightspace.probes.explain import ACROSS, ALL, ClusterRow, Explanation, VarianceRow
 from weightspace.probes.reconstruction import ALL_ARCHITECTURES, ReconstructionRow
 from weightspace.probes.rows import ProbeRow, rows_to_records
-from weightspace.report import (
+from weightspace.report.page import (
     Curve,
     PredictedTrue,
     Report,
@@ -312,6 +312,8 @@ def test_every_number_of_the_records_is_on_the_page_with_all_its_digits(page: Pa
     for answers in records["explanation"]["answers"].values():
         assert answers and all(answer in page.text for answer in answers)
     assert {repr(len(records["map"]["x"])), repr(records["map"]["models"])} <= shown
+    assert len(records["headlines"]) == 3 and all(sentence in page.text for sentence in records["headlines"])
+    assert page.text.index(records["headlines"][0]) < page.text.index("Findings")
     for verdict in records["verdicts"]:
         assert verdict["text"] in page.text and verdict["outcome"] in page.text
     assert [bar["outcome"] for bar in records["sample_bars"]] == ["met", "met", "met", "not met"] * 2

@@ -5,7 +5,7 @@ from typing import Any
 
 from weightspace.evaluation import bars, proof
 from weightspace.probes.explain import ACROSS, ALL
-from weightspace.report.tables import Cell, bar_tables, cluster_tables, sample_tables, variance_tables
+from weightspace.report.tables import Cell, cluster_tables, criterion_tables, sample_tables, variance_tables
 from weightspace.stats.clustering import MEASURES
 
 
@@ -136,7 +136,7 @@ def bar(sampler: str, measure: str, outcome: bars.Outcome, datasets: proof.Group
 
 
 def test_what_is_asked_of_samplers_stands_side_by_side() -> None:
-    seen, unseen = bar_tables(
+    seen, unseen = criterion_tables(
         [
             bar("kde", proof.OVERLAP, "met"),
             bar("flow", proof.OVERLAP, "not met"),
@@ -160,4 +160,4 @@ def test_what_is_asked_of_samplers_stands_side_by_side() -> None:
 
 
 def test_without_records_there_are_no_tables() -> None:
-    assert cluster_tables([]) == variance_tables([]) == sample_tables([]) == bar_tables([]) == []
+    assert cluster_tables([]) == variance_tables([]) == sample_tables([]) == criterion_tables([]) == []

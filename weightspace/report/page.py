@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,43 +18,33 @@ from markupsafe import Markup
 from weightspace.evaluation.retrieval import RetrievalRow
 from weightspace.probes.explain import Explanation
 from weightspace.probes.reconstruction import ALL_ARCHITECTURES, ReconstructionRow
+from weightspace.probes.rows import AUC, BALANCED_ACCURACY, R2, TAU
 from weightspace.report import plots
-from weightspace.report.legend import Legend, dataset_legend
-from weightspace.report.tables import Grid, bar_tables, cluster_tables, sample_tables, variance_tables
-from weightspace.report.verdicts import (
+from weightspace.report.findings import (
     clustering_answers,
-    decimals,
+    headlines,
     is_learned,
     probe_verdicts,
-    readable,
     reconstruction_verdicts,
     retrieval_verdicts,
     sample_verdicts,
-    signed,
     variance_answers,
 )
+from weightspace.report.legend import Legend, dataset_legend
+from weightspace.report.numbers import decimals, percent, readable, signed
+from weightspace.report.tables import Grid, cluster_tables, criterion_tables, sample_tables, variance_tables
 from weightspace.zoo.storage import write_text
 
 _UNKNOWN_DATASET = "unknown"
 _SPLITS = ("train", "validation", "eval", "test")
 
 
-@dataclass(frozen=True)
-class _Measure:
-    """A measure of probes: its field, and the name within those of its interval and its permuted value."""
-
-    name: str
-    column: str
-    short: str
-
-    @property
-    def permuted(self) -> str:
-        return f"permuted_{self.short}"
-
-
-_OF_NUMBERS = (_Measure("R²", "r2", "r2"), _Measure("Kendall's τ", "kendall_tau", "tau"))
-_OF_LABELS = (_Measure("AUC", "auc", "auc"), _Measure("Balanced accuracy", *2 * ("balanced_accuracy",)))
-_PROBE_NUMBERS = [name for one in (*_OF_NUMBERS, *_OF_LABELS) for name in (one.column, one.permuted)]
+# Of numbers (False) and of labels (True), as tables head their columns.
+_MEASURES = {
+    False: (replace(R2, title="R²"), replace(TAU, title="Kendall's τ")),
+    True: (AUC, replace(BALANCED_ACCURACY, title="Balanced accuracy")),
+}
+_PROBE_NUMBERS = [name for pair in _MEASURES.values() for one in pair for name in (one.name, one.permuted)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,14 +141,13 @@ def write_report(report: Report, folder: str | Path) -> Path:
 
 
 def _records(report: Report, points: plots.MapPoints | None) -> dict[str, Any]:
-    probes = [_plain(row) for row in report.probes]
+    probes, samples, sample_bars = (_plain(rows) for rows in (report.probes, report.samples, report.sample_bars))
     reconstruction = [
-        _plain({**dataclasses.asdict(row), "compression": row.weights / row.latent_size if row.latent_size else None})
+        _plain({**asdict(row), "compression": row.weights / row.latent_size if row.latent_size else None})
         for row in report.reconstruction
     ]
-    retrieval = [_plain(dataclasses.asdict(row)) for row in report.retrieval]
-    sample_bars = [_plain(bar) for bar in report.sample_bars]
-    explanation = None if report.explanation is None else _plain(dataclasses.asdict(report.explanation))
+    retrieval = [_plain(asdict(row)) for row in report.retrieval]
+    explanation = None if report.explanation is None else _plain(asdict(report.explanation))
     if explanation is not None:
         explanation["answers"] = {
             "clusters": clustering_answers(explanation["clusters"]),
@@ -167,7 +155,7 @@ def _records(report: Report, points: plots.MapPoints | None) -> dict[str, Any]:
         }
     verdicts = [
         *probe_verdicts(probes),
-        *reconstruction_verdicts(reconstruction, ALL_ARCHITECTURES),
+        *reconstruction_verdicts(reconstruction),
         *retrieval_verdicts(retrieval),
         *sample_verdicts(sample_bars),
     ]
@@ -186,18 +174,19 @@ def _records(report: Report, points: plots.MapPoints | None) -> dict[str, Any]:
         {
             "title": report.title,
             "facts": report.facts,
-            "verdicts": [dataclasses.asdict(verdict) for verdict in verdicts],
+            "headlines": headlines(
+                {"probes": probes, "reconstruction": reconstruction, "retrieval": retrieval, "samples": samples}
+            ),
+            "verdicts": [asdict(verdict) for verdict in verdicts],
             "probes": probes,
             "reconstruction": reconstruction,
             "retrieval": retrieval,
             "explanation": explanation,
-            "samples": report.samples,
+            "samples": samples,
             "sample_bars": sample_bars,
             "map": zoo_map,
-            "predictions": [
-                {"title": one.title, "true": one.true, "predicted": one.predicted} for one in report.predictions
-            ],
-            "curves": [{"name": one.name, "steps": one.steps, "values": one.values} for one in report.curves],
+            "predictions": [vars(one) for one in report.predictions],
+            "curves": [vars(one) for one in report.curves],
             "settings": report.settings,
             "commands": report.commands,
             "notes": report.notes,
@@ -245,9 +234,9 @@ def _page(records: Mapping[str, Any]) -> str:
     legend = dataset_legend(records["map"]["dataset"]) if records["map"] else None
     page: str = environment.get_template("report.html").render(
         records,
-        measures={True: _OF_LABELS, False: _OF_NUMBERS},
+        measures=_MEASURES,
         questions=_questions(records["explanation"]),
-        sample_tables=[*sample_tables(records["samples"]), *bar_tables(records["sample_bars"])],
+        sample_tables=[*sample_tables(records["samples"]), *criterion_tables(records["sample_bars"])],
         probe_tables=_tables(records["probes"], "target", _PROBE_NUMBERS, ()),
         reconstruction_tables=_tables(
             records["reconstruction"], "architecture", ("decoded_accuracy", "kept", "agreement"), ("relative_mse",)
@@ -281,7 +270,8 @@ def _tables(
         best: list[set[str]] = [set() for _ in same]
         for columns, pick in ((largest, max), (smallest, min)):
             for column in columns:
-                _mark_best(same, column, pick, best)
+                for number in _best(same, column, pick):
+                    best[number].add(column)
         notes: dict[str, list[str]] = {}
         for row in same:
             if row.get("note"):
@@ -290,37 +280,25 @@ def _tables(
     return tables
 
 
-@dataclass(frozen=True)
-class _Question:
-    """A question about the zoo with its answers."""
-
-    text: str
-    answers: list[str]
-    tables: list[Grid]
-
-
-def _questions(explanation: Mapping[str, Any] | None) -> list[_Question]:
+def _questions(explanation: Mapping[str, Any] | None) -> list[tuple[str, list[str], list[Grid]]]:
+    """Returns questions about the zoo with their answers and tables."""
     if explanation is None:
         return []
     answers, clusters, variance = explanation["answers"], explanation["clusters"], explanation["variance"]
-    asked = [
-        _Question("Do models trained on the same dataset cluster?", answers["clusters"], cluster_tables(clusters)),
-        _Question("What determines the weights most?", answers["variance"], variance_tables(variance)),
+    questions = [
+        ("Do models trained on the same dataset cluster?", answers["clusters"], cluster_tables(clusters)),
+        ("What determines the weights most?", answers["variance"], variance_tables(variance)),
     ]
-    return [question for question in asked if question.tables]
+    return [question for question in questions if question[2]]
 
 
-def _mark_best(
-    rows: Sequence[Mapping[str, Any]], column: str, pick: Callable[[list[float]], float], best: list[set[str]]
-) -> None:
-    """Marks all that print the same as the best, as long as that tells something apart."""
-    texts = [None if row[column] is None else decimals(row[column]) for row in rows]
-    known = [row[column] for row in rows if row[column] is not None]
-    if len(set(texts) - {None}) > 1:
-        winner = decimals(pick(known))
-        for text, marks in zip(texts, best, strict=True):
-            if text == winner:
-                marks.add(column)
+def _best(rows: Sequence[Mapping[str, Any]], column: str, pick: Callable[[Any], int | float]) -> list[int]:
+    """Numbers all rows that print the same as the best, as long as that tells something apart."""
+    texts = {number: decimals(row[column]) for number, row in enumerate(rows) if row[column] is not None}
+    if len(set(texts.values())) < 2:
+        return []
+    winner = decimals(pick(rows[number][column] for number in texts))
+    return [number for number, text in texts.items() if text == winner]
 
 
 def _map_figures(zoo_map: Mapping[str, Any], legend: Legend) -> list[_Figure]:
@@ -392,7 +370,7 @@ def _plain_number(value: int | float) -> str:
 
 _STYLES: dict[str, Callable[[int | float], str]] = {
     "decimals": decimals,
-    "percent": lambda value: signed(f"{100 * value:z.1f} %"),
+    "percent": percent,
     "times": lambda value: f"{value:.1f} \N{MULTIPLICATION SIGN}",
     "plain": _plain_number,
     "exact": lambda value: signed(repr(value)),

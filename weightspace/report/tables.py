@@ -6,10 +6,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from weightspace.evaluation.proof import REFINED_SCRATCH, SAMPLES, accuracy_after
 from weightspace.probes.explain import ACROSS, ALL
-from weightspace.report.verdicts import ACCURACY, REFINED_SCRATCH, SAMPLES, is_learned, readable, told_difference
+from weightspace.report.findings import is_learned
+from weightspace.report.numbers import difference, readable
 
 _SHOWN_FACTORS = 6
+_ACCURACY = accuracy_after(0).removesuffix("0 epochs")
 
 Words = tuple[str | int | float, ...]
 """Text in pieces, so that its numbers keep all their digits."""
@@ -156,14 +159,14 @@ def sample_tables(rows: Sequence[Mapping[str, Any]]) -> list[Grid]:
     tables = []
     for group in dict.fromkeys(row["datasets"] for row in rows):
         own = [row for row in rows if row["datasets"] == group]
-        accuracies = [row for row in own if row["measure"].startswith(ACCURACY)]
-        others = [row for row in own if not row["measure"].startswith(ACCURACY)]
+        accuracies = [row for row in own if row["measure"].startswith(_ACCURACY)]
+        others = [row for row in own if not row["measure"].startswith(_ACCURACY)]
         tables += [_accuracy_table(group, accuracies)] if accuracies else []
         tables += [_proof_table(group, others)] if others else []
     return tables
 
 
-def bar_tables(bars: Sequence[Mapping[str, Any]]) -> list[Grid]:
+def criterion_tables(bars: Sequence[Mapping[str, Any]]) -> list[Grid]:
     """Tabulates what is asked of samplers and what became of it, for each group of datasets.
 
     Args:
@@ -177,8 +180,8 @@ def bar_tables(bars: Sequence[Mapping[str, Any]]) -> list[Grid]:
         lines = [
             Line(
                 _headed(measure),
-                (f"{told_difference(subject)}: {asked}",),
-                tuple(_bar_cell(found.get((measure, subject, asked, sampler))) for sampler in samplers),
+                (f"{difference(subject)}: {asked}",),
+                tuple(_criterion_cell(found.get((measure, subject, asked, sampler))) for sampler in samplers),
             )
             for measure, subject, asked in dict.fromkeys(key[:3] for key in found)
         ]
@@ -187,7 +190,7 @@ def bar_tables(bars: Sequence[Mapping[str, Any]]) -> list[Grid]:
     return tables
 
 
-def _bar_cell(bar: Mapping[str, Any] | None) -> Cell | None:
+def _criterion_cell(bar: Mapping[str, Any] | None) -> Cell | None:
     if bar is None:
         return None
     note = (f"{bar['outcome']}; holds on ", bar["holds"], " of ", bar["of"])
@@ -209,7 +212,7 @@ def _accuracy_table(group: str, rows: Sequence[Mapping[str, Any]]) -> Grid:
         Line(name, _beside(name, known, samplers), cells, marked=name in samplers)
         for (name, _), (known, cells) in found.items()
     ]
-    columns = tuple((measure.removeprefix(ACCURACY), "") for measure in measures)
+    columns = tuple((measure.removeprefix(_ACCURACY), "") for measure in measures)
     return Grid(f"Test accuracy on {group} datasets", _counted(datasets), "Models", columns, tuple(lines))
 
 

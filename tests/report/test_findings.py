@@ -10,16 +10,16 @@ from hypothesis import strategies as st
 
 from weightspace.evaluation import bars, proof
 from weightspace.probes.explain import ACROSS, ALL
-from weightspace.report import verdicts
-from weightspace.report.verdicts import (
+from weightspace.report import findings
+from weightspace.report.findings import (
     clustering_answers,
+    headlines,
     probe_verdicts,
     reconstruction_verdicts,
     retrieval_verdicts,
     sample_verdicts,
     variance_answers,
 )
-from weightspace.stats import clustering
 
 
 def probe(representation: str, r2: float | None, half: float | None = 0.05, **changes: Any) -> dict[str, Any]:
@@ -161,22 +161,20 @@ def test_what_is_missing_is_said(rows: list[dict[str, Any]], words: str) -> None
 
 def test_decoded_models_are_judged_overall_where_it_is_known() -> None:
     rows = [kept("autoencoder", 0.93), kept("PCA", 0.62), kept("IncrementalPCA", 0.6), kept("autoencoder", 0.1, "cnn")]
-    (verdict,) = reconstruction_verdicts(rows, "all")
+    (verdict,) = reconstruction_verdicts(rows)
     assert verdict.outcome == "ahead"
     assert "512 numbers keep 93.0 % [91.0, 95.0] of the accuracy; PCA with as many keeps 62.0 %" in verdict.text
-    assert [one.subject for one in reconstruction_verdicts(rows, "every")] == [
-        "Decoded models, all",
-        "Decoded models, cnn",
-    ]
+    alone = [kept("autoencoder", 0.93, "mlp"), kept("autoencoder", 0.1, "cnn")]
+    assert [one.subject for one in reconstruction_verdicts(alone)] == ["Decoded models, mlp", "Decoded models, cnn"]
 
 
 def test_a_comparison_of_other_sizes_names_both() -> None:
-    (verdict,) = reconstruction_verdicts([kept("autoencoder", 0.5), kept("PCA", 0.62, latent_size=1024)], "all")
+    (verdict,) = reconstruction_verdicts([kept("autoencoder", 0.5), kept("PCA", 0.62, latent_size=1024)])
     assert verdict.outcome == "behind" and "PCA with 1,024 keeps" in verdict.text
 
 
 def test_decoded_models_of_unknown_accuracy_are_not_judged() -> None:
-    (verdict,) = reconstruction_verdicts([kept("autoencoder", None), kept("PCA", 0.62)], "all")
+    (verdict,) = reconstruction_verdicts([kept("autoencoder", None), kept("PCA", 0.62)])
     assert verdict.outcome == "unclear"
 
 
@@ -263,12 +261,8 @@ def bar(outcome: bars.Outcome, **changes: Any) -> dict[str, Any]:
     return dataclasses.asdict(made) | changes
 
 
-def test_records_of_proofs_are_read_by_the_names_that_they_have() -> None:
-    assert proof.accuracy_after(0).startswith(verdicts.ACCURACY)
-    for name in ("SAMPLES", "REFINED_SCRATCH"):
-        assert getattr(verdicts, name) == getattr(proof, name)
-    assert set(get_args(bars.Outcome)) <= set(get_args(verdicts.Outcome))
-    assert verdicts._CLOSEST in clustering.MEASURES
+def test_outcomes_of_criteria_are_outcomes_of_findings() -> None:
+    assert set(get_args(bars.Outcome)) <= set(get_args(findings.Outcome))
 
 
 def test_every_bar_of_a_sampler_is_told_with_its_number() -> None:
@@ -334,3 +328,48 @@ def test_the_largest_factors_are_named_with_what_data_and_training_do_together()
     ]
     assert variance_answers(rows[-1:]) == ["joint (mlp): the largest factors are classes 90.0 %."]
     assert clustering_answers([]) == variance_answers([]) == []
+
+
+def sampled(subject: str, value: float, sampler: str = "kde", **changes: Any) -> dict[str, Any]:
+    row = {"sampler": sampler, "datasets": "seen", "measure": proof.accuracy_after(0), "subject": subject}
+    return {**row, "value": value, "low": value - 0.02, "high": value + 0.02, **changes}
+
+
+def test_the_main_results_are_one_sentence_each() -> None:
+    records: dict[str, Any] = {
+        "probes": [probe("s(W)", 0.5), probe("PCA", 0.56), probe("autoencoder", 0.6), probe("joint", 0.71, 0.01)],
+        "reconstruction": [kept("autoencoder", 0.93), kept("PCA", 0.92), kept("IncrementalPCA", 0.6)],
+        "retrieval": [{**found("D → W", 0.9), "question": "for a dataset, a model that was trained on it"}],
+        "samples": [
+            sampled(proof.SAMPLES, 0.8),
+            sampled(proof.SAMPLES, 0.9, "flow"),
+            sampled(proof.ZOO, 0.93, "flow"),
+            sampled(proof.REFINED_SCRATCH, 0.7, "flow"),
+            sampled(proof.SAMPLES, 0.95, datasets="unseen"),
+        ],
+    }
+    assert headlines(records) == [
+        "Test accuracy is read from the weights of a model with an R² of 0.710 [0.700, 0.720] from the joint model's "
+        "embedding with ridge, beside 0.560 [0.510, 0.610] from PCA with ridge, the best baseline.",
+        "Models that the autoencoder decodes from 512 numbers keep 93.0 % [91.0, 95.0] of the accuracy of the "
+        "originals, beside 92.0 % [90.0, 94.0] with PCA; the intervals overlap.",
+        "Models sampled by flow for seen datasets reach a test accuracy of 0.900 [0.880, 0.920] without any training, "
+        "beside 0.700 [0.680, 0.720] of the control, from scratch, refined alike.",
+    ]
+    assert headlines({**records, "samples": []})[-1] == (
+        "The joint model finds, for a dataset, a model that was trained on it: R@1 is 0.900 [0.880, 0.920], by chance "
+        "0.031."
+    )
+
+
+def test_only_what_was_measured_makes_a_main_result() -> None:
+    empty: dict[str, Any] = dict.fromkeys(("probes", "reconstruction", "retrieval", "samples"), ())
+    assert headlines(empty) == []
+    alone = headlines({**empty, "probes": [probe("s(W)", 0.5)], "reconstruction": [kept("autoencoder", 0.5)]})
+    assert alone == [
+        "Models that the autoencoder decodes from 512 numbers keep 50.0 % [48.0, 52.0] of the accuracy of the "
+        "originals."
+    ]
+    rows = [probe("s(W)", 0.9), probe("autoencoder", 0.5)]
+    (behind,) = headlines({**empty, "probes": rows})
+    assert behind.endswith("the best baseline, which wins.")
