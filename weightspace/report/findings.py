@@ -77,7 +77,7 @@ def headlines(records: Mapping[str, Sequence[Record]]) -> list[str]:
     kept = [row for row in kept if row["kept"] is not None]
     decoded = next((row for row in kept if row["method"] == ENCODER), None)
     if decoded is not None:
-        other = max((row for row in kept if row is not decoded), key=lambda row: float(row["kept"]), default=None)
+        other = _most_kept([row for row in kept if row is not decoded])
         outcome = "unclear" if other is None else _compared(_estimate(decoded, "kept"), _estimate(other, "kept"))
         found.append(_worded("decoded", ours=decoded, other=other, outcome=outcome))
     at_once = [row for row in records["samples"] if row["measure"] == accuracy_after(0)]
@@ -240,6 +240,10 @@ def variance_answers(rows: Sequence[Record]) -> list[str]:
         name = description if scope == ALL else f"{description} ({scope})"
         answers.append(_worded("determined", name=name, factors=factors[:_SHOWN_FACTORS], sums=sums))
     return answers
+
+
+def _most_kept(rows: Sequence[Record]) -> Record | None:
+    return max(rows, key=lambda row: float(row["kept"]), default=None)
 
 
 def _compared(ours: Estimate, theirs: Estimate) -> Outcome:
