@@ -17,7 +17,7 @@ from weightspace.cli.main import main
 from weightspace.encoder import embed, load_encoder
 from weightspace.errors import CheckpointError, HubError, SettingsError, TokenError, WeightspaceError
 from weightspace.inspection import inspect_location
-from weightspace.io.hub import HubFile
+from weightspace.io.hub_repo import HubFile
 from weightspace.io.writing import save_checkpoint
 from weightspace.models.autoencoder import feature_extraction_autoencoder as extraction
 from weightspace.zoo.dataset import Zoo

@@ -15,7 +15,8 @@ from loopback_hub import LoopbackHub
 from weightspace.errors import CheckpointError, HubError, WeightspaceError
 from weightspace.io import hub as hub_module
 from weightspace.io.checkpoint import find_checkpoints, open_checkpoint
-from weightspace.io.hub import HubOptions, call_hub, open_repo
+from weightspace.io.hub import HubOptions, call_hub
+from weightspace.io.hub_repo import open_repo
 from weightspace.io.writing import checkpoint_bytes
 
 FILES = r"resolve/|^/cdn/"
@@ -223,7 +224,7 @@ class TestFaults:
 
     def test_other_bytes_than_listed(self, hub: LoopbackHub) -> None:
         hub.create("org/model", {"model.safetensors": blob()})
-        source = open_repo("org/model").file("model.safetensors")
+        source = open_repo("org/model").open("model.safetensors")
         hub.corrupt("model.safetensors")
         with pytest.raises(HubError, match=r"model.safetensors: the bytes do not have the listed hash"):
             source.read(0, source.size)

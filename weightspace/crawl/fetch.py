@@ -23,7 +23,8 @@ from weightspace.io.adapters import Adapter, is_untrained, read_adapter
 from weightspace.io.checkpoint import ADAPTER_CONFIG, INDEX, Checkpoint, open_in
 from weightspace.io.folders import Folder
 from weightspace.io.header import byte_count, header_of, parse_header, shown
-from weightspace.io.hub import HubEntry, HubFile, HubOptions, HubRepo, is_passing
+from weightspace.io.hub import HubEntry, HubOptions, is_transient
+from weightspace.io.hub_repo import HubFile, HubRepo
 from weightspace.io.reader import ByteSource, MemorySource
 from weightspace.schema import ZooEntry
 from weightspace.zoo.content import check_finite, content_digest
@@ -102,10 +103,10 @@ def fetch_model(
     reason = None
     with ExitStack() as stack:
         try:
-            loaded = stack.enter_context(_loaded(hub.folder(), path, settings, room))
+            loaded = stack.enter_context(_loaded(hub, path, settings, room))
             entry = _entry(hub, repo, path, loaded)
         except HubError as error:
-            if is_passing(error):
+            if is_transient(error):
                 return keep(Fetched(unreachable=str(error), bytes=hub.fetched_bytes))
             reason = str(error)
         except WeightspaceError as error:
@@ -119,7 +120,7 @@ def fetch_model(
 
 
 def _entry(hub: HubRepo, repo: PlannedRepo, path: str, loaded: _Loaded) -> ZooEntry:
-    folder, facts, checkpoint = hub.folder(), repo.facts, loaded.checkpoint
+    folder, facts, checkpoint = hub, repo.facts, loaded.checkpoint
     state = folder.read_json(_beside(path, TRAINER_STATE))
     trainer = trainer_facts(state) if state is not None else TrainerFacts({}, {}, ())
     hyperparameters: dict[str, Any] = {} if facts.library is None else {"library": facts.library}
@@ -252,7 +253,7 @@ def _adapter_settings(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, Any
 @lru_cache(maxsize=64)
 def _card_settings(repo_id: str, sha: str, options: HubOptions) -> Mapping[str, float | str]:
     """Hyper-parameters in the text of a card; checkpoints of one repository share it."""
-    card = HubRepo(repo_id, sha, [HubEntry(CARD)], options).file(CARD)
+    card = HubRepo(repo_id, sha, [HubEntry(CARD)], options).open(CARD)
     if card.size > MAX_CARD_BYTES:
         raise ZooError(f"its card has {card.size} bytes; the limit is {MAX_CARD_BYTES}")
     return training_hyperparameters(bytes(card.read(0, card.size)).decode("utf-8", "replace"))

@@ -28,7 +28,7 @@ from weightspace.data.efficientnet import EfficientNetLite0
 from weightspace.errors import HubError, SettingsError, install_command
 from weightspace.io.folders import Folder
 from weightspace.io.header import shown
-from weightspace.io.hub import HubOptions, is_passing
+from weightspace.io.hub import HubOptions, is_transient
 from weightspace.io.locations import locate
 from weightspace.io.pickles import open_pickle
 
@@ -165,7 +165,7 @@ def open_image_encoder(
             raise SettingsError(f"image encoder {name!r} is unknown; {fix}")
         return _TransformersEncoder(folder, allow_pickle, torch.device(device))
     except HubError as error:
-        if is_passing(error) or options.offline:
+        if is_transient(error) or options.offline:
             raise HubError(f"{error}; {_MEND_OFFLINE}") from error.__cause__
         raise
 

@@ -24,7 +24,8 @@ from weightspace.io.header import (
     shown,
     torch_shape,
 )
-from weightspace.io.hub import HubFolder, HubOptions
+from weightspace.io.hub import HubOptions
+from weightspace.io.hub_repo import HubRepo
 from weightspace.io.locations import locate
 from weightspace.io.pickles import open_pickle
 from weightspace.io.quantization import Quantization, quantization_of
@@ -299,7 +300,7 @@ def find_checkpoints(
     folder, name = _located(location, options)
     if name is not None:
         return folder, [name]
-    if isinstance(folder, HubFolder) and (famous := _famous_weights(folder)) is not None:
+    if isinstance(folder, HubRepo) and (famous := _famous_weights(folder)) is not None:
         return folder, [famous]
     found = [path for path in folder.tree() if path.endswith((".safetensors", INDEX))]
     shards = tuple(path.removesuffix(INDEX) + "-" for path in found if path.endswith(INDEX))

@@ -8,7 +8,8 @@ from pathlib import Path, PurePosixPath
 from weightspace.errors import CheckpointError, HubError
 from weightspace.io.folders import Folder, LocalFolder
 from weightspace.io.header import shown
-from weightspace.io.hub import HubOptions, open_repo
+from weightspace.io.hub import HubOptions
+from weightspace.io.hub_repo import open_repo
 from weightspace.schema import ModelRef
 
 _HUB = re.compile(r"(?P<repo>[^/@:\\]+/[^/@:\\]+)(?:@(?P<revision>[^@:]*))?(?::(?P<subfolder>.*))?")

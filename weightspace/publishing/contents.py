@@ -142,7 +142,7 @@ def _encoder_facts(checkpoint: Checkpoint, training: Mapping[str, Any]) -> Encod
 def _zoo_on_hub(zoo: TrainingZoo | None, location: str, options: HubOptions) -> TrainingZoo:
     """Links the zoo that an encoder was trained on, after a look at whether it is that one."""
     repo = open_zoo_repo(location, None, options)
-    state = read_state(repo.download("zoo.json").parent)
+    state = read_state(repo.local_path("zoo.json").parent)
     assert state is not None
     if zoo is None or zoo.digest not in (state["digest"], state["settings"].get(COPY_OF)):
         raise WeightspaceError(

@@ -23,7 +23,8 @@ from weightspace.cards.record import (
 )
 from weightspace.errors import HubError, WeightspaceError
 from weightspace.io.header import shown
-from weightspace.io.hub import LIBRARY, HubEntry, HubOptions, HubRepo, RepoType, call_hub
+from weightspace.io.hub import LIBRARY, HubEntry, HubOptions, RepoType, call_hub
+from weightspace.io.hub_repo import HubRepo
 from weightspace.io.locations import is_repo_id
 from weightspace.publishing.contents import (
     WEIGHTS,
@@ -127,7 +128,7 @@ class _Remote:
         entry = self.repo.entries.get(path)
         if entry is None or entry.size is None or entry.size > _LARGEST_CARD:
             return None
-        return self.repo.download(path).read_text(encoding="utf-8", errors="replace")
+        return self.repo.local_path(path).read_text(encoding="utf-8", errors="replace")
 
 
 def _find(repo_id: str, repo_type: RepoType, settings: PushSettings, options: HubOptions) -> _Remote | None:

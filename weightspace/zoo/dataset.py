@@ -25,7 +25,8 @@ from weightspace.errors import ZooError
 from weightspace.io.checkpoint import Checkpoint, open_checkpoint_bytes
 from weightspace.io.flat import flat_from_bytes
 from weightspace.io.header import Header, parse_header, shown
-from weightspace.io.hub import CONNECTIONS, HubOptions, HubRepo
+from weightspace.io.hub import HubOptions
+from weightspace.io.hub_repo import CONNECTIONS, HubRepo
 from weightspace.io.reader import ByteSource
 from weightspace.networks.families import FamilyConfig, family_config
 from weightspace.schema import Architecture, ModelRef, PermutationGroup, ReportedMetric, ZooEntry
@@ -95,7 +96,7 @@ class Zoo:
         self.result_names = tuple(field.name for field in self._table.schema if pa.types.is_float64(field.type))
         self.reference: bool = state["reference"]
         files = [] if self.reference else [f"weights/{name}.parquet" for name in state["shards"]]
-        self._groups = _located([repo.file(file) if repo and streaming else self.path / file for file in files])
+        self._groups = _located([repo.open(file) if repo and streaming else self.path / file for file in files])
         self._group_ends = np.cumsum([group.rows for group in self._groups])
         if not len(self) or (not self.reference and sum(group.rows for group in self._groups) != len(self)):
             raise ZooError(

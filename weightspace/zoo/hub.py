@@ -11,7 +11,8 @@ from huggingface_hub import snapshot_download
 
 from weightspace.errors import HubError, ZooError
 from weightspace.io.header import MAX_HEADER_BYTES
-from weightspace.io.hub import LIBRARY, HubOptions, HubRepo, call_hub, open_repo
+from weightspace.io.hub import LIBRARY, HubOptions, call_hub
+from weightspace.io.hub_repo import HubRepo, open_repo
 from weightspace.io.locations import is_repo_id, parse_ref
 from weightspace.io.reader import ByteSource
 from weightspace.zoo.storage import read_state
@@ -60,7 +61,7 @@ def fetch_zoo(repo: HubRepo, *, weights: bool) -> Path:
         ZooError: ``zoo.json`` is damaged.
         HubError: a file cannot be had.
     """
-    folder = repo.download("zoo.json").parent
+    folder = repo.local_path("zoo.json").parent
     state = read_state(folder)
     assert state is not None
     if not state["complete"]:

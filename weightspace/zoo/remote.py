@@ -9,7 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from weightspace.errors import HubError
 from weightspace.io.checkpoint import open_checkpoint
 from weightspace.io.header import shown
-from weightspace.io.hub import CONNECTIONS, HubEntry, HubRepo
+from weightspace.io.hub import HubEntry
+from weightspace.io.hub_repo import CONNECTIONS, HubRepo
 from weightspace.schema import ZooEntry
 
 _AHEAD_BYTES = 256 * 2**20
@@ -53,7 +54,7 @@ def _read(entry: ZooEntry, size: int) -> bytes:
         blob = open_checkpoint(ref).to_bytes()
     else:
         # The index says all that a listing of the repository would.
-        file = HubRepo(ref.location, ref.revision, [HubEntry(ref.subfolder, size, entry.content)]).file(ref.subfolder)
+        file = HubRepo(ref.location, ref.revision, [HubEntry(ref.subfolder, size, entry.content)]).open(ref.subfolder)
         blob = bytes(file.read(0, size))
     if len(blob) != size:
         raise HubError(f"{entry.model_id}: {len(blob)} bytes where the zoo was made of {size}; write the zoo again")
