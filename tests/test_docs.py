@@ -1,7 +1,8 @@
-"""What the README shows runs: its Python, and its commands on a folder of models."""
+"""What the README and the documentation show runs: their Python, and their commands on a folder of models."""
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 import shutil
@@ -14,19 +15,28 @@ from loopback_hub import LoopbackHub
 from weightspace.cli.main import main
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# The order in which a reader meets them: each page works on what the ones before have made.
+COMMAND_PAGES = ("your-models", "hub", "sampling")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def snippets() -> list[tuple[str, str]]:
+    return [(page.name, block) for page in PAGES for block in blocks(page, "python")]
 
 
 def commands() -> list[str]:
-    lines = [line for block in blocks("bash") for line in block.replace("\\\n", "").splitlines()]
+    pages = [ROOT / "docs" / f"{name}.md" for name in COMMAND_PAGES]
+    lines = [
+        line for page in pages for block in blocks(page, "bash") for line in block.replace("\\\n", "").splitlines()
+    ]
     return [line.removeprefix("weightspace ") for line in lines if line.startswith("weightspace ")]
 
 
-@pytest.mark.parametrize("number", range(len(blocks("python"))))
+@pytest.mark.parametrize("number", range(len(snippets())))
 def test_snippets(
     number: int, tmp_path: Path, tiny_zoo: Any, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -34,7 +44,8 @@ def test_snippets(
     (tmp_path / "model.safetensors").write_bytes(tiny_zoo.blob(0))
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    exec(compile(blocks("python")[number], f"README.md, snippet {number}", "exec"), names)
+    page, code = snippets()[number]
+    exec(compile(code, f"{page}, snippet {number}", "exec"), names)
     if "restored" in names:
         tensors = names["checkpoint"].tensors()
         assert names["restored"].keys() == tensors.keys()
@@ -42,6 +53,10 @@ def test_snippets(
     else:
         size = len(names["table"]["embedding"][0]) if "table" in names else names["embedding"].shape[1]
         assert size > 7
+
+
+def test_snippets_are_found() -> None:
+    assert [page for page, _ in snippets()] == ["README.md", "concepts.md", "concepts.md"]
 
 
 def test_commands_run_one_after_another(
@@ -82,14 +97,19 @@ def test_commands_run_one_after_another(
     assert hub.repository("your-name/encoder").private
 
 
-def test_every_command_is_listed() -> None:
-    from weightspace.cli.main import program
+def test_command_pages_are_those_of_the_help() -> None:
+    spec = importlib.util.spec_from_file_location("command_pages", ROOT / "docs" / "command_pages.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    written = {file.name: file.read_text(encoding="utf-8") for file in (ROOT / "docs" / "commands").glob("*.md")}
+    assert written == module.pages(), "run docs/command_pages.py"
 
-    for name in program.commands:
-        assert f"| `weightspace {name}" in README, name
 
-
-def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        if not target.startswith(".github/"):  # pictures are no part of a source archive
-            assert (ROOT / target).exists(), target
+@pytest.mark.parametrize(
+    "page", [*PAGES, *sorted((ROOT / "docs" / "commands").glob("*.md"))], ids=lambda page: page.stem
+)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        if ".github/" not in target:  # pictures are no part of a source archive
+            assert (page.parent / target).exists(), target
