@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from loopback_hub import LoopbackHub
 
-from weightspace.data.image_encoders import ImageEncoder, open_image_encoder
+from weightspace.data.image_encoders import IMAGE_ENCODERS, ImageEncoder, open_image_encoder
 from weightspace.errors import CheckpointError, HubError, SettingsError
 from weightspace.io.hub import HubOptions
 
@@ -203,6 +203,20 @@ def test_a_missing_repository_is_not_a_reason_to_choose_another(hub: LoopbackHub
 def test_an_unknown_name(name: str, mend: str) -> None:
     with pytest.raises(SettingsError, match=re.escape(f"image encoder '{name}' is unknown; {mend}")):
         open_image_encoder(name)
+
+
+def test_an_encoder_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mean(ImageEncoder):
+        def __init__(self, device: torch.device) -> None:
+            self.name, self.digest = "mean", "0"
+
+        def _encode(self, images: torch.Tensor) -> torch.Tensor:
+            return images.mean((2, 3))
+
+    monkeypatch.setitem(IMAGE_ENCODERS, "mean", Mean)
+    assert open_image_encoder("mean").encode(torch.ones(20, 1, 4, 4)).tolist() == [[1.0] * 3] * 20
+    with pytest.raises(SettingsError, match="did you mean 'mean'"):
+        open_image_encoder("meen")
 
 
 def test_a_malformed_name() -> None:

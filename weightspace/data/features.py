@@ -1,6 +1,6 @@
-"""Features of image datasets from a frozen image encoder: the side of a dataset in the joint embedding space.
+"""Features of image datasets from a frozen image encoder.
 
-They are computed once for a content and an encoder, and kept in huggingface_hub's assets cache (``HF_ASSETS_CACHE``).
+They are computed once per content and encoder, and cached in huggingface_hub's assets cache (``HF_ASSETS_CACHE``).
 """
 
 from __future__ import annotations
@@ -77,10 +77,10 @@ def dataset_features(
     sample, labels = _sample(dataset, images, seed, split)
     digest = _digest(sample, labels, encoder)
     path = Path(constants.HF_ASSETS_CACHE) / LIBRARY / "features" / digest[:2] / f"{digest}.safetensors"
-    features = _kept(path, len(sample))
+    features = _read_cached(path, len(sample))
     if features is None:
         features = encoder.encode(sample)
-        _keep(path, features)
+        _write_cached(path, features)
     return DatasetFeatures(dataset.id, encoder.name, encoder.digest, features, labels, dataset.classes, digest)
 
 
@@ -112,8 +112,8 @@ def _digest(images: Float[Tensor, "m channels height width"], labels: Int[Tensor
     return content.hexdigest()
 
 
-def _kept(path: Path, images: int) -> Float[Tensor, "images features"] | None:
-    """Reads a cache entry; one that is missing, damaged or of another size counts for nothing."""
+def _read_cached(path: Path, images: int) -> Float[Tensor, "images features"] | None:
+    """Reads a cache entry; one that is missing, damaged or of another size is ignored."""
     with suppress(CheckpointError):
         entry = open_checkpoint(path)
         features = entry.tensor("features")
@@ -122,8 +122,8 @@ def _kept(path: Path, images: int) -> Float[Tensor, "images features"] | None:
     return None
 
 
-def _keep(path: Path, features: Float[Tensor, "images features"]) -> None:
-    with suppress(CheckpointError, OSError):  # only means that they are computed again
+def _write_cached(path: Path, features: Float[Tensor, "images features"]) -> None:
+    with suppress(CheckpointError, OSError):  # they are only computed again
         path.parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint({"features": features}, path, metadata={"sha256": _sha256(features)})
 

@@ -1,4 +1,4 @@
-"""Image classification datasets that zoos are trained on and judged by, with controlled variants of any of them.
+"""Image classification datasets for training and evaluating zoos, with controlled variants of each.
 
 An image dataset id is a base, optionally followed by options in the manner of a URL::
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -35,7 +35,7 @@ POLARITIES = ("normal", "inverted")
 _TEST_FRACTION = 0.3
 _TEST_SPLITS = ("test", "validation")
 _HUB_NAME = re.compile(r"[\w.:/@-]+", re.ASCII)
-_MEND_OFFLINE = "check the name and the connection (with HF_HUB_OFFLINE=1 only caches are asked, at once)"
+_FIX_OFFLINE = "check the name and the connection (with HF_HUB_OFFLINE=1 only caches are asked, at once)"
 _OPTIONS = ("classes", "rotation", "polarity", "size", "config", "revision", "label")
 
 
@@ -59,8 +59,8 @@ def load_images(dataset_id: str) -> ImageDataset:
         raise ZooError(
             f"{dataset_id}: no class {max(listed)} in {base.classes} classes; choose 0 to {base.classes - 1}"
         )
-    train, train_labels = _vary(base.train_images, base.train_labels, base.classes, variant)
-    test, test_labels = _vary(base.test_images, base.test_labels, base.classes, variant)
+    train, train_labels = _select_and_transform(base.train_images, base.train_labels, base.classes, variant)
+    test, test_labels = _select_and_transform(base.test_images, base.test_labels, base.classes, variant)
     if not len(train) or not len(test):
         raise ZooError(f"{dataset_id}: no {'train' if len(test) else 'test'} images are left; choose other classes")
     names = tuple(base.names[number] for number in listed)
@@ -86,61 +86,56 @@ def variants(
 
 
 @dataclass(frozen=True)
-class DatasetSource:
-    """Where the images come from: what is loaded and decoded once for all variants."""
+class DatasetVariant:
+    """A parsed dataset id; ``str`` writes it back without defaults, in one order.
+
+    Attributes:
+        base: ``"digits"``, a folder or a Hub dataset.
+        config: configuration of the Hub dataset.
+        revision: Hub revision.
+        label: label column.
+        size: pixels that images are resized to when decoding.
+        classes: the classes kept, in the order of their labels; none stands for all of them.
+        rotation: degrees counter-clockwise.
+        polarity: ``"normal"`` or ``"inverted"``.
+    """
 
     base: str
     config: str | None = None
     revision: str | None = None
     label: str | None = None
     size: int | None = None
-
-
-@dataclass(frozen=True)
-class DatasetVariant:
-    """A parsed dataset id; ``str`` writes it back without defaults, in one order.
-
-    Attributes:
-        source: what the variant is made of.
-        classes: the classes kept, in the order of their labels; none stands for all of them.
-        rotation: degrees counter-clockwise.
-        polarity: ``"normal"`` or ``"inverted"``.
-    """
-
-    source: DatasetSource
-    classes: tuple[int, ...] = field(default=())
+    classes: tuple[int, ...] = ()
     rotation: int = 0
     polarity: str = "normal"
 
     def __post_init__(self) -> None:
-        where = self.source.base
         if len(set(self.classes)) != len(self.classes) or any(c < 0 for c in self.classes) or len(self.classes) == 1:
             listed = "-".join(map(str, self.classes))
-            raise ZooError(f"{where}: classes={listed}; list two or more different class numbers, e.g. classes=0-1-2")
+            raise ZooError(
+                f"{self.base}: classes={listed}; list two or more different class numbers, e.g. classes=0-1-2"
+            )
         if self.rotation not in ROTATIONS:
-            raise ZooError(f"{where}: rotation={self.rotation}; choose one of {', '.join(map(str, ROTATIONS))}")
+            raise ZooError(f"{self.base}: rotation={self.rotation}; choose one of {', '.join(map(str, ROTATIONS))}")
         if self.polarity not in POLARITIES:
-            raise ZooError(f"{where}: polarity={self.polarity}; choose one of {', '.join(POLARITIES)}")
-        if self.source.size is not None and self.source.size < 1:
-            raise ZooError(f"{where}: size={self.source.size}; give a positive number of pixels")
+            raise ZooError(f"{self.base}: polarity={self.polarity}; choose one of {', '.join(POLARITIES)}")
+        if self.size is not None and self.size < 1:
+            raise ZooError(f"{self.base}: size={self.size}; give a positive number of pixels")
+
+    @property
+    def source(self) -> DatasetVariant:
+        """The images as they are loaded and decoded, once for all variants of them."""
+        return replace(self, classes=(), rotation=0, polarity="normal")
 
     def __str__(self) -> str:
-        source = self.source
-        options = {
-            "config": source.config,
-            "revision": source.revision,
-            "label": source.label,
-            "size": source.size,
-            "classes": "-".join(map(str, self.classes)),
-            "rotation": self.rotation,
-            "polarity": self.polarity if self.polarity != "normal" else None,
-        }
-        query = "&".join(f"{key}={value}" for key, value in options.items() if value)
-        return f"{source.base}?{query}" if query else source.base
+        values = asdict(self) | {"classes": "-".join(map(str, self.classes))}
+        del values["base"]
+        query = "&".join(f"{key}={value}" for key, value in values.items() if value and value != "normal")
+        return f"{self.base}?{query}" if query else self.base
 
 
 def parse_dataset_id(dataset_id: str) -> DatasetVariant:
-    """Takes a dataset id apart; opens nothing.
+    """Parses a dataset id; opens nothing.
 
     Raises:
         ZooError: it is no dataset id, or an option that ``load_images`` would refuse whatever the base.
@@ -156,16 +151,13 @@ def parse_dataset_id(dataset_id: str) -> DatasetVariant:
             else:
                 values[key] = int(text) if key in ("rotation", "size") else text
         except ValueError:
-            raise ZooError(f"{dataset_id}: {key}={text!r} is not made of whole numbers, e.g. classes=0-1-2") from None
+            raise ZooError(f"{dataset_id}: {key}={text!r} needs whole numbers, e.g. classes=0-1-2") from None
     if not base or (query and not values):
         raise ZooError(f"{dataset_id!r}: not a dataset id; write e.g. digits?classes=0-1-2&rotation=90")
-    source = DatasetSource(
-        base, **{key: values.pop(key) for key in ("config", "revision", "label", "size") if key in values}
-    )
-    return DatasetVariant(source, **values)
+    return DatasetVariant(base, **values)
 
 
-def _vary(
+def _select_and_transform(
     images: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"], classes: int, variant: DatasetVariant
 ) -> tuple[Float[Tensor, "m c h2 w2"], Int[Tensor, " m"]]:
     if variant.classes:
@@ -179,23 +171,21 @@ def _vary(
 
 
 @lru_cache(maxsize=1)
-def _load_base(source: DatasetSource) -> ImageDataset:
-    if source.base == "digits":
-        return _digits(source)
-    return _opened(source)
+def _load_base(source: DatasetVariant) -> ImageDataset:
+    return _digits(source) if source.base == "digits" else _load_source(source)
 
 
-def _digits(source: DatasetSource) -> ImageDataset:
-    if source != DatasetSource("digits"):
-        raise ZooError(f"{DatasetVariant(source)}: digits has no config, revision, label or size option; leave it out")
+def _digits(source: DatasetVariant) -> ImageDataset:
+    if source != DatasetVariant("digits"):
+        raise ZooError(f"{source}: digits has no config, revision, label or size option; leave it out")
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     images = torch.from_numpy(bunch.images).float().div(16).unsqueeze(1)
-    return _split_apart("digits", images, torch.from_numpy(bunch.target).long(), tuple(map(str, range(10))))
+    return _hold_out_test("digits", images, torch.from_numpy(bunch.target).long(), tuple(map(str, range(10))))
 
 
-def _split_apart(
+def _hold_out_test(
     name: str, images: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"], classes: tuple[str, ...]
 ) -> ImageDataset:
     generator = torch.Generator().manual_seed(0)
@@ -206,10 +196,10 @@ def _split_apart(
     return ImageDataset(name, images[~held], labels[~held], images[held], labels[held], len(classes), classes)
 
 
-def _opened(source: DatasetSource) -> ImageDataset:
+def _load_source(source: DatasetVariant) -> ImageDataset:
     import datasets
 
-    name, path = str(DatasetVariant(source)), Path(source.base).expanduser()
+    name, path = str(source), Path(source.base).expanduser()
     if source.base.startswith(("/", ".", "~")) and not path.is_dir():
         raise ZooError(f"{name}: no such folder; check the path")
     if not path.is_dir() and not _HUB_NAME.fullmatch(source.base):
@@ -224,8 +214,8 @@ def _opened(source: DatasetSource) -> ImageDataset:
     except Exception as error:  # loaders of many formats meet untrusted files here: each raises what it likes
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         # huggingface_hub tries again for half a minute, which nothing but the offline mode can shorten.
-        mend = f"; {_MEND_OFFLINE}" if isinstance(error, ConnectionError) else ""
-        raise ZooError(f"{name}: datasets.load_dataset cannot open it: {first_line}{mend}") from error
+        fix = f"; {_FIX_OFFLINE}" if isinstance(error, ConnectionError) else ""
+        raise ZooError(f"{name}: datasets.load_dataset cannot open it: {first_line}{fix}") from error
     if "train" not in splits:
         raise ZooError(f"{name}: no split named 'train' among {', '.join(splits)}; rename one to 'train'")
     train = splits["train"]
@@ -236,11 +226,11 @@ def _opened(source: DatasetSource) -> ImageDataset:
     images = _decode([part[image] for part in parts], source, name)
     labelled = [(pixels[known >= 0], known[known >= 0]) for pixels, known in zip(images, labels, strict=True)]
     if len(labelled) == 1 or not len(labelled[1][1]):
-        return _split_apart(name, *labelled[0], classes)
+        return _hold_out_test(name, *labelled[0], classes)
     return ImageDataset(name, *labelled[0], *labelled[1], len(classes), classes)
 
 
-def _columns(features: Any, source: DatasetSource, name: str) -> tuple[str, str]:
+def _columns(features: Any, source: DatasetVariant, name: str) -> tuple[str, str]:
     import datasets
 
     images = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
@@ -280,11 +270,11 @@ def _class_numbers(
     if len(classes) < 2:
         raise ZooError(f"{name}: {len(classes)} class in the label column; a classification dataset needs two or more")
     if any(part.size and part.max() >= len(classes) for part in numbers):
-        raise ZooError(f"{name}: a label lies above the {len(classes)} named classes; mend the label column")
+        raise ZooError(f"{name}: a label lies above the {len(classes)} named classes; correct the label column")
     return classes, [torch.from_numpy(part.astype(np.int64)) for part in numbers]
 
 
-def _decode(columns: Sequence[Any], source: DatasetSource, name: str) -> list[Float[Tensor, "n c h w"]]:
+def _decode(columns: Sequence[Any], source: DatasetVariant, name: str) -> list[Float[Tensor, "n c h w"]]:
     """Decodes the images of every split alike: one grey channel, or three when any image has colour."""
     arrays = [[_pixels(image, source) for image in column] for column in columns]
     sizes = {array.shape[:2] for part in arrays for array in part}
@@ -302,7 +292,7 @@ def _stacked(arrays: list[np.ndarray], channels: int) -> np.ndarray:
     return stacked
 
 
-def _pixels(image: Image, source: DatasetSource) -> np.ndarray:
+def _pixels(image: Image, source: DatasetVariant) -> np.ndarray:
     """Pixels of one image as ``height width channels`` integers of 8 bits, or 16 where the file has 16."""
     if image.mode.startswith("I"):
         image = image if source.size is None else image.convert("I").resize((source.size, source.size))
@@ -315,7 +305,7 @@ def _pixels(image: Image, source: DatasetSource) -> np.ndarray:
 
 
 def variant_of(dataset: str) -> DatasetVariant | None:
-    """Takes a dataset id apart; None for an id that is not in the manner of the library's own."""
+    """Parses a dataset id; None if it is not one of this library's."""
     try:
         return parse_dataset_id(dataset)
     except ZooError:

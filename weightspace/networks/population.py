@@ -126,7 +126,10 @@ def train_population(
     train, test = _examples(recipes, used, config.classes, generator)
     if initial is None:
         initial = initialize(config, [recipe.initialization for recipe in recipes], generator)
-    _check_initial(initial, config, len(recipes))
+    expected = {name: (len(recipes), *shape) for name, shape in config.shapes().items()}
+    found = {name: tuple(value.shape) for name, value in initial.items()}
+    if found != expected:
+        raise SettingsError(f"initial weights have the shapes {found}; the recipes need {expected}")
     optimizer = _PopulationAdamW(recipes, initial, device)
     batches = (_passes if in_passes else _drawn)(train.sizes, batch_size, generator)
     due = _checkpoint_steps(recipes, checkpoints)
@@ -186,13 +189,6 @@ class _PopulationAdamW:
             root = square.sqrt().add_(self.epsilon * math.sqrt(second))
             parameter.addcdiv_(mean * (rates * (-math.sqrt(second) / first)).view(shape), root)
             parameter.grad = None
-
-
-def _check_initial(initial: Mapping[str, Tensor], config: FamilyConfig, models: int) -> None:
-    expected = {name: (models, *shape) for name, shape in config.shapes().items()}
-    found = {name: tuple(value.shape) for name, value in initial.items()}
-    if found != expected:
-        raise SettingsError(f"initial weights have the shapes {found}; the recipes need {expected}")
 
 
 def _drawn(

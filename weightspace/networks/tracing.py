@@ -23,6 +23,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from weightspace.errors import ArchitectureError
+from weightspace.networks.permutation import reorder
 from weightspace.schema import GroupAxis, PermutationGroup
 
 Axis: TypeAlias = tuple[int, int]
@@ -213,8 +214,8 @@ def _moved(state: dict[str, Tensor], group: PermutationGroup, generator: torch.G
         tensor = moved.get(item.tensor)
         if tensor is None or item.axis >= tensor.ndim or tensor.shape[item.axis] != group.size * item.block:
             return None
-        index = (permutation[:, None] * item.block + torch.arange(item.block)).flatten()
-        moved[item.tensor] = tensor.index_select(item.axis, index)
+        order = {item.axis: (permutation.unsqueeze(0), item.block)}
+        moved[item.tensor] = reorder(tensor.unsqueeze(0), order).squeeze(0)
     return moved
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Int
 
-from weightspace.data.images import DatasetVariant, variant_of
+from weightspace.data.images import variant_of
 from weightspace.errors import ZooError
 from weightspace.stats.variance import Factor, Kind
 from weightspace.zoo.dataset import Zoo
@@ -141,13 +141,12 @@ def _characteristics(dataset: str) -> dict[str, Any]:
     variant = variant_of(dataset)
     if variant is None:
         return dict(zip(_IN_DATASET_ID, (dataset, "all", 0, "normal", "as it is"), strict=True))
-    source = replace(variant.source, size=None)
     return {
-        "base": str(DatasetVariant(source)),
+        "base": str(replace(variant.source, size=None)),
         "classes": "-".join(map(str, sorted(variant.classes))) or "all",
         "rotation": variant.rotation,
         "polarity": variant.polarity,
-        "image_size": variant.source.size or "as it is",
+        "image_size": variant.size or "as it is",
     }
 
 

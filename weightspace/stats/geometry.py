@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Float, Int
 
-from weightspace.data.images import DatasetSource, DatasetVariant, variant_of
+from weightspace.data.images import DatasetVariant, variant_of
 from weightspace.stats.measures import unit_ranks
 from weightspace.stats.resampling import Estimate, estimated, run_weights
 
@@ -118,10 +118,10 @@ def characteristic_dissimilarities(datasets: Sequence[str]) -> dict[str, Dissimi
     common, and "all classes" are those that occur in any id of the base. ``characteristics`` is their mean. What does
     not differ between any two datasets is left out.
     """
-    variants = [variant_of(dataset) or DatasetVariant(DatasetSource(dataset)) for dataset in datasets]
+    variants = [variant_of(dataset) or DatasetVariant(dataset) for dataset in datasets]
     bases = [replace(variant.source, size=None) for variant in variants]
 
-    def class_set(i: int) -> set[tuple[DatasetSource, int]]:
+    def class_set(i: int) -> set[tuple[DatasetVariant, int]]:
         named = {
             number for base, other in zip(bases, variants, strict=True) if base == bases[i] for number in other.classes
         }
@@ -138,7 +138,7 @@ def characteristic_dissimilarities(datasets: Sequence[str]) -> dict[str, Dissimi
         "classes": lambda i, j: 1 - len(classes[i] & classes[j]) / max(1, len(classes[i] | classes[j])),
         "rotation": lambda i, j: angle(i, j) / 180,
         "polarity": lambda i, j: float(variants[i].polarity != variants[j].polarity),
-        "image_size": lambda i, j: float(variants[i].source.size != variants[j].source.size),
+        "image_size": lambda i, j: float(variants[i].size != variants[j].size),
     }
     found = {name: np.array([[measure(i, j) for j in count] for i in count]) for name, measure in measures.items()}
     if np.array_equal(found["classes"], found["base"]):
