@@ -34,8 +34,8 @@ from weightspace.training.autoencoder import train_autoencoder
 from weightspace.training.joint import train_joint
 from weightspace.training.prior import CodePriorSettings, PriorSettings, train_prior
 from weightspace.zoo.dataset import Zoo, load_zoo
-from weightspace.zoo.exporting import export_folder
 from weightspace.zoo.importing import import_folder
+from weightspace.zoo.transfer import export_folder
 
 FOLDS = 4
 STEPS = ("", "+selected", "+refined")

@@ -67,7 +67,7 @@ def test_commands_run_one_after_another(
     hub: LoopbackHub,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from weightspace.zoo.exporting import export_folder
+    from weightspace.zoo.transfer import export_folder
 
     card = "---\nlicense: apache-2.0\npipeline_tag: image-classification\n---\n"
     hub.create("microsoft/resnet-18", {"model.safetensors": tiny_zoo.blob(0), "README.md": card})

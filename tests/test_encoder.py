@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from weightspace.encoder import embed, embed_zoo, load_encoder, save_embeddings
 from weightspace.errors import WeightspaceError, ZooError
 from weightspace.zoo.dataset import Zoo
-from weightspace.zoo.exporting import export_folder
+from weightspace.zoo.transfer import export_folder
 
 
 class TestEncoder:

@@ -25,7 +25,8 @@ from weightspace.io.hub import HubOptions
 from weightspace.io.writing import checkpoint_bytes, save_checkpoint
 from weightspace.publishing import PushPlan, PushSettings, push_folder
 from weightspace.schema import ModelRef, ZooEntry
-from weightspace.zoo.dataset import Zoo, ZooWriter, load_zoo
+from weightspace.zoo.dataset import Zoo, load_zoo
+from weightspace.zoo.writer import ZooWriter
 
 MEASURED = (Measurement("test_accuracy", "r2", "R²", Score("ours", 0.7, 0.6, 0.8), (Score("s(W)", 0.6),)),)
 OURS = PushSettings(licence="apache-2.0")
@@ -490,7 +491,7 @@ def test_a_sampled_model_goes_up(hub: LoopbackHub, models: Path) -> None:
 
 
 def test_many_models_go_up_with_their_folders(hub: LoopbackHub, tiny_zoo: Zoo, tmp_path: Path) -> None:
-    from weightspace.zoo.exporting import export_folder
+    from weightspace.zoo.transfer import export_folder
 
     rows = [0, int(np.flatnonzero(tiny_zoo.index["header"] != tiny_zoo.index["header"][0])[0])]
     export_folder(tiny_zoo, tmp_path / "models", rows)

@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from weightspace.training.joint import train_joint
     from weightspace.training.prior import train_prior
     from weightspace.zoo.dataset import load_zoo
-    from weightspace.zoo.exporting import export_folder
     from weightspace.zoo.importing import import_folder
     from weightspace.zoo.training import train_zoo
+    from weightspace.zoo.transfer import export_folder
 
 __version__ = "0.1.0"
 
@@ -55,7 +55,7 @@ _HOMES = {
     "WeightPriorModel": "weightspace.models.prior.modeling_prior",
     "WeightspaceError": "weightspace.errors",
     "embed": "weightspace.encoder",
-    "export_folder": "weightspace.zoo.exporting",
+    "export_folder": "weightspace.zoo.transfer",
     "get_tokenizer": "weightspace.tokenizers",
     "import_folder": "weightspace.zoo.importing",
     "infer_architecture": "weightspace.networks.infer",

@@ -44,11 +44,11 @@ from weightspace.training.joint import JointSettings, TowerSettings, train_joint
 from weightspace.training.loop import read_history
 from weightspace.training.settings import LoopSettings
 from weightspace.zoo.dataset import Zoo, load_zoo
-from weightspace.zoo.describing import training_zoo
-from weightspace.zoo.exporting import export_folder
+from weightspace.zoo.facts import training_zoo
 from weightspace.zoo.importing import import_folder
 from weightspace.zoo.storage import write_text
 from weightspace.zoo.training import ZooSettings, train_zoo
+from weightspace.zoo.transfer import export_folder
 from weightspace.zoo.views import Augmentation
 
 _TARGETS = ("test_accuracy", "generalization_gap", "classes")

@@ -244,7 +244,7 @@ class ZooEntry:
         task: what the model does, as a pipeline tag of the Hub (``"image-classification"``), or None.
         datasets: all datasets that the model's card names.
         metrics: everything that is reported of the model, as written.
-        content: tells equal weights: for stored weights what ``weightspace.zoo.content`` makes of the tensors, for
+        content: tells equal weights: for stored weights what ``weightspace.zoo.storage`` makes of the tensors, for
             weights on the Hub what names the file's content there. None if nobody has looked.
     """
 

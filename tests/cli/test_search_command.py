@@ -9,7 +9,7 @@ from loopback_hub import LoopbackHub
 
 from weightspace.cli.main import main
 from weightspace.zoo.dataset import Zoo
-from weightspace.zoo.exporting import export_folder
+from weightspace.zoo.transfer import export_folder
 
 
 def answer(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:

@@ -16,14 +16,16 @@ from loopback_hub import LoopbackHub
 from safetensors.torch import save
 from torch import Tensor
 
-from weightspace.crawl import run as crawling
 from weightspace.crawl.fetch import Room
 from weightspace.crawl.plan import CrawlSettings
-from weightspace.crawl.run import CrawlSummary, crawl, prepare_crawl
+from weightspace.crawl.run import crawl, prepare_crawl
+from weightspace.crawl.spool import Spool
 from weightspace.errors import HubError, SettingsError, ZooError
 from weightspace.io.hub import HubOptions
 from weightspace.schema import ReportedMetric
+from weightspace.zoo import writer
 from weightspace.zoo.dataset import load_zoo
+from weightspace.zoo.writer import ZooSummary, ZooWriter
 
 Tensors = dict[str, Tensor]
 
@@ -49,7 +51,7 @@ def add(hub: LoopbackHub, number: int, **files: Any) -> str:
     return hub.create(f"org/m{number:03d}", {**content, **files}, downloads=1000 - number)
 
 
-def run(output: Path, settings: CrawlSettings | None = None, **options: Any) -> CrawlSummary:
+def run(output: Path, settings: CrawlSettings | None = None, **options: Any) -> ZooSummary:
     plan = prepare_crawl(settings or CrawlSettings(), output, options.get("options"))
     return crawl(plan, output, **options)
 
@@ -303,7 +305,7 @@ def test_a_folder_holds_one_crawl(hub: LoopbackHub, tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crawling, "_SHARD_ITEMS", 4)
+    monkeypatch.setattr(writer, "SHARD_MODELS", 4)
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -326,16 +328,16 @@ def test_interrupted_anywhere_the_result_is_the_same(
     assert len([name for name in expected if name.startswith("weights/")]) == 4
 
     done: list[int] = []
-    keep = crawling.keep
+    put = Spool.put
 
-    def counting(*arguments: Any) -> Any:
+    def counting(spool: Spool, number: int, fetched: Any) -> Any:
         if len(done) >= survivors:
             raise KeyboardInterrupt
-        done.append(arguments[1].number)
-        return keep(*arguments)
+        done.append(number)
+        return put(spool, number, fetched)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(crawling, "keep", counting)
+        patch.setattr(Spool, "put", counting)
         run(tmp_path / "zoo", jobs=jobs)
     seen = len(hub.requests)
     run(tmp_path / "zoo", jobs=jobs)
@@ -376,7 +378,7 @@ def test_damaged_files_are_fetched_again(
         add(hub, number)
     run(tmp_path / "undisturbed")
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
-        patch.setattr(crawling._Crawl, "_write_shard", lambda *_: _stop())
+        patch.setattr(ZooWriter, "write_shard", lambda *_, **__: _stop())
         run(tmp_path / "zoo")
     files = sorted((tmp_path / "zoo" / "fetched").iterdir())
     assert len(files) == 3

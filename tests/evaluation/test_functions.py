@@ -12,7 +12,8 @@ from weightspace.data.images import load_images
 from weightspace.evaluation.functions import FunctionComparison, compare_functions
 from weightspace.networks.permutation import permute, random_permutations
 from weightspace.schema import Architecture
-from weightspace.zoo.dataset import Zoo, ZooBatch, ZooWriter, load_zoo
+from weightspace.zoo.dataset import Zoo, ZooBatch, load_zoo
+from weightspace.zoo.writer import ZooWriter
 
 
 def first(zoo: Zoo) -> ZooBatch:

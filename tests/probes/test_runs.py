@@ -15,7 +15,8 @@ from weightspace.errors import ZooError
 from weightspace.io.writing import checkpoint_bytes
 from weightspace.probes.runs import last_checkpoints, run_table
 from weightspace.schema import ModelRef, ZooEntry
-from weightspace.zoo.dataset import Zoo, ZooWriter, load_zoo
+from weightspace.zoo.dataset import Zoo, load_zoo
+from weightspace.zoo.writer import ZooWriter
 
 
 def zoo_of(path: Path, runs: Sequence[Mapping[str, Any]], widths: Sequence[int] = (2,)) -> Zoo:

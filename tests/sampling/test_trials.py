@@ -54,8 +54,8 @@ def test_training_rows_are_neither_tested_nor_validated_on(tiny_zoo: Zoo, unseen
 
 
 def test_another_zoo_is_refused(tiny_clip_joint: Path, tiny_zoo: Zoo, tmp_path: Path) -> None:
-    from weightspace.zoo.exporting import export_folder
     from weightspace.zoo.importing import import_folder
+    from weightspace.zoo.transfer import export_folder
 
     export_folder(tiny_zoo, tmp_path / "files", range(3))
     import_folder(tmp_path / "files", tmp_path / "zoo")

@@ -16,7 +16,7 @@ from weightspace.search.index import EmbeddingIndex
 from weightspace.search.queries import dataset_for, described_dataset, joint_query
 from weightspace.search.results import parse_results
 from weightspace.zoo.dataset import Zoo
-from weightspace.zoo.exporting import export_folder
+from weightspace.zoo.transfer import export_folder
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,8 @@ from weightspace.training.autoencoder import (
     train_autoencoder,
 )
 from weightspace.training.loop import read_history
-from weightspace.zoo.dataset import Zoo, ZooWriter, load_zoo
+from weightspace.zoo.dataset import Zoo, load_zoo
+from weightspace.zoo.writer import ZooWriter
 
 ROOT = Path(__file__).parents[2]
 

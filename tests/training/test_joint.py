@@ -33,9 +33,10 @@ from weightspace.training.autoencoder import EncoderSettings, read_training
 from weightspace.training.joint import JointSettings, TowerSettings, train_joint
 from weightspace.training.loop import read_history
 from weightspace.training.settings import LoopSettings
-from weightspace.zoo.dataset import Zoo, ZooWriter, load_zoo
+from weightspace.zoo.dataset import Zoo, load_zoo
 from weightspace.zoo.splits import split_by_run
 from weightspace.zoo.views import reordered_outputs
+from weightspace.zoo.writer import ZooWriter
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,17 +7,17 @@ import pytest
 
 from weightspace.errors import ZooError
 from weightspace.schema import ModelRef
-from weightspace.zoo import copying
-from weightspace.zoo.copying import copy_zoo, without_folders
+from weightspace.zoo import writer
 from weightspace.zoo.dataset import Zoo
+from weightspace.zoo.transfer import copy_zoo, without_folders
 
 
 @pytest.mark.parametrize("size", [1, 5000, 2**28])
 def test_chosen_models_keep_their_bytes_and_facts(
     tiny_zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
-    monkeypatch.setattr(copying, "_SHARD_MODELS", 7)
-    monkeypatch.setattr(copying, "_SHARD_BYTES", size)
+    monkeypatch.setattr(writer, "SHARD_MODELS", 7)
+    monkeypatch.setattr(writer, "SHARD_BYTES", size)
     rows = np.arange(1, 48, 3)
     copy = copy_zoo(tiny_zoo, rows, tmp_path / "copy", settings={"copy": 1})
     assert [copy.blob(row) for row in range(len(copy))] == [tiny_zoo.blob(row) for row in rows]

@@ -15,10 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weightspace.errors import WeightspaceError, ZooError
+from weightspace.io import checkpoint
 from weightspace.io.writing import checkpoint_bytes
 from weightspace.schema import ModelRef, ZooEntry
 from weightspace.zoo import dataset, writer
-from weightspace.zoo.dataset import Zoo, ZooWriter, load_zoo
+from weightspace.zoo.dataset import Zoo, load_zoo
+from weightspace.zoo.writer import ZooWriter
 
 SETTINGS = {"seed": 1, "models": 12}
 WIDTHS = (2, 3, 5)
@@ -214,13 +216,13 @@ def test_datasets_opens_both_configurations(zoo, tmp_path, monkeypatch):
 
 
 def test_groups_that_configs_disagree_on_are_left_out(tmp_path, monkeypatch):
-    inferred = dataset.infer_architecture
+    inferred = checkpoint.infer_architecture
 
     def without_groups_for_residual(specs, *, config=None, aliases=()):
         found = inferred(specs, config=None, aliases=aliases)
         return replace(found, groups=()) if config == {"residual": True} else found
 
-    monkeypatch.setattr(dataset, "infer_architecture", without_groups_for_residual)
+    monkeypatch.setattr(checkpoint, "infer_architecture", without_groups_for_residual)
     tensors = {"0.weight": torch.randn(4, 3), "0.bias": torch.randn(4), "1.weight": torch.randn(2, 4)}
     for name, configs in (("agree", ({"a": 1}, None)), ("disagree", ({"a": 1}, {"residual": True}))):
         new = ZooWriter(tmp_path / name, settings={})

@@ -11,10 +11,11 @@ from weightspace.errors import ZooError
 from weightspace.io.checkpoint import open_checkpoint
 from weightspace.io.writing import checkpoint_bytes
 from weightspace.schema import ModelRef, ZooEntry
-from weightspace.zoo import exporting
-from weightspace.zoo.dataset import ZooWriter, load_zoo
-from weightspace.zoo.exporting import export_folder
+from weightspace.zoo.dataset import load_zoo
 from weightspace.zoo.importing import import_folder
+from weightspace.zoo.storage import RESULTS
+from weightspace.zoo.transfer import export_folder
+from weightspace.zoo.writer import ZooWriter
 
 names = st.text(st.characters(codec="utf-8", categories=["L", "N", "P"]), min_size=1, max_size=8)
 values = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | names | st.lists(names, max_size=2)
@@ -37,7 +38,7 @@ entries = st.builds(
 
 
 def make_zoo(path, known):
-    writer = ZooWriter(path, settings={}, results=[*exporting.RESULTS, "reward"])
+    writer = ZooWriter(path, settings={}, results=[*RESULTS, "reward"])
     blobs = [checkpoint_bytes({"w": torch.full((number % 3,), float(number))}) for number in range(len(known))]
     writer.write_shard("a", known, blobs)
     writer.finish()

@@ -14,7 +14,8 @@ from loopback_hub import LoopbackHub
 
 from weightspace.errors import HubError, ZooError
 from weightspace.zoo import writer
-from weightspace.zoo.dataset import Zoo, ZooWriter, load_zoo
+from weightspace.zoo.dataset import Zoo, load_zoo
+from weightspace.zoo.writer import ZooWriter
 
 FILES = "resolve|^/cdn/"
 

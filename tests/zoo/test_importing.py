@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ from weightspace.errors import ZooError
 from weightspace.io.checkpoint import open_checkpoint_bytes
 from weightspace.io.writing import checkpoint_bytes
 from weightspace.schema import ModelRef
-from weightspace.zoo import importing
+from weightspace.zoo import importing, writer
 from weightspace.zoo.dataset import load_zoo
-from weightspace.zoo.importing import ImportSummary, import_folder
+from weightspace.zoo.importing import import_folder
+from weightspace.zoo.writer import ZooSummary
 
 GOOD = checkpoint_bytes({"fc.weight": torch.arange(6.0).view(2, 3), "fc.bias": torch.ones(2)})
 
@@ -65,7 +67,7 @@ def test_rows_become_entries(folder, output):
         },
     ]
     fill(folder, rows, {"a/one.safetensors": GOOD, "two.safetensors": GOOD, "a/config.json": b'{"hidden": [2]}'})
-    assert import_folder(folder, output) == ImportSummary(2, ())
+    assert import_folder(folder, output) == ZooSummary(2, ())
     zoo = load_zoo(output)
     one, two = zoo.entries()
     assert (one.model_id, one.run_id, one.dataset) == ("a/one", "7", None)
@@ -168,7 +170,7 @@ def test_folders_sharded_checkpoints_and_adapters(folder, output):
     files |= {"sharded/model.safetensors.index.json": index, "whole/model.safetensors": GOOD}
     files |= {"lora/adapter_model.safetensors": GOOD, "lora/adapter_config.json": b'{"r": 4}'}
     fill(folder, [{"file": name} for name in ("sharded", "whole", "lora")], files)
-    assert import_folder(folder, output) == ImportSummary(3, ())
+    assert import_folder(folder, output) == ZooSummary(3, ())
     zoo = load_zoo(output)
     assert zoo.index["model_id"].tolist() == ["sharded", "whole", "lora"]
     joined = open_checkpoint_bytes(zoo.blob(0), where="joined").tensors()
@@ -181,7 +183,7 @@ def test_an_import_that_was_killed_goes_on(folder, output, monkeypatch):
     rows = [{"file": f"{n}.safetensors"} for n in range(7)] + [{"file": "gone.safetensors"}]
     files = {f"{n}.safetensors": GOOD for n in range(7)} | {"3.safetensors": NAN}
     fill(folder, rows, files)
-    monkeypatch.setattr(importing, "_SHARD_MODELS", 2)
+    monkeypatch.setattr(writer, "SHARD_MODELS", 2)
     loaded = []
     load = importing._load
 
@@ -209,3 +211,19 @@ def test_a_changed_folder_is_another_zoo(folder, output):
     fill(folder, [{"file": "a.safetensors", "epoch": 3}], {})
     with pytest.raises(ZooError, match="differ in content"):
         import_folder(folder, output)
+
+
+def test_the_digest_depends_on_content_alone(folder, output, tmp_path):
+    fill(folder, [{"file": "a.safetensors"}], {"a.safetensors": GOOD})
+    import_folder(folder, output)
+    copy = tmp_path / "other" / folder.name
+    copy.mkdir(parents=True)
+    fill(copy, [{"file": "a.safetensors"}], {"a.safetensors": GOOD})
+    os.utime(copy / "a.safetensors", (1, 1))
+    import_folder(copy, tmp_path / "again")
+    assert load_zoo(tmp_path / "again").digest == load_zoo(output).digest
+    changed = bytearray(GOOD)
+    changed[-1] ^= 1  # the size stays
+    fill(copy, [{"file": "a.safetensors"}], {"a.safetensors": bytes(changed)})
+    with pytest.raises(ZooError, match="differ in content"):
+        import_folder(copy, tmp_path / "again")

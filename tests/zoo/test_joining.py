@@ -13,9 +13,9 @@ from weightspace.crawl.plan import CrawlSettings
 from weightspace.crawl.run import crawl, prepare_crawl
 from weightspace.errors import ZooError
 from weightspace.schema import ModelRef, ZooEntry
-from weightspace.zoo import joining
+from weightspace.zoo import writer as writing
 from weightspace.zoo.dataset import load_zoo
-from weightspace.zoo.joining import join_zoos
+from weightspace.zoo.transfer import join_zoos
 from weightspace.zoo.writer import ZooWriter
 
 
@@ -54,7 +54,7 @@ def test_rows_columns_and_skips_of_all(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("finished", [0, 1, 2])
 def test_a_join_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: int) -> None:
-    monkeypatch.setattr(joining, "_SHARD_MODELS", 2)
+    monkeypatch.setattr(writing, "SHARD_MODELS", 2)
     zoos = [write(tmp_path / "first", {"a": 1.0, "b": 2.0, "c": 3.0}), write(tmp_path / "second", {"d": 1.0, "e": 5.0})]
     join_zoos(zoos, tmp_path / "undisturbed")
     write_shard = ZooWriter.write_shard

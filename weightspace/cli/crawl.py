@@ -13,7 +13,7 @@ from weightspace.cli.options import Amount, json_option
 from weightspace.cli.output import print_json, print_list, printable
 
 if TYPE_CHECKING:
-    from weightspace.crawl import Plan
+    from weightspace.crawl.plan import Plan
 
 _SORTS = ("downloads", "likes", "createdAt", "lastModified", "trendingScore")
 _MOST_SHOWN = 10
@@ -62,8 +62,9 @@ def crawl(output: Path, jobs: int, ray: bool, token: str | None, dry_run: bool, 
 
     Zoos of several shards become one with `weightspace zoo join`.
     """
-    from weightspace.crawl import CrawlSettings, make_plan, prepare_crawl, read_plan
-    from weightspace.crawl import crawl as crawl_hub
+    from weightspace.crawl.plan import CrawlSettings, make_plan, read_plan
+    from weightspace.crawl.run import crawl as crawl_hub
+    from weightspace.crawl.run import prepare_crawl
     from weightspace.io.hub import HubOptions
 
     settings, options = CrawlSettings(**asked), HubOptions(token=token)

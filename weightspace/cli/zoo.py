@@ -68,7 +68,7 @@ def join_command(paths: tuple[str, ...], output: Path, as_json: bool) -> None:
 
     Models whose tensors another one has already are left out. After an interruption, the same command goes on.
     """
-    from weightspace.zoo.joining import join_zoos
+    from weightspace.zoo.transfer import join_zoos
 
     summary = join_zoos(paths, output)
     if as_json:
@@ -102,7 +102,7 @@ def export_command(path: Path, output: Path, as_json: bool) -> None:
     With its metadata.jsonl, the folder can be imported again.
     """
     from weightspace.zoo.dataset import load_zoo
-    from weightspace.zoo.exporting import export_folder
+    from weightspace.zoo.transfer import export_folder
 
     count = export_folder(load_zoo(path), output)
     if as_json:

@@ -1,10 +1,11 @@
-"""What the Hub's listing, a model's card and a trainer's log say of a model.
+"""Metadata of a model: in the Hub's listing, in its card and in a trainer's log.
 
-All of it is written by strangers: whatever has another form than expected says nothing, and lengths are bounded.
+All of it comes from strangers: whatever has an unexpected form is ignored, and lengths are bounded.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import Counter, defaultdict
@@ -38,7 +39,7 @@ _FORMAT_COLUMNS = frozenset({*weights_schema(()).names, *RESULTS})
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a listing tells of a model.
+    """Metadata of a model in the Hub's listing.
 
     Attributes:
         licence: licence id, or None; several are joined with commas.
@@ -46,8 +47,8 @@ class CardFacts:
         library: library that the model is for, or None.
         base_models: models that it was trained or merged from.
         datasets: datasets that its card names.
-        metrics: everything of its card's model-index.
-        trained_by_trainer: whether transformers' Trainer wrote the card, whose text then lists hyper-parameters.
+        metrics: all metrics of its card's model-index.
+        trained_by_trainer: whether transformers' Trainer wrote the card; its text then lists hyper-parameters.
     """
 
     licence: str | None = None
@@ -61,9 +62,9 @@ class CardFacts:
 
 def card_facts(row: Mapping[str, Any]) -> CardFacts:
     """Reads a row of the Hub's listing of models, with ``cardData``, ``config`` and ``tags``."""
-    card, config, tags = _object(row.get("cardData")), _object(row.get("config")), _names(row.get("tags"))
+    card, config, tags = as_object(row.get("cardData")), as_object(row.get("config")), _names(row.get("tags"))
     licences = _names(card.get("license")) or _tagged(tags, "license")
-    peft = _object(config.get("peft"))
+    peft = as_object(config.get("peft"))
     base_models = _names(card.get("base_model")) or _names(peft.get("base_model_name_or_path"))
     return CardFacts(
         licence=", ".join(licences) or None,
@@ -71,7 +72,7 @@ def card_facts(row: Mapping[str, Any]) -> CardFacts:
         library=_name(row.get("library_name")),
         base_models=base_models,
         datasets=_names(card.get("datasets")) or _tagged(tags, "dataset"),
-        metrics=_model_index(card.get("model-index") or row.get("model-index")),
+        metrics=tuple(itertools.islice(_model_index(card.get("model-index") or row.get("model-index")), MAX_METRICS)),
         trained_by_trainer="generated_from_trainer" in tags,
     )
 
@@ -79,15 +80,14 @@ def card_facts(row: Mapping[str, Any]) -> CardFacts:
 def metric_columns(models: Iterable[Iterable[ReportedMetric]]) -> tuple[str, ...]:
     """Returns the result columns for the numbers that models' cards report, sorted; the most frequent of very many."""
     counts = Counter(name for metrics in models for name in card_results(metrics) if name not in RESULTS)
-    frequent = sorted(counts, key=lambda name: (-counts[name], name))[:MAX_METRIC_COLUMNS]
-    return tuple(sorted(frequent))
+    return tuple(sorted(sorted(counts, key=lambda name: (-counts[name], name))[:MAX_METRIC_COLUMNS]))
 
 
 def card_results(metrics: Iterable[ReportedMetric]) -> dict[str, float]:
-    """Returns what a card's metrics say without doubt.
+    """Returns the results that a card states unambiguously.
 
-    Each kind of metric that has but one value becomes a column under its own name. ``test_accuracy`` (a fraction) and
-    ``test_loss`` are the accuracy and the loss on a test or validation split, where there is but one.
+    Each kind of metric with a single value becomes a column of its name. ``test_accuracy`` (a fraction) and
+    ``test_loss`` are the accuracy and the loss on a test or validation split, if there is a single one.
     """
     values: dict[str, set[float]] = defaultdict(set)
     for metric in metrics:
@@ -97,7 +97,8 @@ def card_results(metrics: Iterable[ReportedMetric]) -> dict[str, float]:
         if name is not None:
             values[name].add(metric.value)
         if metric.split is not None and metric.split.lower() in _TEST_SPLITS:
-            values |= {known: values[known] | {value} for known, value in _known(metric.name, metric.value)}
+            for known, value in _test_result(metric.name, metric.value).items():
+                values[known].add(value)
     return {name: min(found) for name, found in values.items() if len(found) == 1}
 
 
@@ -118,12 +119,12 @@ def training_hyperparameters(card: str) -> dict[str, float | str]:
 
 @dataclass(frozen=True)
 class TrainerFacts:
-    """What a ``trainer_state.json`` says of the checkpoint beside it.
+    """Metadata of a checkpoint in the ``trainer_state.json`` beside it.
 
     Attributes:
         results: ``step``, ``epoch``, and test loss and accuracy of an evaluation at this step.
         hyperparameters: settings of the training.
-        metrics: everything of that evaluation.
+        metrics: all metrics of that evaluation.
     """
 
     results: Mapping[str, float]
@@ -136,31 +137,26 @@ def trainer_facts(state: Mapping[str, Any]) -> TrainerFacts:
     step = state.get("global_step")
     numbers: dict[str, Any] = {"step": step, "epoch": state.get("epoch")}
     results = {name: float(value) for name, value in numbers.items() if _is_number(value)}
-    history = state.get("log_history")
-    metrics = []
-    for record in history if isinstance(history, list) else ():
-        if isinstance(record, dict) and step is not None and record.get("step") == step:
-            for name, value in record.items():
-                if name.startswith("eval_") and not name.endswith(_SPEEDS) and _name(name):
-                    metrics.append(ReportedMetric(name, _value(value), split="evaluation"))
-    metrics = metrics[:MAX_METRICS]
+    history = as_list(state.get("log_history"))
+    records = [record for record in map(as_object, history) if step is not None and record.get("step") == step]
+    metrics = [
+        ReportedMetric(name, _value(value), split="evaluation")
+        for name, value in itertools.chain.from_iterable(record.items() for record in records)
+        if name.startswith("eval_") and not name.endswith(_SPEEDS) and _name(name)
+    ][:MAX_METRICS]
     for metric in metrics:
         if not isinstance(metric.value, str):
-            results |= _known(metric.name.removeprefix("eval_"), metric.value)
+            results |= _test_result(metric.name.removeprefix("eval_"), metric.value)
     settings = {name: float(state[name]) for name in _STATE_SETTINGS if _is_number(state.get(name))}
     return TrainerFacts(results, settings, tuple(metrics))
 
 
-def _known(name: str, value: float) -> list[tuple[str, float]]:
-    """The result column that a metric on a test split fills, if any."""
-    match name.lower():
-        case "accuracy" if 0 <= value <= 1:
-            return [("test_accuracy", value)]
-        case "accuracy" if 1 < value <= 100:
-            return [("test_accuracy", value / 100)]
-        case "loss":
-            return [("test_loss", value)]
-    return []
+def _test_result(name: str, value: float) -> dict[str, float]:
+    """The result column for a metric on a test split, if there is one."""
+    name = name.lower()
+    if name == "accuracy" and 0 <= value <= 100:
+        return {"test_accuracy": value if value <= 1 else value / 100}
+    return {"test_loss": value} if name == "loss" else {}
 
 
 def _column(name: str) -> str | None:
@@ -168,16 +164,12 @@ def _column(name: str) -> str | None:
     return f"metric_{plain}" if plain in _FORMAT_COLUMNS else plain or None
 
 
-def _model_index(index: Any) -> tuple[ReportedMetric, ...]:
-    return tuple(metric for metric, _ in zip(_reported(index), range(MAX_METRICS), strict=False))
-
-
-def _reported(index: Any) -> Iterator[ReportedMetric]:
-    for result in (result for model in _list(index) for result in _list(_object(model).get("results"))):
-        dataset = _object(_object(result).get("dataset"))
+def _model_index(index: Any) -> Iterator[ReportedMetric]:
+    for result in (result for model in as_list(index) for result in as_list(as_object(model).get("results"))):
+        dataset = as_object(as_object(result).get("dataset"))
         name = _name(dataset.get("type")) or _name(dataset.get("name"))
-        split = _name(dataset.get("split")) or _name(_object(dataset.get("args")).get("split"))
-        for metric in map(_object, _list(_object(result).get("metrics"))):
+        split = _name(dataset.get("split")) or _name(as_object(dataset.get("args")).get("split"))
+        for metric in map(as_object, as_list(as_object(result).get("metrics"))):
             kind = _name(metric.get("type")) or _name(metric.get("name"))
             if kind is not None and metric.get("value") is not None:
                 verified = metric.get("verified") is True
@@ -205,11 +197,13 @@ def _is_number(value: Any) -> bool:
     return False
 
 
-def _object(value: Any) -> Mapping[str, Any]:
+def as_object(value: Any) -> Mapping[str, Any]:
+    """Returns a JSON object; an empty one in place of anything else."""
     return value if isinstance(value, dict) else {}
 
 
-def _list(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
+    """Returns a JSON list; an empty one in place of anything else."""
     return value if isinstance(value, list) else []
 
 
@@ -218,7 +212,7 @@ def _name(value: Any) -> str | None:
 
 
 def _names(value: Any) -> tuple[str, ...]:
-    values = [value] if isinstance(value, str) else _list(value)[:_MOST_NAMES]
+    values = [value] if isinstance(value, str) else as_list(value)[:_MOST_NAMES]
     return tuple(dict.fromkeys(name for name in map(_name, values) if name is not None))
 
 

@@ -1,4 +1,4 @@
-"""Fetching one checkpoint of a crawl: its weights, or why it has none that can be used. Nothing is written here."""
+"""Fetching one checkpoint of a crawl: its weights and metadata, or why it cannot be used. Nothing is written here."""
 
 from __future__ import annotations
 
@@ -17,19 +17,24 @@ from weightspace.crawl.card_facts import (
     trainer_facts,
     training_hyperparameters,
 )
-from weightspace.crawl.plan import CARD, TRAINER_STATE, CrawlSettings, PlannedRepo
+from weightspace.crawl.plan import CARD, TRAINER_STATE, CrawlSettings, Item
+from weightspace.crawl.spool import Fetched
 from weightspace.errors import HubError, WeightspaceError, ZooError
-from weightspace.io.adapters import Adapter, is_untrained, read_adapter
-from weightspace.io.checkpoint import ADAPTER_CONFIG, INDEX, Checkpoint, open_in
+from weightspace.io.adapters import is_untrained, read_adapter
+from weightspace.io.checkpoint import (
+    ADAPTER_CONFIG,
+    INDEX,
+    Checkpoint,
+    open_in,
+)
 from weightspace.io.folders import Folder
 from weightspace.io.header import byte_count, header_of, parse_header, shown
 from weightspace.io.hub import HubEntry, HubOptions, is_transient
 from weightspace.io.hub_repo import HubFile, HubRepo
 from weightspace.io.reader import ByteSource, MemorySource
 from weightspace.schema import ZooEntry
-from weightspace.zoo.content import check_finite, content_digest
-from weightspace.zoo.storage import MAX_BLOB_BYTES, header_digest
-from weightspace.zoo.writer import RemoteWeights
+from weightspace.zoo.storage import MAX_BLOB_BYTES, check_finite, content_digest, header_digest
+from weightspace.zoo.writer import RemoteWeights, Skip
 
 T = TypeVar("T")
 
@@ -39,28 +44,11 @@ _AT_ONCE = 8 * 2**20
 _MOST_MISMATCHES = 10
 
 
-@dataclass(frozen=True)
-class Fetched:
-    """What became of one checkpoint of a plan; of the first three one is there, or none once it is in the spool.
-
-    Attributes:
-        model: what is known of it, and its weights.
-        skipped: ``(what, reason)`` why it is no model.
-        unreachable: why nothing is known yet: the Hub could not be asked.
-        bytes: how many came over the network.
-    """
-
-    model: tuple[ZooEntry, bytes | RemoteWeights] | None = None
-    skipped: tuple[str, str] | None = None
-    unreachable: str | None = None
-    bytes: int = 0
-
-
 class Room:
     """Bounds the bytes that are held in memory at once, over all threads."""
 
     def __init__(self, limit: int) -> None:
-        """Lets in up to ``limit`` bytes, or whatever comes alone."""
+        """Admits up to ``limit`` bytes, or a single larger piece."""
         self._limit, self._held = limit, 0
         self._changed = threading.Condition()
 
@@ -79,49 +67,42 @@ class Room:
 
 
 def fetch_model(
-    repo: PlannedRepo,
-    path: str,
-    settings: CrawlSettings,
-    options: HubOptions,
-    room: Room,
-    keep: Callable[[Fetched], T],
+    item: Item, settings: CrawlSettings, options: HubOptions, room: Room, keep: Callable[[Fetched], T]
 ) -> T:
-    """Fetches a checkpoint of a repository at its commit. Whatever is wrong with it becomes a reason.
+    """Fetches a checkpoint at the commit of its repository. Whatever is wrong with it becomes a reason.
 
     Args:
-        repo: from a plan.
-        path: one of its checkpoints.
+        item: of the plan.
         settings: of the crawl.
         options: how the Hub is reached.
-        room: for the weights, while they are worked on.
+        room: for the weights, while they are in use.
         keep: takes what was fetched, while there is room for it.
 
     Returns:
         What ``keep`` returns.
     """
+    repo = item.repo
     hub = HubRepo(repo.repo_id, repo.sha, [HubEntry(file) for file in repo.files], options)
-    reason = None
     with ExitStack() as stack:
         try:
-            loaded = stack.enter_context(_loaded(hub, path, settings, room))
-            entry = _entry(hub, repo, path, loaded)
-        except HubError as error:
-            if is_transient(error):
+            loaded = stack.enter_context(_loaded(hub, item.path, settings, room))
+            model = _entry(hub, item, loaded), loaded.weights
+        except WeightspaceError as error:
+            if isinstance(error, HubError) and is_transient(error):
                 return keep(Fetched(unreachable=str(error), bytes=hub.fetched_bytes))
             reason = str(error)
-        except WeightspaceError as error:
-            reason = str(error)
         except (ArithmeticError, LookupError, RecursionError, RuntimeError, TypeError, ValueError) as error:
-            # What other people's files can do to code is not all foreseen; it must not end the crawl.
+            # Not all effects of other people's files can be foreseen; they must not end the crawl.
             reason = f"{type(error).__name__}: {shown(str(error))}"
         else:
-            return keep(Fetched(model=(entry, loaded.weights), bytes=hub.fetched_bytes))
-    return keep(Fetched(skipped=(f"{repo.repo_id}@{repo.sha}:{path}", reason), bytes=hub.fetched_bytes))
+            return keep(Fetched(model, bytes=hub.fetched_bytes))
+    return keep(Fetched(Skip(f"{repo.repo_id}@{repo.sha}:{item.path}", reason), bytes=hub.fetched_bytes))
 
 
-def _entry(hub: HubRepo, repo: PlannedRepo, path: str, loaded: _Loaded) -> ZooEntry:
-    folder, facts, checkpoint = hub, repo.facts, loaded.checkpoint
-    state = folder.read_json(_beside(path, TRAINER_STATE))
+def _entry(hub: HubRepo, item: Item, loaded: _Loaded) -> ZooEntry:
+    repo, path = item.repo, item.path
+    facts, checkpoint = repo.facts, loaded.checkpoint
+    state = hub.read_json(_beside(path, TRAINER_STATE))
     trainer = trainer_facts(state) if state is not None else TrainerFacts({}, {}, ())
     hyperparameters: dict[str, Any] = {} if facts.library is None else {"library": facts.library}
     if facts.trained_by_trainer and CARD in repo.files:
@@ -131,14 +112,19 @@ def _entry(hub: HubRepo, repo: PlannedRepo, path: str, loaded: _Loaded) -> ZooEn
     if path in repo.adapters:
         config = checkpoint.adapter_config if config is None else config
         adapter = read_adapter(checkpoint, checkpoint.adapter_config)
-        hyperparameters |= _adapter_settings(adapter, checkpoint)
+        # These names are used by no trainer.
+        hyperparameters["adapter_rank"] = max(pair.rank for pair in adapter.pairs)
+        hyperparameters["adapter_scaling"] = max(adapter.scaling.values())
+        hyperparameters["adapter_untrained"] = is_untrained(adapter, checkpoint)
+        if adapter.mismatches:
+            hyperparameters["adapter_mismatches"] = list(adapter.mismatches[:_MOST_MISMATCHES])
         bases = bases or ((adapter.base_model,) if adapter.base_model else ())
-    # With several checkpoints, the card does not tell which of them it speaks of.
+    # With several checkpoints, the card does not say which one it describes.
     results = card_results(facts.metrics) if len(repo.checkpoints) == 1 else {}
     return ZooEntry(
         model_id=repo.model_id(path),
         run_id=repo.repo_id,
-        ref=folder.ref(path),
+        ref=hub.ref(path),
         dataset=facts.datasets[0] if len(facts.datasets) == 1 else None,
         results={**trainer.results, **results},
         hyperparameters=hyperparameters,
@@ -155,7 +141,7 @@ def _entry(hub: HubRepo, repo: PlannedRepo, path: str, loaded: _Loaded) -> ZooEn
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A checked checkpoint, what the zoo keeps of its weights, and what names their content."""
+    """A checked checkpoint, its weights as the zoo stores them, and the digest of their content."""
 
     checkpoint: Checkpoint
     weights: bytes | RemoteWeights
@@ -164,7 +150,7 @@ class _Loaded:
 
 @contextmanager
 def _loaded(folder: Folder, path: str, settings: CrawlSettings, room: Room) -> Iterator[_Loaded]:
-    """Opens and checks a checkpoint, and makes room for its weights while it is in use."""
+    """Opens and checks a checkpoint, and reserves room for its weights while it is in use."""
     sharded = path.endswith(INDEX)
     files: Sequence[ByteSource] = () if sharded else (folder.open(path),)
     if sharded or settings.reference or files[0].size > _AT_ONCE:
@@ -172,14 +158,21 @@ def _loaded(folder: Folder, path: str, settings: CrawlSettings, room: Room) -> I
         _check(remote, settings)
         files = remote.sources
         if settings.reference:
-            weights = _weights_of(remote, sharded)
+            weights = _remote_weights(remote, sharded)
             _check_size(weights.size)
-            yield _Loaded(remote, weights, _etag(files))
+            tags = [file.etag for file in files if isinstance(file, HubFile)]
+            content = tags[0] if len(tags) == 1 else None
+            if len(tags) > 1 and None not in tags:
+                content = hashlib.sha256("\n".join(map(str, tags)).encode()).hexdigest()
+            yield _Loaded(remote, weights, content)
             return
     size = sum(file.size for file in files)
     _check_size(size)
     with room.for_bytes(2 * size):
-        blob = _joined(files) if sharded else bytes(_read_whole(files[0]))
+        # The parts of a sharded checkpoint are each checked against their hash, and become one file.
+        parts = [MemorySource(_read_whole(file), where=file.where) for file in files]
+        joined = Checkpoint("the checkpoint", [(part, header_of(part)) for part in parts]) if sharded else None
+        blob = bytes(parts[0].read(0, size)) if joined is None else joined.to_bytes()
         config, adapter_config = (folder.read_json(_beside(path, name)) for name in ("config.json", ADAPTER_CONFIG))
         source = MemorySource(blob, where=path)
         header = header_of(source)
@@ -190,7 +183,7 @@ def _loaded(folder: Folder, path: str, settings: CrawlSettings, room: Room) -> I
 
 
 def _check(checkpoint: Checkpoint, settings: CrawlSettings) -> None:
-    """Refuses what is no model, or not one that was asked for."""
+    """Refuses what is no model, and models above the limit."""
     checkpoint.ensure_weights()
     if not any(spec.dtype.startswith(("F", "BF")) and spec.numel for spec in checkpoint.specs.values()):
         raise ZooError(f"none of its {len(checkpoint.specs)} tensors has floating point entries")
@@ -204,23 +197,17 @@ def _check_size(size: int) -> None:
         raise ZooError(f"{size} bytes do not fit a zoo row; the limit is {MAX_BLOB_BYTES}")
 
 
-def _joined(files: Sequence[ByteSource]) -> bytes:
-    """Reads the parts of a sharded checkpoint, each checked against its hash, as the bytes of one file."""
-    read = [MemorySource(_read_whole(file), where=file.where) for file in files]
-    return Checkpoint("the checkpoint", [(file, header_of(file)) for file in read]).to_bytes()
-
-
 def _read_whole(file: ByteSource) -> memoryview:
     try:
         return file.read(0, file.size)
     except HubError as error:
         if error.__cause__ is not None:
             raise
-        return file.read(0, file.size)  # other bytes than listed came: once can be chance
+        return file.read(0, file.size)  # a hash mismatch: try once more
 
 
-def _weights_of(remote: Checkpoint, sharded: bool) -> RemoteWeights:
-    """Returns what the zoo keeps of weights that stay on the Hub; those of shards count as one file."""
+def _remote_weights(remote: Checkpoint, sharded: bool) -> RemoteWeights:
+    """Describes weights that stay on the Hub; shards count as one file."""
     if sharded:
         first = remote.header_bytes()
         size = len(first) + sum(byte_count(spec, remote.where) for spec in remote.specs.values())
@@ -230,29 +217,9 @@ def _weights_of(remote: Checkpoint, sharded: bool) -> RemoteWeights:
     return RemoteWeights(header_digest(file.read(0, header.size), header), file.size)
 
 
-def _etag(files: Sequence[ByteSource]) -> str | None:
-    """What names the content of files on the Hub."""
-    tags = [file.etag for file in files if isinstance(file, HubFile)]
-    if None in tags or len(tags) == 1:
-        return tags[0] if len(tags) == 1 else None
-    return hashlib.sha256("\n".join(map(str, tags)).encode()).hexdigest()
-
-
-def _adapter_settings(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, Any]:
-    """What tells adapters apart, under names that no trainer uses."""
-    found: dict[str, Any] = {
-        "adapter_rank": max(pair.rank for pair in adapter.pairs),
-        "adapter_scaling": max(adapter.scaling.values()),
-        "adapter_untrained": is_untrained(adapter, checkpoint),
-    }
-    if adapter.mismatches:
-        found["adapter_mismatches"] = list(adapter.mismatches[:_MOST_MISMATCHES])
-    return found
-
-
 @lru_cache(maxsize=64)
 def _card_settings(repo_id: str, sha: str, options: HubOptions) -> Mapping[str, float | str]:
-    """Hyper-parameters in the text of a card; checkpoints of one repository share it."""
+    """Hyper-parameters in the text of a card, which the checkpoints of a repository share."""
     card = HubRepo(repo_id, sha, [HubEntry(CARD)], options).open(CARD)
     if card.size > MAX_CARD_BYTES:
         raise ZooError(f"its card has {card.size} bytes; the limit is {MAX_CARD_BYTES}")

@@ -1,4 +1,4 @@
-"""What a crawl will fetch: one listing of the Hub, filtered before anything is downloaded, and kept as a file."""
+"""The plan of a crawl: one listing of the Hub, filtered before anything is downloaded, and saved as a file."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ import re
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
 import httpx2
 from huggingface_hub import constants, get_token
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-from weightspace.crawl.card_facts import CardFacts, card_facts
+from weightspace.crawl.card_facts import CardFacts, as_list, as_object, card_facts
 from weightspace.dtypes import DTYPES
 from weightspace.errors import HubError, SettingsError, WeightspaceError, ZooError
 from weightspace.io.checkpoint import ADAPTER_CONFIG, INDEX
 from weightspace.io.folders import is_visible
 from weightspace.io.header import load_json_object, shown
 from weightspace.io.hub import LIBRARY, HubOptions, call_hub
-from weightspace.io.locations import is_repo_id
-from weightspace.schema import ReportedMetric
-from weightspace.settings import settings_from_mapping
+from weightspace.io.locations import is_inside, is_repo_id
+from weightspace.settings import PositiveInt, Settings, settings_from_mapping
 from weightspace.zoo.storage import write_text
 
 Sort = Literal["downloads", "likes", "createdAt", "lastModified", "trendingScore"]
@@ -38,6 +37,8 @@ MAX_CHECKPOINTS = 1000
 
 TRAINER_STATE = "trainer_state.json"
 CARD = "README.md"
+
+_BESIDE = ("config.json", ADAPTER_CONFIG, TRAINER_STATE)
 
 _VERSION = 1
 _FIELDS = (
@@ -57,8 +58,8 @@ _FAMOUS = ("model", "diffusion_pytorch_model", *_ADAPTERS)
 
 
 @dataclass(frozen=True)
-class CrawlSettings:
-    """Which models of the Hub a crawl is about. Whatever is None or empty does not matter.
+class CrawlSettings(Settings):
+    """Which models of the Hub to crawl. None and empty values do not filter.
 
     Attributes:
         task: pipeline tag.
@@ -67,13 +68,13 @@ class CrawlSettings:
         licences: any of these licence ids.
         tags: all of these tags of the Hub.
         search: text within the names of repositories.
-        base_model: model that they were made from.
-        adapters: only adapters, or only models that are none.
-        max_params: most tensor entries of a model.
-        limit: most repositories.
-        sort: what the listing is sorted by, from the highest to the lowest.
-        shard: ``(i, n)`` takes the i-th of n parts, counted from 1, of what all machines together crawl. A repository's
-            part follows from its name alone.
+        base_model: model that they were derived from.
+        adapters: only adapters, or only other models.
+        max_params: maximum number of tensor entries of a model.
+        limit: maximum number of repositories.
+        sort: order of the listing, descending.
+        shard: ``(i, n)`` crawls the i-th of n parts, counted from 1, on one of several machines. A repository's part
+            follows from its name.
         reference: leave the weights on the Hub.
     """
 
@@ -85,17 +86,14 @@ class CrawlSettings:
     search: str | None = None
     base_model: str | None = None
     adapters: bool | None = None
-    max_params: int | None = None
-    limit: int = 1000
+    max_params: PositiveInt | None = None
+    limit: PositiveInt = 1000
     sort: Sort = "downloads"
     shard: tuple[int, int] = (1, 1)
     reference: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("limit", "max_params"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SettingsError(f"{name}: {value} must be 1 or more")
+        super().__post_init__()
         part, parts = self.shard
         if not 1 <= part <= parts:
             raise SettingsError(f"shard: {part}/{parts} is no part; count from 1/{parts} to {parts}/{parts}")
@@ -106,15 +104,15 @@ class PlannedRepo:
     """A repository of a plan.
 
     Attributes:
-        repo_id: ``org/name``; what the Hub calls it, escaped, where that is no such name.
+        repo_id: ``org/name``; the escaped name if it has another form.
         sha: the commit.
-        checkpoints: paths of what is to be fetched.
-        files: paths of these and of what is read beside them.
-        adapters: those of the checkpoints that are adapters by the names of their files.
-        facts: what the listing tells.
-        lineage: ancestors, nearest first, as far as the listing tells.
-        size: bytes of the weights, or None if the listing does not tell.
-        problems: ``(what, reason)`` of what cannot be fetched.
+        checkpoints: paths to fetch.
+        files: these paths and those of files that are read beside them.
+        adapters: checkpoints that are adapters, by their file names.
+        facts: metadata in the listing.
+        lineage: ancestors that the listing names, nearest first.
+        size: bytes of the weights, or None if the listing does not say.
+        problems: ``(what, reason)`` of everything that cannot be fetched.
     """
 
     repo_id: str
@@ -136,13 +134,30 @@ class PlannedRepo:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a crawl will do.
+class Item:
+    """One checkpoint of a plan.
 
     Attributes:
-        settings: what was asked for.
+        number: position in the plan; rows of the zoo follow this order.
+        repo: its repository.
+        path: inside the repository.
+        problem: ``(what, reason)`` if the plan already says that it cannot be fetched.
+    """
+
+    number: int
+    repo: PlannedRepo
+    path: str = ""
+    problem: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a crawl will fetch.
+
+    Attributes:
+        settings: of the crawl.
         repos: in the order of the rows of the zoo.
-        excluded: how many repositories of the listing were left out as not asked for, by reason.
+        excluded: number of repositories of the listing that do not match the settings, by reason.
     """
 
     settings: CrawlSettings
@@ -156,41 +171,93 @@ class Plan:
 
     @property
     def models(self) -> int:
-        """Checkpoints to fetch."""
+        """Number of checkpoints to fetch."""
         return sum(len(repo.checkpoints) for repo in self.repos)
 
     @property
     def problems(self) -> tuple[tuple[str, str], ...]:
-        """``(what, reason)`` of everything that was asked for and cannot be fetched."""
+        """``(what, reason)`` of everything that matches the settings and cannot be fetched."""
         return tuple(problem for repo in self.repos for problem in repo.problems)
+
+    def items(self) -> Iterator[Item]:
+        """Yields all checkpoints and problems, numbered."""
+        numbers = itertools.count()
+        for repo in self.repos:
+            yield from (Item(next(numbers), repo, problem=problem) for problem in repo.problems)
+            yield from (Item(next(numbers), repo, path) for path in repo.checkpoints)
 
 
 def make_plan(settings: CrawlSettings, options: HubOptions | None = None) -> Plan:
     """Lists the Hub once, page by page, until there are enough repositories.
 
     Raises:
-        HubError: the Hub refuses or is out of reach.
+        HubError: access is refused, or the Hub is out of reach.
     """
-    return _plan(settings, options or HubOptions())
+    options = options or HubOptions()
+    excluded: Counter[str] = Counter()
+    parents: dict[str, tuple[str, ...]] = {}
+    repos: list[PlannedRepo] = []
+    usable = 0
+    signed_in = options.token is not False and bool(options.token or get_token())
+    for row in list_models(_query(settings), options):
+        repo = _planned(row, signed_in=signed_in)
+        if repo.repo_id in parents:
+            continue  # pages shift while a listing is read
+        parents[repo.repo_id] = repo.facts.base_models
+        if settings.adapters is not None:
+            kept = tuple(path for path in repo.checkpoints if (path in repo.adapters) == settings.adapters)
+            repo = replace(repo, checkpoints=kept)
+        if reason := _mismatch(repo, row, settings):
+            excluded[reason] += 1
+            continue
+        usable += bool(repo.checkpoints)
+        part, parts = settings.shard
+        if 1 + int.from_bytes(hashlib.sha256(repo.repo_id.encode()).digest()[:8], "big") % parts == part:
+            repos.append(repo)
+        else:
+            excluded["part of another shard"] += 1
+        if usable == settings.limit:
+            break
+    repos = [replace(repo, lineage=_lineage(repo.repo_id, parents)) for repo in repos]
+    return Plan(settings, tuple(repos), excluded)
 
 
-def list_models(asked: Mapping[str, Any], options: HubOptions) -> Iterator[Any]:
+def _query(settings: CrawlSettings) -> dict[str, Any]:
+    tags = [settings.library, *settings.tags]
+    tags += [f"license:{settings.licences[0]}" if len(settings.licences) == 1 else None]
+    tags += [f"base_model:{settings.base_model}" if settings.base_model else None]
+    parameters: dict[str, Any] = {
+        "filter": [tag for tag in tags if tag],
+        "author": settings.author,
+        "pipeline_tag": settings.task,
+        "search": settings.search,
+        "sort": settings.sort,
+        "limit": min(settings.limit, _PAGE),
+        "expand": list(_FIELDS),
+    }
+    return {name: value for name, value in parameters.items() if value}
+
+
+def list_models(parameters: Mapping[str, Any], options: HubOptions) -> Iterator[Any]:
     """Yields rows of the Hub's listing of models as they come, page by page.
 
-    ``HfApi.list_models`` asks the same, but gives up the whole listing at a card whose keys it cannot take.
-
-    Args:
-        asked: parameters of the request.
-        options: how the Hub is reached.
+    ``HfApi.list_models`` sends the same requests, but fails on the whole listing at one malformed card.
 
     Raises:
-        HubError: the Hub refuses or is out of reach.
+        HubError: access is refused, or the Hub is out of reach.
     """
     where = "the listing of models"
     headers = build_hf_headers(token=options.token, library_name=LIBRARY)
-    url, asked = f"{constants.ENDPOINT}/api/models", dict(asked)
+
+    def get(url: str, parameters: Mapping[str, Any]) -> httpx2.Response:
+        # An empty mapping of parameters would remove those of the URL.
+        response = get_session().get(url, params=parameters or None, headers=headers, timeout=_TIMEOUT)
+        hf_raise_for_status(response)
+        return response
+
+    url, parameters = f"{constants.ENDPOINT}/api/models", dict(parameters)
     while url:
-        page = call_hub(where, _get, url, asked, headers)
+        page = call_hub(where, get, url, parameters)
         try:
             rows = page.json()
         except ValueError:
@@ -198,16 +265,9 @@ def list_models(asked: Mapping[str, Any], options: HubOptions) -> Iterator[Any]:
         if not isinstance(rows, list):
             raise HubError(f"{where}: the answer is no list; is {constants.ENDPOINT} a Hub?")
         yield from rows
-        url, asked = page.links.get("next", {}).get("url", ""), {}
+        url, parameters = page.links.get("next", {}).get("url", ""), {}
         if url and not url.startswith(f"{constants.ENDPOINT}/"):  # the token must go nowhere else
             raise HubError(f"{where}: it goes on at {shown(url)}, which is not {constants.ENDPOINT}")
-
-
-def _get(url: str, asked: Mapping[str, Any], headers: Mapping[str, str]) -> httpx2.Response:
-    # An empty mapping of parameters would take those out of the address.
-    response = get_session().get(url, params=asked or None, headers=headers, timeout=_TIMEOUT)
-    hf_raise_for_status(response)
-    return response
 
 
 def write_plan(plan: Plan, folder: Path) -> None:
@@ -233,7 +293,8 @@ def read_plan(folder: Path) -> Plan | None:
         if head.get("version") != _VERSION or head.get("repos") != len(rows):
             raise ValueError(f"version {head.get('version')!r}, {len(rows)} of {head.get('repos')!r} repositories")
         settings = settings_from_mapping(CrawlSettings, head["settings"])
-        return Plan(settings, tuple(map(_repo_from, rows)), dict(head["excluded"]))
+        repos = tuple(settings_from_mapping(PlannedRepo, row) for row in rows)
+        return Plan(settings, repos, dict(head["excluded"]))
     except (WeightspaceError, ValueError, TypeError, KeyError) as error:
         raise ZooError(f"{path}: damaged ({error}); delete the folder and crawl again") from error
 
@@ -245,63 +306,8 @@ def _lines(plan: Plan) -> Iterator[str]:
         yield json.dumps(record) + "\n"
 
 
-def _repo_from(row: Mapping[str, Any]) -> PlannedRepo:
-    facts = _with_tuples(row["facts"])
-    facts["metrics"] = tuple(ReportedMetric(**metric) for metric in facts["metrics"])
-    values = _with_tuples(row)
-    values |= {"facts": CardFacts(**facts), "problems": tuple((what, reason) for what, reason in row["problems"])}
-    return PlannedRepo(**values)
-
-
-def _with_tuples(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
-
-
-def _plan(settings: CrawlSettings, options: HubOptions) -> Plan:
-    excluded: Counter[str] = Counter()
-    parents: dict[str, tuple[str, ...]] = {}
-    repos: list[PlannedRepo] = []
-    seen: set[str] = set()
-    usable = 0
-    signed_in = options.token is not False and bool(options.token or get_token())
-    for row in _rows(settings, options):
-        repo = _read_row(row, signed_in=signed_in)
-        if repo.repo_id in seen:
-            continue  # pages move on while a listing is read
-        seen.add(repo.repo_id)
-        parents[repo.repo_id] = repo.facts.base_models
-        repo = _of_kind(repo, settings.adapters)
-        if reason := _unwanted(repo, row, settings):
-            excluded[reason] += 1
-            continue
-        usable += bool(repo.checkpoints)
-        if _part_of(repo.repo_id, settings.shard[1]) == settings.shard[0]:
-            repos.append(repo)
-        else:
-            excluded["part of another shard"] += 1
-        if usable == settings.limit:
-            break
-    repos = [replace(repo, lineage=_lineage(repo.repo_id, parents)) for repo in repos]
-    return Plan(settings, tuple(repos), excluded)
-
-
-def _rows(settings: CrawlSettings, options: HubOptions) -> Iterator[Any]:
-    tags = [settings.library, *settings.tags]
-    tags += [f"license:{settings.licences[0]}" if len(settings.licences) == 1 else None]
-    tags += [f"base_model:{settings.base_model}" if settings.base_model else None]
-    asked: dict[str, Any] = {
-        "filter": [tag for tag in tags if tag],
-        "author": settings.author,
-        "pipeline_tag": settings.task,
-        "search": settings.search,
-        "sort": settings.sort,
-        "limit": min(settings.limit, _PAGE),
-        "expand": list(_FIELDS),
-    }
-    return list_models({name: value for name, value in asked.items() if value}, options)
-
-
-def _read_row(row: Any, *, signed_in: bool) -> PlannedRepo:
+def _planned(row: Any, *, signed_in: bool) -> PlannedRepo:
+    """Reads a row of the listing; what cannot be fetched becomes a problem."""
     repo_id, sha = (row.get("id"), row.get("sha")) if isinstance(row, dict) else (None, None)
     if not isinstance(repo_id, str) or not is_repo_id(repo_id):
         return _refused(shown(repo_id), "its name is no org/name of letters, digits, '-', '_' and '.'")
@@ -309,38 +315,38 @@ def _read_row(row: Any, *, signed_in: bool) -> PlannedRepo:
         return _refused(repo_id, f"the Hub names no commit ({shown(sha)})")
     facts = card_facts(row)
     if row.get("disabled") is True:
-        return replace(_refused(repo_id, "the Hub has disabled it"), facts=facts)
+        return _refused(repo_id, "the Hub has disabled it", facts=facts)
     if row.get("gated") and not signed_in:
         reason = "it is gated; ask for access on its page, then `hf auth login` or give a token"
-        return replace(_refused(repo_id, reason), facts=facts)
-    siblings = row.get("siblings")
-    names = [file.get("rfilename") for file in siblings if isinstance(file, dict)] if isinstance(siblings, list) else []
-    repo = _with_files(repo_id, sha, [name for name in names if isinstance(name, str)], _is_lora(row))
-    return replace(repo, facts=facts, size=_listed_size(row))
+        return _refused(repo_id, reason, facts=facts)
+    names = [as_object(file).get("rfilename") for file in as_list(row.get("siblings"))]
+    repo = _with_files(
+        repo_id, sha, [name for name in names if isinstance(name, str)], "lora" in as_list(row.get("tags"))
+    )
+    counts = as_object(row.get("safetensors")).get("parameters")
+    size = None  # adapters have no counts in the listing
+    if isinstance(counts, dict) and all(isinstance(count, int) for count in counts.values()):
+        size = sum(count * (DTYPES[dtype].itemsize if dtype in DTYPES else 4) for dtype, count in counts.items())
+    return replace(repo, facts=facts, size=size)
 
 
-def _refused(name: str, reason: str) -> PlannedRepo:
-    return PlannedRepo(name, problems=((name, reason),))
+def _refused(name: str, reason: str, **known: Any) -> PlannedRepo:
+    return PlannedRepo(name, problems=((name, reason),), **known)
 
 
 def _with_files(repo_id: str, sha: str, names: Sequence[str], lora: bool) -> PlannedRepo:
-    """Chooses a repository's checkpoints, and says of its other weights why they are none."""
+    """Chooses a repository's checkpoints; its other weights become problems."""
     problems = []
-    files = []
+    kept = []
     for name in names:
-        if not name.endswith((".safetensors", ".json", CARD)):
+        weights = name.endswith((".safetensors", INDEX))
+        if not weights and name.rpartition("/")[2] not in _BESIDE and name != CARD:
             continue
-        if _is_path(name):
-            files.append(name)
-        elif name.endswith((".safetensors", INDEX)):
-            problems.append((f"{repo_id}:{shown(name)}", "the path is not a plain one inside the repository"))
-    beside = ("config.json", ADAPTER_CONFIG, TRAINER_STATE)
-    kept = [
-        name
-        for name in sorted(set(files))
-        if is_visible(name)
-        and (name.endswith((".safetensors", INDEX)) or name.rpartition("/")[2] in beside or name == CARD)
-    ]
+        if not name.isprintable() or not is_inside(name):
+            problems += [(f"{repo_id}:{shown(name)}", "the path is not a plain one inside the repository")] * weights
+        elif is_visible(name):
+            kept.append(name)
+    kept = sorted(set(kept))
     if len(kept) > _MAX_FILES:
         return _refused(repo_id, f"{len(kept)} files are above the limit of {_MAX_FILES}")
     checkpoints, lone = _choose(kept)
@@ -350,7 +356,7 @@ def _with_files(repo_id: str, sha: str, names: Sequence[str], lora: bool) -> Pla
     if not checkpoints and not problems:
         pickle = next((name for name in sorted(names) if name.lower().endswith(_PICKLES)), None)
         reason = f"only {shown(pickle)}: pickles can run any code and are never opened in a crawl; " if pickle else ""
-        return replace(_refused(repo_id, f"{reason}it has no safetensors file"), sha=sha, files=tuple(kept))
+        return _refused(repo_id, f"{reason}it has no safetensors file", sha=sha, files=tuple(kept))
     folders = {name.removesuffix(ADAPTER_CONFIG) for name in kept if name.rpartition("/")[2] == ADAPTER_CONFIG}
     adapters = [path for path in checkpoints if _is_adapter(path, folders, lora)]
     return PlannedRepo(repo_id, sha, tuple(checkpoints), tuple(kept), tuple(adapters), problems=tuple(problems))
@@ -378,17 +384,6 @@ def _choose(files: Sequence[str]) -> tuple[list[str], list[str]]:
     return checkpoints, lone
 
 
-def _is_path(name: str) -> bool:
-    path = PurePosixPath(name)
-    return (
-        name.isprintable()
-        and str(path) == name
-        and not path.is_absolute()
-        and ".." not in path.parts
-        and "\\" not in name
-    )
-
-
 def _is_adapter(path: str, folders: Iterable[str], lora: bool) -> bool:
     parent, _, name = path.rpartition("/")
     stem = name.removesuffix(INDEX).removesuffix(".safetensors")
@@ -397,34 +392,11 @@ def _is_adapter(path: str, folders: Iterable[str], lora: bool) -> bool:
     return lora or (f"{parent}/" if parent else "") in folders
 
 
-def _is_lora(row: Mapping[str, Any]) -> bool:
-    tags = row.get("tags")
-    return isinstance(tags, list) and "lora" in tags
-
-
-def _listed_size(row: Mapping[str, Any]) -> int | None:
-    """Bytes of the weights by the counts of the listing; adapters have none there."""
-    listed = row.get("safetensors")
-    counts = listed.get("parameters") if isinstance(listed, dict) else None
-    if not isinstance(counts, dict) or not all(isinstance(count, int) for count in counts.values()):
-        return None
-    return sum(count * (DTYPES[dtype].itemsize if dtype in DTYPES else 4) for dtype, count in counts.items())
-
-
-def _of_kind(repo: PlannedRepo, adapters: bool | None) -> PlannedRepo:
-    """Leaves the checkpoints that are adapters, or those that are none."""
-    if adapters is None:
-        return repo
-    kept = tuple(path for path in repo.checkpoints if (path in repo.adapters) == adapters)
-    return replace(repo, checkpoints=kept)
-
-
-def _unwanted(repo: PlannedRepo, row: Any, settings: CrawlSettings) -> str | None:
-    """Says why a repository is not what was asked for, or returns None if it is."""
-    if settings.licences and not set(_licences(repo)) & set(settings.licences):
+def _mismatch(repo: PlannedRepo, row: Any, settings: CrawlSettings) -> str | None:
+    """Says why a repository does not match the settings, or returns None if it does."""
+    if settings.licences and not set((repo.facts.licence or "").split(", ")) & set(settings.licences):
         return "another licence"
-    listed = row.get("safetensors") if isinstance(row, dict) else None
-    total = listed.get("total") if isinstance(listed, dict) else None
+    total = as_object(as_object(row).get("safetensors")).get("total")
     if settings.max_params is not None and isinstance(total, int) and total > settings.max_params:
         return f"more than {settings.max_params:,} parameters"
     if not repo.sha or repo.checkpoints:
@@ -434,20 +406,12 @@ def _unwanted(repo: PlannedRepo, row: Any, settings: CrawlSettings) -> str | Non
     return "an adapter" if settings.adapters is False and repo.adapters else None
 
 
-def _licences(repo: PlannedRepo) -> list[str]:
-    return (repo.facts.licence or "").split(", ")
-
-
-def _part_of(repo_id: str, parts: int) -> int:
-    return 1 + int.from_bytes(hashlib.sha256(repo_id.encode()).digest()[:8], "big") % parts
-
-
 def _lineage(repo_id: str, parents: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
     found: dict[str, None] = {}
-    coming = deque(parents.get(repo_id, ()))
-    while coming and len(found) < _LONGEST_LINEAGE:
-        name = coming.popleft()
+    queue = deque(parents.get(repo_id, ()))
+    while queue and len(found) < _LONGEST_LINEAGE:
+        name = queue.popleft()
         if name != repo_id and name not in found:
             found[name] = None
-            coming.extend(itertools.islice(parents.get(name, ()), _LONGEST_LINEAGE))
+            queue.extend(itertools.islice(parents.get(name, ()), _LONGEST_LINEAGE))
     return tuple(found)

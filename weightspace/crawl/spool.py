@@ -1,69 +1,104 @@
-"""What a crawl has fetched and not yet put into a shard: a file for each checkpoint, whole or not there."""
+"""What a crawl has fetched but not yet written into a shard: one file per checkpoint, written atomically."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from weightspace.crawl.fetch import Fetched
-from weightspace.errors import CheckpointError
+from weightspace.errors import WeightspaceError
 from weightspace.io.header import parse_header
-from weightspace.schema import ModelRef, ReportedMetric, ZooEntry
-from weightspace.zoo.content import content_digest
-from weightspace.zoo.writer import RemoteWeights
+from weightspace.schema import ZooEntry
+from weightspace.settings import settings_from_mapping
+from weightspace.zoo.storage import content_digest
+from weightspace.zoo.writer import Candidate, RemoteWeights, Skip
 
 SPOOL = "fetched"
-"""Name of the spool in the folder of the zoo, while the crawl goes on."""
+"""Name of the spool in the folder of the zoo, until the crawl is complete."""
 
 _SUFFIX = ".fetched"
 _PREFIX = 8
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """The result of fetching one checkpoint of a plan.
+
+    Attributes:
+        candidate: the model, or why it is left out; None if the Hub was out of reach.
+        unreachable: why the Hub was out of reach.
+        bytes: number of bytes downloaded.
+    """
+
+    candidate: Candidate | None = None
+    unreachable: str | None = None
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a checkpoint that was fetched into the spool.
+
+    Attributes:
+        size: bytes of its weights in the spool; None if the Hub was out of reach.
+        fetched: number of bytes downloaded.
+        skipped: whether it is left out of the zoo.
+        unreachable: why the Hub was out of reach.
+    """
+
+    size: int | None
+    fetched: int = 0
+    skipped: bool = False
+    unreachable: str | None = None
 
 
 class Spool:
     """A folder of fetched checkpoints, by their number in the plan.
 
     A file is the length of a JSON record in 8 bytes, the record, and the weights. Files are not synced to disk one by
-    one: what a machine lost in a crash is found out by its content, and fetched again.
+    one: damage by a crash of the machine is detected by the content, and the checkpoint is fetched again.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Opens the spool in ``folder``, which need not exist; removes what a kill left half written."""
+        """Opens the spool in ``folder``, which need not exist; removes temporary files of a kill."""
         self._folder = folder
         for partial in folder.glob(".*.partial"):
             partial.unlink(missing_ok=True)
 
     def sizes(self) -> dict[int, int]:
-        """Returns the bytes of the weights in each whole file, by its number; removes damaged files."""
+        """Returns the bytes of the weights in each file, by number; removes damaged files."""
         found = {}
         for path in self._folder.glob(f"*{_SUFFIX}"):
-            size = self._checked_size(int(path.stem))
-            if size is None:
+            number = int(path.stem)
+            try:
+                found[number] = len(_blob(self.get(number)))
+            except (ValueError, LookupError, TypeError, WeightspaceError):
                 path.unlink()
-            else:
-                found[int(path.stem)] = size
         return found
 
-    def put(self, number: int, fetched: Fetched) -> int:
-        """Keeps what was fetched, and returns the bytes of its weights.
+    def put(self, number: int, fetched: Fetched) -> Outcome:
+        """Keeps what was fetched, unless the Hub was out of reach.
 
         Raises:
             OSError: the disk is full or the folder cannot be written.
         """
-        path = self._path(number)
-        partial = path.with_name(f".{path.name}.partial")
-        entry, weights = fetched.model or (None, b"")
-        blob = b"" if isinstance(weights, RemoteWeights) else weights
+        candidate = fetched.candidate
+        if candidate is None:
+            return Outcome(None, fetched.bytes, unreachable=fetched.unreachable)
+        skip = candidate if isinstance(candidate, Skip) else None
+        entry, weights = (None, None) if isinstance(candidate, Skip) else candidate
+        blob = _blob(candidate)
         record = {
             "entry": None if entry is None else asdict(entry),
             "remote": asdict(weights) if isinstance(weights, RemoteWeights) else None,
-            "skipped": fetched.skipped,
+            "skipped": skip,
             "stored": len(blob),
         }
         text = json.dumps(record).encode()
+        path = self._path(number)
+        partial = path.with_name(f".{path.name}.partial")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with partial.open("wb") as file:
@@ -71,25 +106,26 @@ class Spool:
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
-        return len(blob)
+        return Outcome(len(blob), fetched.bytes, skip is not None)
 
-    def get(self, number: int) -> Fetched:
-        """Returns what was put."""
+    def get(self, number: int) -> Candidate:
+        """Returns what was put. Raises any of several errors if the file is damaged."""
         content = self._path(number).read_bytes()
         start = _PREFIX + int.from_bytes(content[:_PREFIX], "little")
-        record = json.loads(content[_PREFIX:start])
-        blob = content[start:]
+        record, blob = json.loads(content[_PREFIX:start]), content[start:]
         if record["stored"] != len(blob):
             raise ValueError(f"{len(blob)} bytes of {record['stored']}")
-        skipped = None if record["skipped"] is None else (record["skipped"][0], record["skipped"][1])
-        model: tuple[ZooEntry, bytes | RemoteWeights] | None = None
-        if record["entry"] is not None:
-            weights = blob if record["remote"] is None else RemoteWeights(**record["remote"])
-            model = _entry(record["entry"]), weights
-        return Fetched(model, skipped)
+        if record["entry"] is None:
+            return Skip(*record["skipped"])
+        entry = settings_from_mapping(ZooEntry, record["entry"])
+        if record["remote"] is not None:
+            return entry, RemoteWeights(**record["remote"])
+        if content_digest(blob, parse_header(blob, file_size=len(blob), where="spool")) != entry.content:
+            raise ValueError("other tensors than were fetched")
+        return entry, blob
 
-    def drop(self, numbers: range) -> None:
-        """Removes what stands in a finished shard."""
+    def drop(self, numbers: Iterable[int]) -> None:
+        """Removes what is in a finished shard."""
         for number in numbers:
             self._path(number).unlink(missing_ok=True)
 
@@ -100,26 +136,8 @@ class Spool:
     def _path(self, number: int) -> Path:
         return self._folder / f"{number:07d}{_SUFFIX}"
 
-    def _checked_size(self, number: int) -> int | None:
-        try:
-            model = self.get(number).model
-            if model is None:
-                return 0
-            entry, weights = model
-            if isinstance(weights, RemoteWeights):
-                return 0
-            header = parse_header(weights, file_size=len(weights), where="spool")
-            return len(weights) if content_digest(weights, header) == entry.content else None
-        except (ValueError, LookupError, TypeError, CheckpointError):
-            return None
 
-
-def _entry(record: Mapping[str, Any]) -> ZooEntry:
-    values = {
-        **record,
-        "ref": ModelRef(**record["ref"]),
-        "lineage": tuple(record["lineage"]),
-        "datasets": tuple(record["datasets"]),
-        "metrics": tuple(ReportedMetric(**metric) for metric in record["metrics"]),
-    }
-    return ZooEntry(**values)
+def _blob(candidate: Candidate) -> bytes:
+    """The weights that are stored; none of models that are skipped or stay on the Hub."""
+    weights = b"" if isinstance(candidate, Skip) else candidate[1]
+    return b"" if isinstance(weights, RemoteWeights) else weights

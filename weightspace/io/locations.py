@@ -43,7 +43,7 @@ def parse_ref(text: str) -> ModelRef:
         raise CheckpointError(
             f"{text}: revision {revision!r} is no branch, tag or commit; write org/name@main or a sha"
         )
-    if subfolder is not None and not _is_inside(subfolder):
+    if subfolder is not None and not is_inside(subfolder):
         raise CheckpointError(
             f"{text}: subfolder {subfolder!r} must be a relative path inside the repository without '..'"
         )
@@ -120,12 +120,7 @@ def _check_repo(repo: str, text: str) -> None:
         )
 
 
-def _is_inside(subfolder: str) -> bool:
-    path = PurePosixPath(subfolder)
-    return (
-        str(path) == subfolder
-        and not path.is_absolute()
-        and ".." not in path.parts
-        and "\\" not in subfolder
-        and subfolder != "."
-    )
+def is_inside(name: str) -> bool:
+    """Whether a text is a plain relative path inside a repository."""
+    path = PurePosixPath(name)
+    return str(path) == name and not path.is_absolute() and ".." not in path.parts and "\\" not in name and name != "."

@@ -26,12 +26,11 @@ from weightspace.io.hub import HubOptions
 from weightspace.io.locations import is_repo_id
 from weightspace.io.reader import open_file
 from weightspace.publishing.plan import Kind, PlannedFile, PushSettings
-from weightspace.zoo.copying import copy_zoo, without_folders
 from weightspace.zoo.dataset import Zoo, load_zoo
-from weightspace.zoo.describing import architecture_name, zoo_facts
-from weightspace.zoo.hub import open_zoo_repo
-from weightspace.zoo.licences import obstacle
+from weightspace.zoo.facts import architecture_name, obstacle, zoo_facts
+from weightspace.zoo.remote import open_zoo_repo
 from weightspace.zoo.storage import COPY_OF, read_state
+from weightspace.zoo.transfer import copy_zoo, without_folders
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 

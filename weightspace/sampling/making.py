@@ -25,7 +25,7 @@ from weightspace.sampling.opening import OpenedSampler
 from weightspace.sampling.samplers import sample
 from weightspace.search.queries import dataset_for
 from weightspace.search.results import parse_results
-from weightspace.zoo.copying import without_folders
+from weightspace.zoo.transfer import without_folders
 
 _STATISTICS_IMAGES, _STATISTICS_BATCH = 512, 128
 

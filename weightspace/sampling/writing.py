@@ -20,7 +20,7 @@ from weightspace.io.locations import is_repo_id
 from weightspace.io.writing import checkpoint_bytes
 from weightspace.networks.flat import restore
 from weightspace.sampling.conditions import Blueprint
-from weightspace.zoo.describing import architecture_name
+from weightspace.zoo.facts import architecture_name
 from weightspace.zoo.importing import METADATA
 from weightspace.zoo.storage import is_partial, replacing, write_text
 

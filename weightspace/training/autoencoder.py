@@ -29,7 +29,7 @@ from weightspace.training.batches import BatchPart, ViewBatch, ViewBatches
 from weightspace.training.loop import Objective, clear_checkpoints, fit, is_main_process
 from weightspace.training.settings import LoopSettings
 from weightspace.zoo.dataset import Zoo, load_zoo
-from weightspace.zoo.describing import training_zoo
+from weightspace.zoo.facts import training_zoo
 from weightspace.zoo.splits import Split, split_by_run
 from weightspace.zoo.storage import write_text
 from weightspace.zoo.views import Augmentation

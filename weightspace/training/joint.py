@@ -42,7 +42,7 @@ from weightspace.training.batches import ViewBatches, seeded_generator
 from weightspace.training.loop import Objective, clear_checkpoints, fit, is_main_process
 from weightspace.training.settings import LoopSettings
 from weightspace.zoo.dataset import Zoo, ZooBatch, load_zoo
-from weightspace.zoo.describing import training_zoo
+from weightspace.zoo.facts import training_zoo
 from weightspace.zoo.splits import Split, split_by_run
 from weightspace.zoo.views import Augmentation, output_group, reordered_outputs
 

@@ -39,7 +39,7 @@ from weightspace.training.conditions import Conditions
 from weightspace.training.loop import Objective, clear_checkpoints, fit, is_main_process
 from weightspace.training.settings import LoopSettings
 from weightspace.zoo.dataset import Zoo, load_zoo
-from weightspace.zoo.describing import training_zoo
+from weightspace.zoo.facts import training_zoo
 from weightspace.zoo.splits import split_by_run
 
 _VALIDATION_MODELS = 256

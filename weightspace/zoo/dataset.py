@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -24,18 +22,23 @@ from torch import Tensor
 from weightspace.errors import ZooError
 from weightspace.io.checkpoint import Checkpoint, open_checkpoint_bytes
 from weightspace.io.flat import flat_from_bytes
-from weightspace.io.header import Header, parse_header, shown
+from weightspace.io.header import Header, parse_header
 from weightspace.io.hub import HubOptions
 from weightspace.io.hub_repo import CONNECTIONS, HubRepo
 from weightspace.io.reader import ByteSource
 from weightspace.networks.families import FamilyConfig, family_config
-from weightspace.schema import Architecture, ModelRef, PermutationGroup, ReportedMetric, ZooEntry
-from weightspace.zoo.hub import SourceFile, fetch_zoo, open_zoo_repo
-from weightspace.zoo.remote import remote_blobs
-from weightspace.zoo.storage import check_index, header_digest, read_state, read_table, reading
-from weightspace.zoo.writer import ZooWriter
-
-__all__ = ["Zoo", "ZooBatch", "ZooWriter", "load_zoo"]
+from weightspace.schema import Architecture, ZooEntry
+from weightspace.zoo.remote import fetch_zoo, open_input, open_zoo_repo, remote_blobs
+from weightspace.zoo.storage import (
+    check_index,
+    entry_of,
+    header_digest,
+    packed,
+    parse_json,
+    read_state,
+    read_table,
+    reading,
+)
 
 _PASS_BYTES = 64 * 2**20
 _CACHED_GROUPS = 2
@@ -91,14 +94,20 @@ class Zoo:
             )
         self.settings: Mapping[str, Any] = state["settings"]
         self.digest: str = state["digest"]
-        self._table = _joined([self.path / "index" / f"{name}.parquet" for name in state["shards"]])
+        shards = [self.path / "index" / f"{name}.parquet" for name in state["shards"]]
+        tables = [read_table(shard) for shard in shards]
+        for shard, table in zip(shards, tables, strict=True):
+            if not table.schema.equals(tables[0].schema):
+                raise ZooError(f"{shard}: other columns than {shards[0].name}; write the zoo again")
+        self._table = pa.concat_tables(tables)
         check_index(self._table, self.path)
         self.result_names = tuple(field.name for field in self._table.schema if pa.types.is_float64(field.type))
         self.reference: bool = state["reference"]
         files = [] if self.reference else [f"weights/{name}.parquet" for name in state["shards"]]
-        self._groups = _located([repo.open(file) if repo and streaming else self.path / file for file in files])
-        self._group_ends = np.cumsum([group.rows for group in self._groups])
-        if not len(self) or (not self.reference and sum(group.rows for group in self._groups) != len(self)):
+        self._groups = _row_groups([repo.open(file) if repo and streaming else self.path / file for file in files])
+        rows = [group.footer.row_group(group.number).num_rows for group in self._groups]
+        self._group_ends = np.cumsum(rows)
+        if not len(self) or (not self.reference and sum(rows) != len(self)):
             raise ZooError(
                 f"{self.location}: {len(self)} models in index and another number in weights; write the zoo again"
             )
@@ -106,7 +115,7 @@ class Zoo:
         self._headers: list[str] = list(headers)
         self._sizes = self._table["size"].to_numpy()
         self._layouts: dict[str, tuple[Header, Architecture]] = {}
-        self._read_group = lru_cache(maxsize=_CACHED_GROUPS)(self._read_group_from_disk)
+        self._read_group = lru_cache(maxsize=_CACHED_GROUPS)(lambda number: self._groups[number].read())
 
     def __len__(self) -> int:
         """Number of models."""
@@ -127,7 +136,7 @@ class Zoo:
         """Config of each model that the library can run, in row order; None for all others."""
         texts = self.index["config"]
         where = f"{self.location}: config"
-        read = {text: family_config(_parsed(text, dict, where)) for text in texts.dropna().unique()}
+        read = {text: family_config(parse_json(text, dict, where)) for text in texts.dropna().unique()}
         return [read.get(text) for text in texts]
 
     @property
@@ -148,12 +157,12 @@ class Zoo:
         """Yields what is known of each model, in row order."""
         for batch in self._table.to_batches(max_chunksize=1024):
             for values in batch.to_pylist():
-                yield _entry(values, self.result_names)
+                yield entry_of(values, self.result_names)
 
     def entry(self, row: SupportsIndex) -> ZooEntry:
         """Returns what is known of the model in ``row``."""
         self._check_rows(np.array([operator.index(row)]))
-        return _entry(self._table.slice(operator.index(row), 1).to_pylist()[0], self.result_names)
+        return entry_of(self._table.slice(operator.index(row), 1).to_pylist()[0], self.result_names)
 
     def blob(self, row: SupportsIndex) -> bytes:
         """Returns the complete safetensors bytes of the model in ``row``."""
@@ -175,15 +184,17 @@ class Zoo:
         """
         chosen = np.arange(len(self)) if rows is None else np.unique(np.asarray(rows, dtype=np.int64))
         self._check_rows(chosen)
-        for members in self._passes(chosen):
+        headers = _grouped(chosen, self._header_numbers[chosen])
+        # Headers that fit into memory together share one pass over the row groups.
+        for members in packed(headers, lambda rows: int(self._sizes[rows].sum()), len(headers), _PASS_BYTES):
             if len(members) == 1:
                 for part in self._parts(members[0], chunk):
                     yield self._batch(part, list(self._blobs(part)))
                 continue
             together = np.sort(np.concatenate(members))
             held = dict(zip(together.tolist(), self._blobs(together), strict=True))
-            for own in members:
-                for part in self._parts(own, chunk):
+            for one in members:
+                for part in self._parts(one, chunk):
                     yield self._batch(part, [held.pop(row) for row in part.tolist()])
 
     def flat(self, rows: Sequence[int] | np.ndarray) -> Float[Tensor, "models params"]:
@@ -209,20 +220,6 @@ class Zoo:
         number: int = self._header_numbers[row]
         return self._headers[number]
 
-    def _passes(self, rows: np.ndarray) -> Iterator[list[np.ndarray]]:
-        """Packs the headers of ``rows`` into passes whose weights fit into memory; a large one stands alone."""
-        members: list[np.ndarray] = []
-        held = 0
-        for own in _grouped(rows, self._header_numbers[rows]):
-            size = int(self._sizes[own].sum())
-            if members and held + size > _PASS_BYTES:
-                yield members
-                members, held = [], 0
-            members.append(own)
-            held += size
-        if members:
-            yield members
-
     def _parts(self, rows: np.ndarray, chunk: int) -> Iterator[np.ndarray]:
         step = max(1, min(chunk, _PASS_BYTES // max(1, int(self._sizes[rows[0]]))))
         return (rows[start : start + step] for start in range(0, len(rows), step))
@@ -236,14 +233,6 @@ class Zoo:
             column = self._read_group(group)
             yield column[int(row) - int(self._group_ends[group]) + len(column)].as_py()
 
-    def _read_group_from_disk(self, number: int) -> pa.ChunkedArray:
-        group = self._groups[number]
-        with group.shard.opened() as file:
-            column = file.read_row_group(group.number, columns=["weights"])["weights"]
-        if not pa.types.is_large_binary(column.type) or column.null_count:
-            raise ZooError(f"{group.shard.where}: weights are not bytes in every row; write the zoo again")
-        return column
-
     def _batch(self, rows: np.ndarray, blobs: list[bytes]) -> ZooBatch:
         header = self._header_of(rows[0])
         layout, architecture = self._layout(header, blobs[0])
@@ -256,7 +245,7 @@ class Zoo:
             header = parse_header(blob, file_size=len(blob), where=where)
             configs = self._table["config"].filter(pc.equal(self._table["header"], digest)).unique().to_pylist()
             inferred = [
-                open_checkpoint_bytes(blob, where=where, config=_parsed(config, dict, where)).architecture
+                open_checkpoint_bytes(blob, where=where, config=parse_json(config, dict, where)).architecture
                 for config in configs
             ]
             self._layouts[digest] = header, _agreed(inferred)
@@ -300,124 +289,58 @@ def load_zoo(
 
 
 @dataclass(frozen=True)
-class _Shard:
-    """A weights shard on disk or on the Hub, with its footer, which says where everything lies in it."""
+class _Group:
+    """A row group of a weights shard on disk or on the Hub, whose footer was read already."""
 
     file: Path | ByteSource
     footer: pq.FileMetaData
-
-    @property
-    def where(self) -> str:
-        return _name(self.file)
-
-    @contextmanager
-    def opened(self) -> Iterator[pq.ParquetFile]:
-        with (
-            reading(self.where),
-            _source(self.file) as source,
-            pq.ParquetFile(source, metadata=self.footer, page_checksum_verification=True) as file,
-        ):
-            yield file
-
-
-@dataclass(frozen=True)
-class _Group:
-    """A row group of a weights shard."""
-
-    shard: _Shard
     number: int
-    rows: int
+
+    def read(self) -> pa.ChunkedArray:
+        where = _name(self.file)
+        with (
+            reading(where),
+            open_input(self.file) as source,
+            pq.ParquetFile(source, metadata=self.footer, page_checksum_verification=True) as parquet,
+        ):
+            column = parquet.read_row_group(self.number, columns=["weights"])["weights"]
+        if not pa.types.is_large_binary(column.type) or column.null_count:
+            raise ZooError(f"{where}: weights are not bytes in every row; write the zoo again")
+        return column
 
 
-def _located(files: Sequence[Path | ByteSource]) -> list[_Group]:
+def _row_groups(files: Sequence[Path | ByteSource]) -> list[_Group]:
+    def footer(file: Path | ByteSource) -> pq.FileMetaData:
+        with reading(_name(file)), open_input(file) as source:
+            return pq.read_metadata(source)
+
     with ThreadPoolExecutor(CONNECTIONS) as pool:  # on the Hub, a footer costs a round trip
-        shards = list(pool.map(_with_footer, files))
+        footers = list(pool.map(footer, files))
     return [
-        _Group(shard, number, shard.footer.row_group(number).num_rows)
-        for shard in shards
-        for number in range(shard.footer.num_row_groups)
+        _Group(file, footer, number)
+        for file, footer in zip(files, footers, strict=True)
+        for number in range(footer.num_row_groups)
     ]
-
-
-def _with_footer(file: Path | ByteSource) -> _Shard:
-    with reading(_name(file)), _source(file) as source:
-        return _Shard(file, pq.read_metadata(source))
-
-
-def _source(file: Path | ByteSource) -> AbstractContextManager[pa.NativeFile]:
-    return pa.PythonFile(SourceFile(file), mode="r") if isinstance(file, ByteSource) else pa.OSFile(str(file))
 
 
 def _name(file: Path | ByteSource) -> str:
     return file.where if isinstance(file, ByteSource) else str(file)
 
 
-def _joined(shards: Sequence[Path]) -> pa.Table:
-    tables = [read_table(shard) for shard in shards]
-    for shard, table in zip(shards, tables, strict=True):
-        if not table.schema.equals(tables[0].schema):
-            raise ZooError(f"{shard}: other columns than {shards[0].name}; write the zoo again")
-    return pa.concat_tables(tables)
-
-
 def _grouped(rows: np.ndarray, keys: np.ndarray) -> list[np.ndarray]:
-    """Cuts ``rows`` into arrays of equal keys, by first appearance, each in the order of ``rows``."""
+    """Splits ``rows`` into arrays of equal keys, by first appearance, each in the order of ``rows``."""
     _, firsts, numbers = np.unique(keys, return_index=True, return_inverse=True)
     order = np.argsort(numbers, kind="stable")
     parts = np.split(rows[order], np.cumsum(np.bincount(numbers))[:-1])
     return [parts[number] for number in np.argsort(firsts)]
 
 
-def _entry(values: Mapping[str, Any], results: Sequence[str]) -> ZooEntry:
-    where, revision, subfolder = values["model_id"], values["revision"], values["subfolder"]
-    location = values["ref"].removesuffix(f":{subfolder}" if subfolder else "")
-    location = location.removesuffix(f"@{revision}" if revision else "")
-    return ZooEntry(
-        model_id=values["model_id"],
-        run_id=values["run_id"],
-        ref=ModelRef(location, revision, subfolder),
-        dataset=values["dataset"],
-        results={name: values[name] for name in results if values[name] is not None},
-        hyperparameters=_parsed(values["hyperparameters"], dict, where),
-        config=_parsed(values["config"], dict, where),
-        licence=values["licence"],
-        base_model=values["base_model"],
-        lineage=tuple(_parsed(values["lineage"], list, where)),
-        task=values.get("task"),
-        datasets=tuple(_parsed(values.get("datasets"), list, where) or ()),
-        metrics=tuple(_metric(each, where) for each in _parsed(values.get("metrics"), list, where) or ()),
-        content=values.get("content"),
-    )
-
-
-def _metric(values: Any, where: str) -> ReportedMetric:
-    try:
-        return ReportedMetric(**values)
-    except TypeError as error:
-        raise ZooError(
-            f"{where}: the index holds {shown(values)} where a metric belongs; write the zoo again"
-        ) from error
-
-
-def _parsed(text: str | None, kind: type, where: str) -> Any:
-    if text is None:
-        return None
-    with suppress(ValueError, RecursionError):
-        value = json.loads(text)
-        if isinstance(value, kind):
-            return value
-    raise ZooError(f"{where}: the index holds {shown(text)} where a JSON {kind.__name__} belongs; write the zoo again")
-
-
 def _agreed(inferred: Sequence[Architecture]) -> Architecture:
     """The first architecture with the permutation groups that all of them have."""
     first, *others = inferred
-    kept = tuple(group for group in first.groups if all(_has(other, group) for other in others))
+    axes = [{frozenset(group.axes) for group in other.groups} for other in others]
+    kept = tuple(group for group in first.groups if all(frozenset(group.axes) in known for known in axes))
     if len(kept) == len(first.groups):
         return first
     note = f"{len(first.groups) - len(kept)} permutation groups left out: configs of models with this header disagree"
     return replace(first, groups=kept, notes=(*first.notes, note))
-
-
-def _has(architecture: Architecture, group: PermutationGroup) -> bool:
-    return any(set(other.axes) == set(group.axes) for other in architecture.groups)

@@ -18,7 +18,7 @@ A ``config.json`` (or ``adapter_config.json``) beside the weights is kept as the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -31,13 +31,11 @@ from weightspace.io.checkpoint import open_checkpoint
 from weightspace.io.header import load_json_object, parse_header, shown
 from weightspace.io.locations import parse_ref
 from weightspace.schema import ModelRef, ReportedMetric, ZooEntry
-from weightspace.zoo.content import check_finite
-from weightspace.zoo.storage import MAX_BLOB_BYTES, RESULTS, weights_schema
-from weightspace.zoo.writer import ZooWriter
+from weightspace.zoo.storage import MAX_BLOB_BYTES, RESULTS, check_finite, weights_schema
+from weightspace.zoo.writer import Candidate, Skip, ZooSummary, ZooWriter, cut_shards
 
 METADATA = "metadata.jsonl"
 
-_SHARD_MODELS, _SHARD_BYTES = 1024, 256 * 2**20
 _SOURCES = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json")
 _KEYS = {
     *("file", "model_id", "run_id", "run", "dataset", "licence", "license", "base_model", "lineage", "ref"),
@@ -46,23 +44,10 @@ _KEYS = {
 }
 
 
-@dataclass(frozen=True)
-class ImportSummary:
-    """What an import did.
-
-    Attributes:
-        models: models in the zoo.
-        skipped: ``(file, reason)`` of everything that is not; a broken row is named by its line.
-    """
-
-    models: int
-    skipped: tuple[tuple[str, str], ...]
-
-
 def import_folder(
     folder: str | Path, output: str | Path, *, on_problem: Literal["skip", "error"] = "skip"
-) -> ImportSummary:
-    """Imports a folder of models into a new zoo, or goes on with an import that was killed.
+) -> ZooSummary:
+    """Imports a folder of models into a new zoo, or continues an import that was killed.
 
     Refused are rows that cannot be read or have values of wrong types, rows without a file, files without a row, files
     named twice, paths that lead out of the folder, files that are no valid safetensors, and NaN or infinite weights.
@@ -71,34 +56,31 @@ def import_folder(
         folder: holds the models and ``metadata.jsonl``.
         output: folder of the zoo.
         on_problem: ``"skip"`` leaves out what is refused and lists it in the summary and in the zoo's ``skips.jsonl``;
-            ``"error"`` checks everything first and raises before anything is written.
+            a broken row is named by its line. ``"error"`` checks everything first and raises before anything is
+            written.
 
     Raises:
         ZooError: there is no ``metadata.jsonl`` or no model left, the output holds something else, the disk is full,
             or anything is refused under ``"error"``.
     """
     folder = Path(folder).expanduser().resolve()
-    candidates, problems = _read_metadata(folder)
+    rows, problems = _read_metadata(folder)
     if on_problem == "error":
-        _refuse_all(folder, candidates, problems)
-    if not candidates:
+        for file, reason in (*problems, *(loaded for row in rows if isinstance(loaded := _load(row), Skip))):
+            raise ZooError(f"{folder}: {file}: {reason}; nothing was written")
+    if not rows:
         first = "; ".join(f"{file}: {reason}" for file, reason in problems[:1]) or "it is empty"
         raise ZooError(f"{folder}/{METADATA}: names no model that can be imported ({first})")
-    extra = {name for candidate in candidates for name in candidate.entry.results} - set(RESULTS)
+    extra = {name for row in rows for name in row.entry.results} - set(RESULTS)
     writer = ZooWriter(output, settings=_settings(folder), results=(*RESULTS, *sorted(extra)))
-    with tqdm(total=len(candidates), desc="import", unit="model", disable=None) as progress:
-        for number, part in enumerate(_shards(candidates)):
-            if not writer.has_shard(name := f"{number:05d}"):
-                # What is wrong with the folder as a whole is recorded with the first shard.
-                _import_shard(writer, name, part, problems if number == 0 else [])
-            progress.update(len(part))
-    writer.finish()
-    return ImportSummary(writer.models, writer.skipped)
+    shards = cut_shards(rows, lambda row: row.size)
+    with tqdm(total=len(rows), desc="import", unit="model", disable=None) as progress:
+        return writer.write_all(shards, lambda _, part: map(_load, part), skipped=problems, progress=progress)
 
 
 @dataclass(frozen=True)
-class _Candidate:
-    """A row whose values are right and whose file exists; its weights were not read yet."""
+class _Row:
+    """A valid row whose file exists; its weights were not read yet."""
 
     file: str
     path: Path
@@ -106,62 +88,26 @@ class _Candidate:
     entry: ZooEntry
 
 
-def _refuse_all(folder: Path, candidates: Sequence[_Candidate], problems: Sequence[tuple[str, str]]) -> None:
-    for file, reason in problems:
-        raise ZooError(f"{folder}: {file}: {reason}; nothing was written")
-    for candidate in candidates:
-        try:
-            _load(candidate)
-        except WeightspaceError as error:
-            raise ZooError(f"{folder}: {candidate.file}: {error}; nothing was written") from error
-
-
-def _import_shard(
-    writer: ZooWriter, name: str, candidates: Sequence[_Candidate], problems: Sequence[tuple[str, str]]
-) -> None:
-    entries, blobs, skipped = [], [], list(problems)
-    for candidate in candidates:
-        try:
-            entry, blob = _load(candidate)
-        except WeightspaceError as error:
-            skipped.append((candidate.file, str(error)))
-        else:
-            entries.append(entry)
-            blobs.append(blob)
-    writer.write_shard(name, entries, blobs, skipped=skipped)
-
-
-def _shards(candidates: Sequence[_Candidate]) -> Iterator[list[_Candidate]]:
-    part: list[_Candidate] = []
-    size = 0
-    for candidate in candidates:
-        if part and (len(part) == _SHARD_MODELS or size + candidate.size > _SHARD_BYTES):
-            yield part
-            part, size = [], 0
-        part.append(candidate)
-        size += candidate.size
-    yield part
-
-
 def _settings(folder: Path) -> dict[str, Any]:
-    """What the zoo follows from: a folder that changed is another zoo."""
-    digest = hashlib.sha256((folder / METADATA).read_bytes())
-    for path in sorted(path for pattern in _SOURCES for path in folder.rglob(pattern)):
-        status = path.stat()
-        digest.update(f"{path.relative_to(folder)}\n{status.st_size} {status.st_mtime_ns}\n".encode())
+    """Identifies the content of the folder, so that a changed folder gives another zoo."""
+    digest = hashlib.sha256()
+    for path in sorted({folder / METADATA, *(path for pattern in _SOURCES for path in folder.rglob(pattern))}):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{path.relative_to(folder).as_posix()}\n{content}\n".encode())
     return {"imported_from": folder.name, "content": digest.hexdigest()[:16]}
 
 
-def _read_metadata(folder: Path) -> tuple[list[_Candidate], list[tuple[str, str]]]:
-    """Reads all rows, and names every row and file that is refused before its weights are looked at."""
+def _read_metadata(folder: Path) -> tuple[list[_Row], list[Skip]]:
+    """Reads all rows; also returns the rows and files that are refused before their weights are read."""
     try:
         lines = (folder / METADATA).read_bytes().splitlines()
     except OSError as error:
         raise ZooError(
             f"{folder}: cannot read {METADATA} ({error.strerror}); an import folder needs one, a JSON object a line"
         ) from error
-    candidates: list[_Candidate] = []
-    problems: list[tuple[str, str]] = []
+    rows: list[_Row] = []
+    problems: list[Skip] = []
     named: set[Path] = set()
     files: dict[PurePosixPath, int] = {}
     model_ids: dict[str, int] = {}
@@ -170,8 +116,8 @@ def _read_metadata(folder: Path) -> tuple[list[_Candidate], list[tuple[str, str]
             continue
         name = f"{METADATA}:{number}"
         try:
-            row = load_json_object(line, where="the row")
-            file = _text(row, "file")
+            values = load_json_object(line, where="the row")
+            file = _text(values, "file")
             if file is None:
                 raise ZooError("the row has no 'file'")
             first = files.setdefault(PurePosixPath(file), number)
@@ -180,22 +126,22 @@ def _read_metadata(folder: Path) -> tuple[list[_Candidate], list[tuple[str, str]
             name = file
             path = _path_inside(folder, file)
             named.update(_files(path))
-            candidate = _candidate(row, file, path)
-            first = model_ids.setdefault(candidate.entry.model_id, number)
+            entry = _entry(values, file, path)
+            first = model_ids.setdefault(entry.model_id, number)
             if first != number:
-                raise ZooError(f"model_id {shown(candidate.entry.model_id)} stands in line {first} already")
+                raise ZooError(f"model_id {shown(entry.model_id)} stands in line {first} already")
         except WeightspaceError as error:
-            problems.append((name, str(error)))
+            problems.append(Skip(name, str(error)))
         else:
-            candidates.append(candidate)
+            rows.append(_Row(file, path, sum(part.stat().st_size for part in _files(path)), entry))
     for path in sorted(folder.rglob("*.safetensors")):
         if path.resolve() not in named:
-            problems.append((path.relative_to(folder).as_posix(), f"no row of {METADATA} names it"))
-    return candidates, problems
+            problems.append(Skip(path.relative_to(folder).as_posix(), f"no row of {METADATA} names it"))
+    return rows, problems
 
 
 def _files(path: Path) -> list[Path]:
-    """The safetensors files that a row speaks for when it names ``path``: all in its folder for an index."""
+    """The safetensors files of the model at ``path``: all in its folder for an index."""
     if path.suffix == ".safetensors":
         return [path]
     return list((path if path.is_dir() else path.parent).glob("*.safetensors"))
@@ -219,58 +165,53 @@ def _path_inside(folder: Path, file: str) -> Path:
     return path
 
 
-def _candidate(row: Mapping[str, Any], file: str, path: Path) -> _Candidate:
+def _entry(row: Mapping[str, Any], file: str, path: Path) -> ZooEntry:
     model_id = _text(row, "model_id") or str(PurePosixPath(file)).removesuffix(".safetensors")
     results = {**{name: row.get(name) for name in RESULTS}, **_object(row, "results")}
     if taken := results.keys() & set(weights_schema(()).names):
         raise ZooError(f"{min(taken)!r} cannot be a result, the zoo format uses it; rename it")
-    entry = ZooEntry(
+    others = {key: value for key, value in row.items() if key not in _KEYS}
+    return ZooEntry(
         model_id=model_id,
         run_id=_text(row, "run_id", "run") or model_id,
         ref=_ref(row.get("ref"), path),
         dataset=_text(row, "dataset"),
         results={name: _number(name, value) for name, value in results.items() if value is not None},
-        hyperparameters={
-            **{key: value for key, value in row.items() if key not in _KEYS},
-            **_object(row, "hyperparameters"),
-        },
+        hyperparameters={**others, **_object(row, "hyperparameters")},
         licence=_text(row, "licence", "license"),
         base_model=_text(row, "base_model"),
         lineage=_texts(row, "lineage"),
         task=_text(row, "task"),
         datasets=_texts(row, "datasets"),
-        metrics=_metrics(row),
+        metrics=_metrics(() if row.get("metrics") is None else row["metrics"]),
     )
-    return _Candidate(file, path, sum(part.stat().st_size for part in _files(path)), entry)
 
 
 def _text(row: Mapping[str, Any], *keys: str) -> str | None:
-    """The value of the first key that has one; a whole number is taken as a name too."""
-    for key in keys:
-        value = row.get(key)
-        if value is None:
-            continue
-        if isinstance(value, int) and not isinstance(value, bool):
-            return str(value)
-        if not isinstance(value, str) or not value or not value.isprintable():
-            raise ZooError(f"{key} must be a text, got {shown(value)}")
-        return value
-    return None
+    """The value of the first key that has one; an integer is taken as a name too."""
+    key, value = next(((key, row[key]) for key in keys if row.get(key) is not None), (keys[0], None))
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if value is not None and (not isinstance(value, str) or not value or not value.isprintable()):
+        raise ZooError(f"{key} must be a text, got {shown(value)}")
+    return value
 
 
 def _texts(row: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    values = row.get(key)
-    if values is None:
-        return ()
+    values = [] if row.get(key) is None else row[key]
     if not isinstance(values, list) or not all(isinstance(value, str) and value.isprintable() for value in values):
         raise ZooError(f"{key} must be a list of texts, got {shown(values)}")
     return tuple(values)
 
 
-def _metrics(row: Mapping[str, Any]) -> tuple[ReportedMetric, ...]:
-    values = row.get("metrics")
-    if values is None:
-        return ()
+def _object(row: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = row.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise ZooError(f"{key} must be an object, got {shown(value)}")
+    return value or {}
+
+
+def _metrics(values: Any) -> tuple[ReportedMetric, ...]:
     try:
         metrics = tuple(ReportedMetric(**value) for value in values)
     except TypeError as error:
@@ -280,15 +221,6 @@ def _metrics(row: Mapping[str, Any]) -> tuple[ReportedMetric, ...]:
         if not all(isinstance(text, str) for text in texts) or not isinstance(metric.value, str | float | int):
             raise ZooError(f"metrics must have texts and a number or a text as value, got {shown(values)}")
     return metrics
-
-
-def _object(row: Mapping[str, Any], key: str) -> dict[str, Any]:
-    value = row.get(key)
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise ZooError(f"{key} must be an object, got {shown(value)}")
-    return value
 
 
 def _number(name: str, value: Any) -> float:
@@ -301,10 +233,8 @@ def _number(name: str, value: Any) -> float:
 
 
 def _ref(value: Any, path: Path) -> ModelRef:
-    if value is None:
-        return ModelRef(str(path))
-    if isinstance(value, str):
-        return parse_ref(value)
+    if value is None or isinstance(value, str):
+        return ModelRef(str(path)) if value is None else parse_ref(value)
     parts = _object({"ref": value}, "ref")
     location = _text(parts, "location")
     if location is None or parts.keys() - {"location", "revision", "subfolder"}:
@@ -312,20 +242,21 @@ def _ref(value: Any, path: Path) -> ModelRef:
     return ModelRef(location, _text(parts, "revision"), _text(parts, "subfolder"))
 
 
-def _load(candidate: _Candidate) -> tuple[ZooEntry, bytes]:
+def _load(row: _Row) -> Candidate:
     """Reads and checks the weights of one model."""
-    if candidate.size > MAX_BLOB_BYTES:
-        raise ZooError(f"{candidate.size} bytes do not fit a zoo row; the limit is {MAX_BLOB_BYTES}")
-    source = open_checkpoint(candidate.path)
-    weights = Path(source.where)
     try:
-        sharded = weights.suffix == ".json"
-        blob = source.to_bytes() if sharded else weights.read_bytes()
+        if row.size > MAX_BLOB_BYTES:
+            raise ZooError(f"{row.size} bytes do not fit a zoo row; the limit is {MAX_BLOB_BYTES}")
+        source = open_checkpoint(row.path)
+        weights = Path(source.where)
+        blob = source.to_bytes() if weights.suffix == ".json" else weights.read_bytes()
         adapter = weights.with_name("adapter_config.json")
         config = source.config
         if config is None and weights.name.startswith("adapter_model") and adapter.is_file():
             config = load_json_object(adapter.read_bytes(), where=adapter.name)
+        check_finite(blob, parse_header(blob, file_size=len(blob), where=row.file))
     except OSError as error:
-        raise ZooError(f"cannot be read ({error.strerror}); fetch it again") from error
-    check_finite(blob, parse_header(blob, file_size=len(blob), where=candidate.file))
-    return replace(candidate.entry, config=config), blob
+        return Skip(row.file, f"cannot be read ({error.strerror}); fetch it again")
+    except WeightspaceError as error:
+        return Skip(row.file, str(error))
+    return replace(row.entry, config=config), blob

@@ -105,8 +105,8 @@ class ZooSettings:
 def train_zoo(settings: ZooSettings, output: Path | str) -> Zoo:
     """Trains the runs that ``settings`` describe and writes them as a zoo.
 
-    Models of one architecture train together. A zoo that was interrupted goes on with the shards that are missing; a
-    complete zoo of the same settings is left as it is.
+    Models of one architecture train together. An interrupted zoo continues with the missing shards; a complete zoo of
+    the same settings is left as it is.
 
     Args:
         settings: see `ZooSettings`.
@@ -116,18 +116,17 @@ def train_zoo(settings: ZooSettings, output: Path | str) -> Zoo:
         SettingsError: an architecture or a training size does not fit the dataset.
         ZooError: the dataset cannot be opened, or ``output`` holds a zoo of other settings.
     """
-    writer = ZooWriter(output, settings={"kind": "trained", **_described(settings)})
+    described = asdict(settings)
+    del described["device"]  # does not determine the content
+    writer = ZooWriter(output, settings={"kind": "trained", **described})
     recipes = draw_recipes(settings)
-    shards = list(_shards(recipes))
-    snapshots = len(settings.checkpoints)
-    with tqdm(total=len(recipes), desc="train zoo", unit="run") as bar:
-        for number, members in enumerate(shards):
-            name = f"population-{number:05d}"
-            if not writer.has_shard(name):
-                _train_shard(writer, name, members, settings, number)
-            bar.update(len(members))
-            bar.set_postfix(checkpoints=bar.n * snapshots)
-    writer.finish()
+    with tqdm(total=len(recipes), desc="train zoo", unit="run") as progress:
+        writer.write_all(
+            _shards(recipes),
+            lambda number, members: _train_shard(number, members, settings),
+            name=lambda number, _: f"population-{number:05d}",
+            progress=progress,
+        )
     return load_zoo(output)
 
 
@@ -175,47 +174,34 @@ def _completed(
     return config
 
 
-def _described(settings: ZooSettings) -> dict[str, Any]:
-    """The settings that decide what is in the zoo: where it is trained is none of them."""
-    values = asdict(settings)
-    del values["device"]
-    return values
-
-
 def _shards(recipes: Sequence[Recipe]) -> Iterator[list[Recipe]]:
     populations: dict[FamilyConfig, list[Recipe]] = {}
     for recipe in recipes:
         populations.setdefault(recipe.config, []).append(recipe)
     for members in populations.values():
-        # Runs of about equal length side by side: nobody waits long for the slowest of the population.
+        # Runs of similar length train together, so that few wait for the slowest of the population.
         ordered = sorted(members, key=lambda recipe: (recipe.steps, recipe.run_id))
         yield from (ordered[start : start + _RUNS_TOGETHER] for start in range(0, len(ordered), _RUNS_TOGETHER))
 
 
-def _train_shard(writer: ZooWriter, name: str, members: Sequence[Recipe], settings: ZooSettings, number: int) -> None:
+def _train_shard(number: int, members: Sequence[Recipe], settings: ZooSettings) -> list[tuple[ZooEntry, bytes]]:
     datasets = {dataset: load_images(dataset) for dataset in dict.fromkeys(recipe.dataset for recipe in members)}
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    seed = int.from_bytes(hashlib.sha256(f"{settings.seed}/{number}".encode()).digest()[:6])
-    entries: list[ZooEntry] = []
-    blobs: list[bytes] = []
-    for snapshot in train_population(
+    snapshots = train_population(
         members,
         datasets,
         checkpoints=settings.checkpoints,
         batch_size=settings.batch_size,
-        seed=seed,
+        seed=int.from_bytes(hashlib.sha256(f"{settings.seed}/{number}".encode()).digest()[:6]),
         device=device,
-    ):
-        for entry, blob in _stored(snapshot, members):
-            entries.append(entry)
-            blobs.append(blob)
-    order = sorted(range(len(entries)), key=lambda i: entries[i].model_id)
-    writer.write_shard(name, [entries[i] for i in order], [blobs[i] for i in order])
+    )
+    models = [model for snapshot in snapshots for model in _models(snapshot, members)]
+    return sorted(models, key=lambda model: model[0].model_id)
 
 
-def _stored(snapshot: Snapshot, recipes: Sequence[Recipe]) -> Iterator[tuple[ZooEntry, bytes]]:
+def _models(snapshot: Snapshot, recipes: Sequence[Recipe]) -> Iterator[tuple[ZooEntry, bytes]]:
     for place, (member, step) in enumerate(zip(snapshot.members, snapshot.steps, strict=True)):
         recipe = recipes[member]
         tensors = {name: value[place].clone() for name, value in snapshot.parameters.items()}

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from weightspace.zoo.licences import is_own, obstacle
+from weightspace.zoo.facts import is_own, obstacle
 
 OPEN = "apache-2.0 MIT bsd-3-clause gpl-3.0 lgpl-2.1 agpl-3.0 cc0-1.0 cc-by-4.0 cc-by-sa-3.0 cc-by-nc-sa-4.0 openrail"
 CLOSED = "other unknown cc-by-nd-4.0 cc-by-nc-nd-3.0 llama3.1 gemma mitt apache-2.0-with-terms apache2 proprietary"
