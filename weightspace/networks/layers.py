@@ -10,6 +10,11 @@ from weightspace.schema import LayerKind, LayerSpec, TensorSpec
 _NORM_NAME = re.compile(r"norm|(^|[._])(bn|ln|gn)\d*$", re.IGNORECASE)
 _EMBEDDING_NAME = re.compile(r"embed|(^|[._])(emb|wte|wpe)\d*$", re.IGNORECASE)
 _CONV_AXES = (3, 4, 5)
+_NORM_COMPANIONS = {
+    "weight": ("bias", "running_mean", "running_var"),
+    "gamma": ("beta", "running_mean", "running_var"),
+    "running_mean": ("running_var",),
+}
 
 
 def natural_key(name: str) -> tuple[object, ...]:
@@ -48,49 +53,30 @@ def group_layers(specs: Iterable[TensorSpec]) -> tuple[LayerSpec, ...]:
     # Weights claim their companions first, so that a bias is alone only where no weight wants it.
     for name in (*filter(_leads, free), *free):
         if name in free:
-            tensors = [free.pop(name)]
-            for companion in _companions(tensors[0]):
-                other = free.get(companion)
-                if other is not None and _fits(tensors[0], other):
-                    tensors.append(free.pop(companion))
-            layers.append(_layer(tuple(tensors), taken))
+            first = free.pop(name)
+            found = [companion for companion in _companions(first) if companion in free]
+            fitting = [companion for companion in found if first.shape and free[companion].shape == first.shape[:1]]
+            layers.append(_layer((first, *map(free.pop, fitting)), taken))
             taken.add(layers[-1].name)
     return tuple(sorted(layers, key=lambda layer: natural_key(layer.name)))
 
 
-def _split(name: str) -> tuple[str, str]:
-    prefix, _, leaf = name.rpartition(".")
-    return prefix, leaf
-
-
 def _leads(name: str) -> bool:
-    leaf = _split(name)[1]
+    leaf = name.rpartition(".")[2]
     return "weight" in leaf or leaf == "gamma"
 
 
 def _companions(spec: TensorSpec) -> list[str]:
-    prefix, leaf = _split(spec.name)
-    if leaf == "weight" and len(spec.shape) == 1:
-        leaves = ["bias", "running_mean", "running_var"]
-    elif leaf == "gamma":
-        leaves = ["beta", "running_mean", "running_var"]
-    elif leaf == "running_mean":
-        leaves = ["running_var"]
-    elif "weight" in leaf and len(spec.shape) > 1:
-        leaves = [leaf.replace("weight", "bias")]
-    else:
-        leaves = []
-    return [f"{prefix}.{other}" if prefix else other for other in leaves]
-
-
-def _fits(weight: TensorSpec, other: TensorSpec) -> bool:
-    return other.shape == weight.shape[:1] and bool(weight.shape)
+    prefix, dot, leaf = spec.name.rpartition(".")
+    is_matrix = "weight" in leaf and len(spec.shape) > 1
+    leaves = (leaf.replace("weight", "bias"),) if is_matrix else _NORM_COMPANIONS.get(leaf, ())
+    return [f"{prefix}{dot}{other}" for other in leaves]
 
 
 def _layer(tensors: tuple[TensorSpec, ...], taken: Container[str]) -> LayerSpec:
     """Builds a layer whose name is none of ``taken``, which holds the names of all tensors."""
     first = tensors[0]
-    prefix, leaf = _split(first.name)
+    prefix, _, leaf = first.name.rpartition(".")
     named = prefix and (leaf == "weight" or (len(tensors) > 1 and leaf in ("gamma", "running_mean")))
     kind = _kind(tensors, prefix if named else first.name, leaf)
     name = prefix if named and prefix not in taken else first.name

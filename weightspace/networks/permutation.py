@@ -140,17 +140,11 @@ def reorder(
         if axis == last:
             source, size = orders[axis][0], size // block
         elif axis in orders:
-            source = _spread(*orders[axis])
+            permutation, width = orders[axis]
+            source = (permutation.unsqueeze(-1) * width + torch.arange(width, device=values.device)).flatten(1)
         else:
             source = torch.arange(size, device=values.device)
         index = index * size + source.view(-1, *(1,) * axis, size, *(1,) * (last - axis))
     count = math.prod(shape[:last]) * (shape[last] // block)
     pieces = values.reshape(models * count, block * math.prod(shape[last + 1 :]))
     return pieces.index_select(0, index.flatten()).view(rows, *shape)
-
-
-def _spread(permutation: Int[Tensor, "models size"], block: int) -> Int[Tensor, "models entries"]:
-    """Turns a permutation of channels into one of an axis that holds ``block`` consecutive entries a channel."""
-    if block == 1:
-        return permutation
-    return (permutation.unsqueeze(-1) * block + torch.arange(block, device=permutation.device)).flatten(1)
