@@ -9,7 +9,7 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from weightspace.tokenizers.channel import ChannelTokenizer
+from weightspace.tokenizers.rows import ChannelTokenizer
 
 
 def test_shapes_are_checked() -> None:

@@ -36,7 +36,7 @@ def test_counts_are_those_of_the_tokens_themselves(tmp_path: Path) -> None:
     assert inspection.parameters == sum(t.numel() for t in tensors.values() if t.is_floating_point())
     assert inspection.dtypes == {"F32": inspection.parameters - 5, "F16": 5}
     assert inspection.left_out == {"1.num_batches_tracked": 1}
-    accepting = {name for name in TOKENIZERS if get_tokenizer(name, 8).suits(inspection.architecture)}
+    accepting = {name for name in TOKENIZERS if get_tokenizer(name, 8).applies_to(inspection.architecture)}
     assert set(inspection.token_counts) == accepting >= {"channel", "dense"}
     for name, count in inspection.token_counts.items():
         assert count == len(get_tokenizer(name, 8).tokenize(tensors, inspection.architecture).tokens)

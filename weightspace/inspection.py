@@ -165,7 +165,7 @@ def inspect_location(
             {
                 tokenizer.name: tokenizer.token_count(architecture)
                 for tokenizer in tokenizers
-                if tokenizer.suits(architecture)
+                if tokenizer.applies_to(architecture)
             },
             _not_finite(checkpoint, architecture) if check_values else None,
             checkpoint.quantization,

@@ -264,7 +264,7 @@ def test_models_without_factors_have_the_tokens_of_channels() -> None:
     shapes = {"0.weight": (6, 9), "0.bias": (6,), "2.weight": (3, 6), "x.lora_A.weight": (2, 3)}
     tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     architecture, tokenizer = architecture_of(tensors), LoraTokenizer(4)
-    assert not tokenizer.suits(architecture) and tokenizer.suits(architecture_of(adapter()))
+    assert not tokenizer.applies_to(architecture) and tokenizer.applies_to(architecture_of(adapter()))
     found, expected = (one.tokenize(tensors, architecture) for one in (tokenizer, ChannelTokenizer(4)))
     assert torch.equal(found.tokens, expected.tokens)
     assert torch.equal(found.mask, expected.mask) and torch.equal(found.positions, expected.positions)

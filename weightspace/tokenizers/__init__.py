@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from weightspace.errors import SettingsError
 from weightspace.tokenizers.base import TokenLayout, TokenWindow, WeightTokenizer
-from weightspace.tokenizers.channel import ChannelTokenizer
-from weightspace.tokenizers.dense import DenseTokenizer
 from weightspace.tokenizers.lora import LoraTokenizer
 from weightspace.tokenizers.normalization import TokenNormalizer
+from weightspace.tokenizers.rows import ChannelTokenizer, DenseTokenizer
 
 TOKENIZERS: dict[str, type[WeightTokenizer]] = {
     cls.name: cls for cls in (ChannelTokenizer, DenseTokenizer, LoraTokenizer)

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from weightspace.errors import ArchitectureError, SettingsError, TokenError
-from weightspace.networks.flat import expect, flat_dtype, restore, split_off, unflatten
+from weightspace.networks.flat import flat_dtype, flatten, restore, split_off, unflatten
 from weightspace.schema import Architecture, LayerSpec, TensorSpec, WeightTokens
 
 # Masks above this many entries are built anew for each use: a cache must not hold on to the memory of huge models.
@@ -138,13 +138,27 @@ class WeightTokenizer(ABC):
     def row_stride(self, width: int) -> int:
         """Returns how many entries after a row of ``width`` entries the next row of the layer starts; >= ``width``."""
 
-    def suits(self, architecture: Architecture) -> bool:
+    def applies_to(self, architecture: Architecture) -> bool:
         """Whether models of this architecture have what sets this tokenizer apart from the others."""
         return True
 
+    def arrange(self, architecture: Architecture) -> Architecture:
+        """Returns the architecture whose rows become tokens: the model's, unless a tokenizer transforms tensors."""
+        return architecture
+
+    def transform(
+        self, tensors: dict[str, Float[Tensor, "models ..."]], architecture: Architecture
+    ) -> Mapping[str, Float[Tensor, "models ..."]]:
+        """Returns the tensors whose rows become tokens, with the entries that `arrange` describes."""
+        return tensors
+
+    def _blocks(self, architecture: Architecture) -> tuple[_Block, ...]:
+        # The key is the layers, not the digest: the digest is equal for layers in another order.
+        return _blocks(self, self.arrange(architecture).layers)
+
     def token_count(self, architecture: Architecture) -> int:
         """Returns the number of tokens of a model, without building a mask."""
-        return _length(_blocks(self, architecture.layers)) // self.token_size
+        return _length(self._blocks(architecture)) // self.token_size
 
     def layout(self, architecture: Architecture) -> TokenLayout:
         """Returns mask and positions of the tokens; cached, except for huge models.
@@ -152,8 +166,7 @@ class WeightTokenizer(ABC):
         Raises:
             ArchitectureError: a layer's tensors do not form rows.
         """
-        # The key is the layers, not the digest: the digest is equal for layers in another order.
-        blocks = _blocks(self, architecture.layers)
+        blocks = self._blocks(architecture)
         build = _layout if _length(blocks) <= LARGEST_CACHED_MASK else _layout.__wrapped__
         return build(blocks, self.token_size)
 
@@ -170,11 +183,9 @@ class WeightTokenizer(ABC):
         """
         passthrough = split_off(tensors, architecture)
         layout = self.layout(architecture)
-        tokens = torch.empty(layout.mask.shape, dtype=flat_dtype(architecture))
-        for spec, target in _targets(tokens[None], _blocks(self, architecture.layers)):
-            # The target is cut to the tensor's shape, for the tensor may have any strides.
-            target.view(spec.shape).copy_(expect(tensors, spec).detach())
-        ensure_finite(tokens, tensors, architecture)
+        flat = flatten(tensors, architecture).detach()
+        _ensure_finite(flat, tensors, architecture)
+        tokens = self.tokenize_batch(flat[None], architecture)[0]
         return WeightTokens(tokens, layout.mask, layout.positions, architecture, passthrough)
 
     def tokenize_windows(
@@ -191,7 +202,7 @@ class WeightTokenizer(ABC):
             ArchitectureError: a layer's tensors do not form rows.
             TokenError: an entry is NaN or infinite.
         """
-        blocks = _blocks(self, architecture.layers)
+        blocks = self._blocks(architecture)
         plans = [_window_parts(blocks, self.token_size * start, self.token_size * stop) for start, stop in windows]
         contents = iter(read([(part.tensor, part.start, part.stop) for plan in plans for part in plan]))
         found = []
@@ -215,7 +226,7 @@ class WeightTokenizer(ABC):
 
     def window_entries(self, architecture: Architecture, windows: Sequence[tuple[int, int]]) -> Mapping[str, int]:
         """Counts the entries of each tensor that `tokenize_windows` reads for these windows."""
-        blocks = _blocks(self, architecture.layers)
+        blocks = self._blocks(architecture)
         counts: dict[str, int] = {}
         for start, stop in windows:
             for part in _window_parts(blocks, self.token_size * start, self.token_size * stop):
@@ -242,10 +253,10 @@ class WeightTokenizer(ABC):
         Raises:
             ArchitectureError: the vectors have another length than the architecture.
         """
-        sources = unflatten(flat, architecture)
+        sources = self.transform(unflatten(flat, architecture), architecture)
         tokens = flat.new_empty(len(flat), self.token_count(architecture), self.token_size)
-        for spec, target in _targets(tokens, _blocks(self, architecture.layers)):
-            target.copy_(sources[spec.name].view(target.shape))
+        for spec, target in _targets(tokens, self._blocks(architecture)):
+            target.copy_(sources[spec.name].reshape(target.shape))
         return tokens
 
     def detokenize_batch(
@@ -253,10 +264,12 @@ class WeightTokenizer(ABC):
     ) -> Float[Tensor, "models params"]:
         """Turns tokens of one architecture into flat weight vectors; differentiable, padding gets no gradient.
 
+        The vectors are those of `arrange`; a tokenizer that transforms tensors undoes it.
+
         Raises:
             TokenError: the tokens have another shape than the architecture gives.
         """
-        blocks = _blocks(self, architecture.layers)
+        blocks = self._blocks(architecture)
         expected = (_length(blocks) // self.token_size, self.token_size)
         if tuple(tokens.shape[1:]) != expected:
             raise TokenError(
@@ -267,7 +280,7 @@ class WeightTokenizer(ABC):
         if tokens.requires_grad and sources:
             return torch.cat(sources, dim=1)
         flat = tokens.new_empty(len(tokens), architecture.numel)
-        for target, source in zip(unflatten(flat, architecture).values(), sources, strict=True):
+        for target, source in zip(unflatten(flat, self.arrange(architecture)).values(), sources, strict=True):
             target.view(source.shape).copy_(source)
         return flat
 
@@ -381,13 +394,9 @@ def _finite(entries: Tensor) -> bool:
     return not entries.numel() or all(bool(extreme.isfinite()) for extreme in torch.aminmax(entries))
 
 
-def ensure_finite(entries: Tensor, tensors: Mapping[str, Tensor], architecture: Architecture) -> None:
-    """Refuses ``entries``, which were made of ``tensors``, if any is NaN or infinite.
-
-    Raises:
-        TokenError: naming the first tensor with such entries.
-    """
-    if _finite(entries):
+def _ensure_finite(flat: Tensor, tensors: Mapping[str, Tensor], architecture: Architecture) -> None:
+    """Refuses tensors with NaN or infinite entries, by the name of the first; ``flat`` holds them end to end."""
+    if _finite(flat):
         return
     counts = {spec.name: int((~tensors[spec.name].to(torch.float64).isfinite()).sum()) for spec in architecture.tensors}
     name, count = next((name, count) for name, count in counts.items() if count)

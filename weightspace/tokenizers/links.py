@@ -12,8 +12,7 @@ from torch import Tensor
 from weightspace.networks.flat import unflatten
 from weightspace.schema import Architecture, GroupAxis, PermutationGroup
 from weightspace.tokenizers.base import WeightTokenizer
-from weightspace.tokenizers.channel import ChannelTokenizer
-from weightspace.tokenizers.lora import LoraTokenizer
+from weightspace.tokenizers.rows import ChannelTokenizer
 
 
 @lru_cache(maxsize=64)
@@ -33,9 +32,7 @@ def token_links(tokenizer: WeightTokenizer, architecture: Architecture) -> Int[T
         padding. The tensor is shared: do not write to it.
     """
     layout = tokenizer.layout(architecture)
-    if isinstance(tokenizer, LoraTokenizer) and not tokenizer.suits(architecture):
-        tokenizer = ChannelTokenizer(tokenizer.token_size)  # which is what it is without factors
-    if not isinstance(tokenizer, ChannelTokenizer):
+    if not isinstance(tokenizer, ChannelTokenizer) or tokenizer.arrange(architecture) is not architecture:
         return torch.zeros(layout.mask.shape, dtype=torch.int64)
     # Token numbers take the places of the weights and become tokens with them; float64 holds them exactly.
     flat = torch.zeros(1, architecture.numel, dtype=torch.float64)

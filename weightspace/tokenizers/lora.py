@@ -15,14 +15,14 @@ from torch import Tensor
 
 from weightspace.errors import TokenError
 from weightspace.io.adapters import LoraPair, find_pairs
-from weightspace.networks.flat import flat_dtype, flatten, split_off, unflatten
-from weightspace.schema import Architecture, LayerSpec, TensorSpec, WeightTokens
-from weightspace.tokenizers.base import ReadEntries, TokenLayout, TokenWindow, WeightTokenizer, ensure_finite
-from weightspace.tokenizers.channel import ChannelTokenizer
+from weightspace.networks.flat import flat_dtype, unflatten
+from weightspace.schema import Architecture, LayerSpec, TensorSpec
+from weightspace.tokenizers.base import ReadEntries, TokenWindow
+from weightspace.tokenizers.rows import ChannelTokenizer
 
 
 @dataclass(frozen=True)
-class LoraTokenizer(WeightTokenizer):
+class LoraTokenizer(ChannelTokenizer):
     """A row ``[a_k | b_k]`` for each rank-one component of a module's update; other tensors as `ChannelTokenizer` does.
 
     A model without factors has exactly the tokens of `ChannelTokenizer`, so that adapters and whole models can share an
@@ -40,73 +40,26 @@ class LoraTokenizer(WeightTokenizer):
     name: ClassVar[str] = "lora"
     exact: ClassVar[bool] = False
 
-    @property
-    def _rows(self) -> ChannelTokenizer:
-        """Cuts the rows of canonical factors into tokens."""
-        return ChannelTokenizer(self.token_size)
-
-    def row_stride(self, width: int) -> int:
-        """Rounds ``width`` up to whole tokens."""
-        return self._rows.row_stride(width)
-
-    def suits(self, architecture: Architecture) -> bool:
+    def applies_to(self, architecture: Architecture) -> bool:
         """Whether there is a pair of factors among the tensors."""
         return bool(_arrange(architecture.layers).pairs)
 
-    def token_count(self, architecture: Architecture) -> int:
-        """Returns the number of tokens of a model, without building a mask."""
-        return self._rows.token_count(_arranged(architecture))
+    def arrange(self, architecture: Architecture) -> Architecture:
+        """Returns the architecture with the rows ``[a_k | b_k]``; the same object where there are no factors."""
+        arranged = _arrange(architecture.layers)
+        return replace(architecture, layers=arranged.layers) if arranged.pairs else architecture
 
-    def layout(self, architecture: Architecture) -> TokenLayout:
-        """Returns mask and positions of the tokens; cached, except for huge models.
-
-        Raises:
-            ArchitectureError: a layer's tensors do not form rows.
-        """
-        return self._rows.layout(_arranged(architecture))
-
-    def tokenize(self, tensors: Mapping[str, Tensor], architecture: Architecture) -> WeightTokens:
-        """Turns one adapter into tokens.
-
-        Raises:
-            ArchitectureError: a tensor is missing, unknown, or has another shape or dtype.
-            TokenError: a tensor that becomes tokens holds NaN or infinite entries.
-        """
-        layout = self.layout(architecture)
-        passthrough = split_off(tensors, architecture)
-        flat = flatten(tensors, architecture).detach()
-        ensure_finite(flat, tensors, architecture)
-        tokens = self.tokenize_batch(flat[None], architecture)[0]
-        return WeightTokens(tokens, layout.mask, layout.positions, architecture, passthrough)
-
-    def tokenize_batch(
-        self, flat: Float[Tensor, "models params"], architecture: Architecture
-    ) -> Float[Tensor, "models n d"]:
-        """Turns flat weight vectors of one architecture into tokens, in the dtype and on the device of ``flat``.
-
-        Raises:
-            ArchitectureError: the vectors have another length than the architecture.
-        """
-        arranged, tensors = _arranged(architecture), unflatten(flat, architecture)
-        tensors |= _canonical(tensors, _arrange(architecture.layers).pairs, len(flat))
-        pieces = [tensors[spec.name].reshape(len(flat), spec.numel) for spec in arranged.tensors]
-        return self._rows.tokenize_batch(torch.cat(pieces, dim=1), arranged)
+    def transform(
+        self, tensors: dict[str, Float[Tensor, "models ..."]], architecture: Architecture
+    ) -> Mapping[str, Float[Tensor, "models ..."]]:
+        """Brings the factors of each pair into canonical form, B transposed."""
+        return tensors | _canonical(tensors, _arrange(architecture.layers).pairs)
 
     def tokenize_windows(
         self, read: ReadEntries, architecture: Architecture, windows: Sequence[tuple[int, int]]
     ) -> list[TokenWindow]:
-        """Turns stretches of the token sequence into tokens; both factors of each module in them are read whole.
-
-        Args:
-            read: reads stretches of flattened tensors, as `Checkpoint.entries` does; it is called once.
-            architecture: of the model.
-            windows: first token and token after the last, for each window; within ``token_count(architecture)``.
-
-        Raises:
-            ArchitectureError: a layer's tensors do not form rows.
-            TokenError: an entry is NaN or infinite.
-        """
-        arranged, partners = _arranged(architecture), _partners(architecture)
+        """Turns stretches of the token sequence into tokens; both factors of each module in them are read whole."""
+        partners = _partners(architecture)
         dtype = flat_dtype(architecture)
 
         def read_canonical(stretches: Sequence[tuple[str, int, int]]) -> list[Tensor]:
@@ -118,14 +71,14 @@ class LoraTokenizer(WeightTokenizer):
             for name, content in whole.items():
                 if not content.isfinite().all():
                     raise TokenError(f"{name}: holds NaN or infinite entries; leave this adapter out")
-            canonical, rest = _canonical(whole, pairs, 1), iter(contents[len(factors) :])
+            canonical, rest = _canonical(whole, pairs), iter(contents[len(factors) :])
             return [canonical[n].flatten()[i:j] if n in canonical else next(rest) for n, i, j in stretches]
 
-        return self._rows.tokenize_windows(read_canonical, arranged, windows)
+        return super().tokenize_windows(read_canonical, architecture, windows)
 
     def window_entries(self, architecture: Architecture, windows: Sequence[tuple[int, int]]) -> Mapping[str, int]:
         """Counts the entries of each tensor that `tokenize_windows` reads for these windows."""
-        counts = self._rows.window_entries(_arranged(architecture), windows)
+        counts = super().window_entries(architecture, windows)
         partners = _partners(architecture)
         touched = dict.fromkeys(partners[name] for name in counts if name in partners)
         return {**counts, **{spec.name: spec.numel for pair in touched for spec in (pair.a, pair.b)}}
@@ -133,13 +86,11 @@ class LoraTokenizer(WeightTokenizer):
     def detokenize_batch(
         self, tokens: Float[Tensor, "models n d"], architecture: Architecture
     ) -> Float[Tensor, "models params"]:
-        """Turns tokens of one architecture into flat weight vectors; differentiable, padding gets no gradient.
-
-        Raises:
-            TokenError: the tokens have another shape than the architecture gives.
-        """
-        arranged = _arranged(architecture)
-        tensors = unflatten(self._rows.detokenize_batch(tokens, arranged), arranged)
+        """Turns tokens of one architecture into flat weight vectors; see `WeightTokenizer.detokenize_batch`."""
+        flat = super().detokenize_batch(tokens, architecture)
+        if not self.applies_to(architecture):
+            return flat
+        tensors = unflatten(flat, self.arrange(architecture))
         for pair in _arrange(architecture.layers).pairs:
             groups, rank, _, outputs = _sizes(pair)
             tensors[pair.b.name] = tensors[pair.b.name].reshape(len(tokens), groups, rank, outputs).mT
@@ -174,7 +125,7 @@ def canonical_factors(
     return rows.to(a.dtype), columns.to(b.dtype)
 
 
-def _canonical(tensors: Mapping[str, Tensor], pairs: Sequence[LoraPair], models: int) -> dict[str, Tensor]:
+def _canonical(tensors: Mapping[str, Tensor], pairs: Sequence[LoraPair]) -> dict[str, Tensor]:
     """Returns the canonical A and the transpose of the canonical B of each pair, row after row."""
     found: dict[str, Tensor] = {}
     # Modules of equal shapes are brought into canonical form together.
@@ -182,8 +133,8 @@ def _canonical(tensors: Mapping[str, Tensor], pairs: Sequence[LoraPair], models:
     for pair in pairs:
         alike[_sizes(pair)].append(pair)
     for (groups, rank, inputs, outputs), members in alike.items():
-        a = torch.stack([tensors[pair.a.name].reshape(models, groups, rank, inputs) for pair in members])
-        b = torch.stack([tensors[pair.b.name].reshape(models, groups, outputs, rank) for pair in members])
+        a = torch.stack([tensors[pair.a.name].reshape(-1, groups, rank, inputs) for pair in members])
+        b = torch.stack([tensors[pair.b.name].reshape(-1, groups, outputs, rank) for pair in members])
         for pair, rows, columns in zip(members, *canonical_factors(a, b), strict=True):
             found |= {pair.a.name: rows, pair.b.name: columns.mT}
     return found
@@ -195,10 +146,6 @@ class _Arrangement:
 
     layers: tuple[LayerSpec, ...]
     pairs: tuple[LoraPair, ...]
-
-
-def _arranged(architecture: Architecture) -> Architecture:
-    return replace(architecture, layers=_arrange(architecture.layers).layers)
 
 
 @lru_cache(maxsize=64)
