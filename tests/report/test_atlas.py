@@ -86,7 +86,7 @@ def unpacked(packed: dict[str, str]) -> np.ndarray:
 
 @pytest.mark.parametrize("block", [1, 7, 64])
 def test_neighbours_are_those_of_a_plain_loop(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_BLOCK", block)
+    monkeypatch.setattr("weightspace.stats.clustering._CHUNK_ENTRIES", 40 * block)
     embeddings = np.random.default_rng(1).normal(size=(40, 5))
     neighbours, distances = nearest_neighbours(embeddings, 6)
     for row, one in enumerate(embeddings):

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-from jaxtyping import Float, Int
+import pandas as pd
+from jaxtyping import Float
 from threadpoolctl import threadpool_limits
 
 from weightspace.errors import ZooError
@@ -162,7 +163,7 @@ def explain(
     for description in descriptions:
         generator = np.random.default_rng(seed)
         scopes = _scopes(table, description, notes)
-        judged = [*scopes, _pooled(table, scopes)] if len(scopes) > 1 and description.comparable else scopes
+        judged = [*scopes, _pooled(scopes, table)] if len(scopes) > 1 and description.comparable else scopes
         if len(scopes) > 1 and not description.comparable:
             notes.append(
                 f"{description.name}: its columns differ between architectures, which cannot be compared in it."
@@ -183,14 +184,12 @@ class _Scope:
 
     Attributes:
         name: of their architecture, or ``"all"``.
-        members: their numbers in the whole table, ascending.
         table: the runs.
         raw: their description.
         values: the same with standardised columns, for each architecture by itself.
     """
 
     name: str
-    members: Int[np.ndarray, "runs"]
     table: RunTable
     raw: Float[np.ndarray, "runs dims"]
     values: Float[np.ndarray, "runs dims"]
@@ -213,18 +212,16 @@ def _scopes(table: RunTable, description: Description, notes: list[str]) -> list
             f"{len(counts) - len(chosen):,} architectures with {runs:,} runs are left out: "
             f"at most {_MAX_ARCHITECTURES} of {MIN_RUNS} runs or more are judged."
         )
-    scopes = []
-    for name in chosen:
-        here = finite & (names == name)
-        scopes.append(_Scope(name, np.flatnonzero(here), table.where(here), raw[here], standardised(raw[here])))
-    return scopes
+    members = {name: finite & (names == name) for name in chosen}
+    return [_Scope(name, table.where(own), raw[own], standardised(raw[own])) for name, own in members.items()]
 
 
-def _pooled(table: RunTable, scopes: Sequence[_Scope]) -> _Scope:
-    members = np.concatenate([scope.members for scope in scopes])
-    order = np.argsort(members)
+def _pooled(scopes: Sequence[_Scope], table: RunTable) -> _Scope:
+    """Runs of all scopes, in the order of the whole table."""
+    order = np.argsort(np.concatenate([scope.table.rows for scope in scopes]))
     raw, values = (np.concatenate(parts)[order] for parts in ([s.raw for s in scopes], [s.values for s in scopes]))
-    return _Scope(ALL, members[order], table.where(np.isin(np.arange(len(table)), members)), raw, values)
+    kept = np.isin(table.rows, np.concatenate([scope.table.rows for scope in scopes]))
+    return _Scope(ALL, table.where(kept), raw, values)
 
 
 def standardised(values: Float[np.ndarray, "runs dims"]) -> Float[np.ndarray, "runs dims"]:
@@ -253,7 +250,7 @@ def _cluster_rows(
     lengths = np.linalg.norm(scope.values, axis=1, keepdims=True)
     units = scope.values / np.where(lengths > 0, lengths, 1)
     rows = []
-    blocks = _codes(scope.table.architectures) if scope.name == ALL else None
+    blocks = pd.factorize(np.array(scope.table.architectures))[0] if scope.name == ALL else None
     for label, codes in _labels(scope.table).items():
         kept = _shared(codes, blocks)
         groups, codes = np.unique(codes[kept], return_inverse=True)
@@ -269,24 +266,16 @@ def _cluster_rows(
 
 def _labels(table: RunTable) -> dict[str, np.ndarray]:
     """Labels that models may cluster by: the dataset, -1 where it is not known, and what its id says."""
-    labels = {"dataset": _codes(table.datasets)}
-    datasets = labels["dataset"].max() + 1
+    datasets = pd.factorize(np.array(table.datasets, dtype=object))[0]
     # A characteristic that is different for every dataset says the same once more.
-    labels |= {one.name: one.codes for one in table.factors if one.in_dataset and len(one.levels) < datasets}
-    return labels
-
-
-def _codes(names: Sequence[str | None]) -> np.ndarray:
-    number = {name: code for code, name in enumerate(dict.fromkeys(name for name in names if name is not None))}
-    return np.array([-1 if name is None else number[name] for name in names], dtype=np.int64)
+    named = [one for one in table.factors if one.in_dataset and len(one.levels) <= datasets.max()]
+    return {"dataset": datasets, **{one.name: one.codes for one in named}}
 
 
 def _shared(codes: np.ndarray, blocks: np.ndarray | None) -> np.ndarray:
     """Which runs have a known label that another run, in another block where there are blocks, has too."""
-    own = np.arange(len(codes)) if blocks is None else blocks
-    pairs = np.unique(np.stack([codes, own]), axis=1)[0]
-    labels, counts = np.unique(pairs, return_counts=True)
-    return np.isin(codes, labels[(counts > 1) & (labels >= 0)])
+    own = pd.Series(np.arange(len(codes)) if blocks is None else blocks)
+    return (codes >= 0) & (own.groupby(codes).transform("nunique") > 1).to_numpy()
 
 
 # --- are models of similar datasets similar? -------------------------------------------------------------------------
@@ -348,10 +337,8 @@ def _references(datasets: Sequence[str], features: Mapping[str, np.ndarray] | No
 
 
 def _weights(scope: _Scope, datasets: Sequence[str]) -> Geometry:
-    kept = np.isin(np.array(scope.table.datasets, dtype=object), list(datasets))
-    number = {dataset: code for code, dataset in enumerate(datasets)}
-    codes = np.array([number[dataset] for dataset in scope.table.datasets if dataset in number])
-    return weight_geometry(scope.values[kept], codes)
+    codes = pd.Index(datasets).get_indexer(np.array(scope.table.datasets, dtype=object))
+    return weight_geometry(scope.values[codes >= 0], codes[codes >= 0])
 
 
 # --- what determines the weights? ------------------------------------------------------------------------------------

@@ -16,11 +16,11 @@ from weightspace.encoder import Encoder
 from weightspace.evaluation.functions import compare_functions
 from weightspace.probes.representations import fit_codes
 from weightspace.probes.zoo import ENCODER
+from weightspace.stats.resampling import RunBootstrap, pooled_interval
 from weightspace.zoo.dataset import Zoo
 
 ALL_ARCHITECTURES = "all"
 _METHODS = (ENCODER, "PCA", "IncrementalPCA")
-_REPLICATES = 1000
 
 
 @dataclass(frozen=True)
@@ -126,10 +126,9 @@ def _decoded_by_pca(
 def _summary(models: pd.DataFrame, architecture: str) -> ReconstructionRow:
     """Averages over models; the interval of the share kept is of a bootstrap over runs."""
     original, decoded, agreement = (models[name].to_numpy() for name in ("original", "decoded", "agreement"))
-    _, run = np.unique(models["run"].to_numpy(), return_inverse=True)
-    sums = np.stack([np.bincount(run, values) for values in (original, decoded)], axis=1)
-    drawn = np.random.default_rng(0).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=_REPLICATES) @ sums
-    low, high = np.percentile(drawn[:, 1] / drawn[:, 0], [2.5, 97.5])
+    bootstrap = RunBootstrap(models["run"].to_numpy(), np.random.default_rng(0))
+    drawn = bootstrap.sums(np.stack([original, decoded], axis=1))
+    low, high = pooled_interval([drawn[:, 1] / drawn[:, 0]])
     parts = models.groupby("header", sort=False)[["weights", "latent_size", "relative_mse"]]
     weights, latent_size, relative_mse = (
         float(np.average(values, weights=parts.size())) for _, values in parts.first().items()
@@ -143,8 +142,8 @@ def _summary(models: pd.DataFrame, architecture: str) -> ReconstructionRow:
         original_accuracy=float(original.mean()),
         decoded_accuracy=float(decoded.mean()),
         kept=float(decoded.mean() / original.mean()),
-        kept_low=float(low),
-        kept_high=float(high),
+        kept_low=low,
+        kept_high=high,
         agreement=float(agreement.mean()),
         relative_mse=relative_mse,
     )

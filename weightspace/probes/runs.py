@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, SupportsIndex
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -82,10 +83,14 @@ def run_table(zoo: Zoo, runs: Collection[str] | None = None) -> RunTable:
     if not len(rows):
         raise ZooError(f"{zoo.location}: none of the {len(runs or ())} runs asked for; give runs of this zoo")
     index = zoo.index.iloc[rows]
-    given = [_given(zoo, row) for row in rows]
+    entries = [zoo.entry(row) for row in rows]
+    sizes = [{name: entry.results[name] for name in ("train_size",) if name in entry.results} for entry in entries]
+    given = [{**entry.hyperparameters, **size} for entry, size in zip(entries, sizes, strict=True)]
     datasets = tuple(text if isinstance(text, str) else None for text in index["dataset"])
     architectures = _architecture_names(zoo, rows)
-    columns = {**_dataset_columns(datasets), **_hyperparameter_columns(given)}
+    said = {dataset: _characteristics(dataset) for dataset in {*datasets, None}}
+    columns = {name: [said[dataset][name] for dataset in datasets] for name in _IN_DATASET_ID}
+    columns |= _hyperparameter_columns(given)
     notes, factors = [], [_factor("architecture", list(architectures))]
     for name, values in columns.items():
         factor = _factor(name, values)
@@ -128,16 +133,9 @@ def _architecture_names(zoo: Zoo, rows: np.ndarray) -> tuple[str, ...]:
     return tuple(names[header] for header in headers)
 
 
-def _dataset_columns(datasets: Sequence[str | None]) -> dict[str, list[Any]]:
-    described = {dataset: _characteristics(dataset) for dataset in set(datasets) if dataset is not None}
-    nothing: dict[str, Any] = dict.fromkeys(_IN_DATASET_ID)
-    return {
-        name: [(nothing if dataset is None else described[dataset])[name] for dataset in datasets]
-        for name in _IN_DATASET_ID
-    }
-
-
-def _characteristics(dataset: str) -> dict[str, Any]:
+def _characteristics(dataset: str | None) -> dict[str, Any]:
+    if dataset is None:
+        return dict.fromkeys(_IN_DATASET_ID)
     variant = variant_of(dataset)
     if variant is None:
         return dict(zip(_IN_DATASET_ID, (dataset, "all", 0, "normal", "as it is"), strict=True))
@@ -150,20 +148,11 @@ def _characteristics(dataset: str) -> dict[str, Any]:
     }
 
 
-def _given(zoo: Zoo, row: SupportsIndex) -> dict[str, Any]:
-    entry = zoo.entry(row)
-    sizes = {"train_size": entry.results["train_size"]} if "train_size" in entry.results else {}
-    return {**entry.hyperparameters, **sizes}
-
-
 def _hyperparameter_columns(given: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """Returns the scalar hyper-parameters; of very many, those that most runs have."""
-    counts: dict[str, int] = {}
-    for values in given:
-        for name, value in values.items():
-            if _known(value) and name not in (*_NO_FACTOR, *_IN_DATASET_ID):
-                counts[name] = counts.get(name, 0) + 1
-    names = sorted(counts, key=lambda name: -counts[name])[:_MAX_FACTORS]
+    known = (name for values in given for name, value in values.items() if _known(value))
+    counts = Counter(name for name in known if name not in (*_NO_FACTOR, *_IN_DATASET_ID))
+    names = [name for name, _ in counts.most_common(_MAX_FACTORS)]
     ordered = sorted(names, key=lambda name: _DATA.index(name) if name in _DATA else len(_DATA))
     return {name: [values.get(name) for values in given] for name in ordered}
 
@@ -174,15 +163,15 @@ def _known(value: Any) -> bool:
 
 def _factor(name: str, values: Sequence[Any]) -> Factor:
     known = np.array([_known(value) for value in values])
-    numeric = all(isinstance(value, int | float) for value, here in zip(values, known, strict=True) if here)
-    texts = np.array([_text(value) if here else "" for value, here in zip(values, known, strict=True)], dtype=object)
-    if numeric and len(set(texts[known])) > _MAX_VALUES:
-        numbers = np.array([float(value) if here else 0.0 for value, here in zip(values, known, strict=True)])
-        edges = np.unique(np.quantile(numbers[known], np.linspace(0, 1, _BINS + 1)[1:-1]))
-        texts = np.array([f"quintile {bin_ + 1}" for bin_ in np.searchsorted(edges, numbers)], dtype=object)
-    levels = sorted(set(texts[known]), key=lambda text: (len(text), text))
-    number = {text: code for code, text in enumerate(levels)}
-    codes = np.array([number[text] if here else _MISSING for text, here in zip(texts, known, strict=True)], dtype=int)
+    found = [value for value in values if _known(value)]
+    texts = [_text(value) for value in found]
+    if all(isinstance(value, int | float) for value in found) and len(set(texts)) > _MAX_VALUES:
+        numbers = np.array(found, dtype=np.float64)
+        edges = np.unique(np.quantile(numbers, np.linspace(0, 1, _BINS + 1)[1:-1]))
+        texts = [f"quintile {bin_ + 1}" for bin_ in np.searchsorted(edges, numbers)]
+    levels = sorted(set(texts), key=lambda text: (len(text), text))
+    codes = np.full(len(values), _MISSING)
+    codes[known] = [levels.index(text) for text in texts]
     kind: Kind = "architecture" if name == "architecture" else "data" if name in _DATA else "training"
     return Factor(name, kind, codes, tuple(levels), name in _IN_DATASET_ID)
 

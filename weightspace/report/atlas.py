@@ -28,6 +28,7 @@ from weightspace.io.hub import HubOptions
 from weightspace.io.locations import is_repo_id
 from weightspace.report import plots
 from weightspace.report.legend import MAX_DATASETS, dataset_legend
+from weightspace.stats.clustering import nearest
 from weightspace.zoo.dataset import load_zoo
 from weightspace.zoo.storage import reading, write_text
 
@@ -187,22 +188,13 @@ def nearest_neighbours(
     Returns:
         Row numbers and distances, nearest first.
     """
-    models = len(embeddings)
-    count = min(count, models - 1)
     norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
     zero = norms == 0
     directions = np.hstack([embeddings / np.where(zero, 1, norms), zero]).astype(np.float32)
-    neighbours = np.zeros((models, count), dtype=np.int64)
-    distances = np.zeros((models, count), dtype=np.float32)
-    for start in range(0, models if count else 0, _BLOCK):
-        rows = np.arange(start, min(start + _BLOCK, models))
-        away = np.clip(1 - directions[rows] @ directions.T, 0, 2)
-        away[np.arange(len(rows)), rows] = np.inf
-        near = np.sort(np.argpartition(away, count - 1, axis=1)[:, :count], axis=1)
-        order = np.argsort(np.take_along_axis(away, near, axis=1), axis=1, kind="stable")
-        neighbours[rows] = np.take_along_axis(near, order, axis=1)
-        distances[rows] = np.take_along_axis(away, neighbours[rows], axis=1)
-    return neighbours, distances
+    neighbours = nearest(directions, count=count)
+    cosines = [np.einsum("md,md->m", directions, directions[column]) for column in neighbours.T]
+    distances = np.clip(1 - np.stack([*cosines, np.zeros(len(directions))], axis=1), 0, 2)
+    return neighbours, distances[:, :-1].astype(np.float32)
 
 
 # --- places ----------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import matplotlib as mpl
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -123,14 +124,10 @@ def map_by_dataset(
 ) -> str:
     """Draws the map with the legend's marks."""
     marks = [legend.marks[dataset] for dataset in datasets]
-    colours = [mark.colour for mark in marks]
     faces = ["none" if mark.hollow else mark.colour for mark in marks]
     with mpl.rc_context(_STYLE):
         figure, axes = _map_axes()
-        size = _point_size(len(places))
-        axes.scatter(
-            places[:, 0], places[:, 1], s=size, c=faces, edgecolors=colours, linewidths=0.7, rasterized=_many(places)
-        )
+        _dots(axes, places, len(places), c=faces, edgecolors=[mark.colour for mark in marks], linewidths=0.7)
         return _svg(figure, name, label)
 
 
@@ -141,23 +138,27 @@ def map_by_accuracy(
     known = np.isfinite(accuracies)
     with mpl.rc_context(_STYLE):
         figure, axes = _map_axes()
-        size = _point_size(len(places))
-        axes.scatter(places[~known, 0], places[~known, 1], s=size, c=_UNKNOWN, linewidths=0, rasterized=_many(places))
-        points = axes.scatter(
-            places[known, 0],
-            places[known, 1],
-            s=size,
-            c=accuracies[known],
-            cmap=SCALE,
-            linewidths=0,
-            rasterized=_many(places),
-        )
+        _dots(axes, places[~known], len(places), c=_UNKNOWN, linewidths=0)
+        points = _dots(axes, places[known], len(places), c=accuracies[known], cmap=SCALE, linewidths=0)
         if known.any():
             bar = figure.colorbar(points, ax=axes, orientation="horizontal", shrink=0.6, aspect=32, pad=0.03)
             bar.outline.set_visible(False)
             bar.set_label("accuracy")
             bar.solids.set_rasterized(True)  # type: ignore[union-attr]
         return _svg(figure, name, label)
+
+
+def _map_axes() -> tuple[Figure, Axes]:
+    figure, axes = _figure(4.8, 4.6)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    return figure, axes
+
+
+def _dots(axes: Axes, places: np.ndarray, points: int, **style: Any) -> PathCollection:
+    """Draws some of the points of a map; the more there are, the smaller they are."""
+    size = float(np.clip(9000 / max(points, 1), 8, 40))
+    return axes.scatter(places[:, 0], places[:, 1], s=size, rasterized=points > MAX_VECTOR_POINTS, **style)
 
 
 def predicted_true(
@@ -179,7 +180,7 @@ def predicted_true(
     with mpl.rc_context(_STYLE):
         figure, axes = _figure(3.3, 3.3)
         axes.plot(limits, limits, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
-        many = _many(true)
+        many = len(true) > MAX_VECTOR_POINTS
         colour = _FIXED if many else _ACCENT
         axes.scatter(true[inside], predicted[inside], s=11, c=colour, alpha=0.55, linewidths=0, rasterized=many)
         axes.set(xlim=limits, ylim=limits, xlabel="true", ylabel="predicted", aspect="equal")
@@ -216,21 +217,6 @@ def curves(lines: Mapping[str, tuple[Sequence[int | float], Sequence[int | float
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
-
-
-def _map_axes() -> tuple[Figure, Axes]:
-    figure, axes = _figure(4.8, 4.6)
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set_visible(False)
-    return figure, axes
-
-
-def _point_size(points: int) -> float:
-    return float(np.clip(9000 / max(points, 1), 8, 40))
-
-
-def _many(points: np.ndarray) -> bool:
-    return len(points) > MAX_VECTOR_POINTS
 
 
 def _svg(figure: Figure, name: str, label: str) -> str:

@@ -142,7 +142,7 @@ class RunBootstrap:
         # Sums of squares about the common mean lose no digits to a far origin.
         y = targets - targets.mean()
         columns = np.stack([np.ones_like(y), y, y**2, (targets - predictions) ** 2], axis=1)
-        models, total, square, error = self._sums(columns).T
+        models, total, square, error = self.sums(columns).T
         variance = square - total**2 / models
         # Rounding leaves a replicate of equal targets a variance just off zero.
         return 1 - _ratio(error, variance, variance > 1e-12 * square)
@@ -165,12 +165,13 @@ class RunBootstrap:
         self, members: Bool[np.ndarray, "models groups"], hits: Bool[np.ndarray, "models groups"]
     ) -> Float[np.ndarray, "replicates"]:
         """Computes balanced accuracy over the groups that have a model in the replicate."""
-        size, right = self._sums(members.astype(np.float64)), self._sums((members & hits).astype(np.float64))
+        size, right = self.sums(members.astype(np.float64)), self.sums((members & hits).astype(np.float64))
         recall = np.divide(right, size, out=np.zeros_like(size), where=size > 0)
         means: np.ndarray = recall.sum(axis=1) / (size > 0).sum(axis=1)
         return means
 
-    def _sums(self, columns: Float[np.ndarray, "models columns"]) -> Float[np.ndarray, "replicates columns"]:
+    def sums(self, columns: Float[np.ndarray, "models columns"]) -> Float[np.ndarray, "replicates columns"]:
+        """Sums columns over the models of every replicate."""
         sums: np.ndarray = self.counts @ np.add.reduceat(columns[self._order], self._starts, axis=0)
         return sums
 
