@@ -12,7 +12,7 @@ from weightspace.errors import CheckpointError, SettingsError, WeightspaceError
 from weightspace.inspection import inspect_location
 from weightspace.io.checkpoint import open_checkpoint
 from weightspace.io.writing import save_checkpoint
-from weightspace.networks.families import MLPConfig
+from weightspace.networks.families import MLPConfig, Network
 from weightspace.tokenizers import TOKENIZERS, get_tokenizer
 
 
@@ -143,7 +143,7 @@ class TestAdapters:
             f"{module}.lora_B.weight": torch.full((8, 4), float(trained)),
         }
         save(factors, folder / "adapter_model.safetensors")
-        (folder / "adapter_config.json").write_text(json.dumps(family.to_dict()))
+        (folder / "adapter_config.json").write_text(json.dumps(config))
         return folder
 
     def config(self, **changes: object) -> dict[str, object]:

@@ -18,7 +18,7 @@ from weightspace.models.joint.configuration_joint import JointConfig, ResultTowe
 from weightspace.models.joint.feature_extraction_joint import JointFeatureExtractor
 from weightspace.models.joint.modeling_joint import JointModel
 from weightspace.models.joint.towers import PrincipalAxes, ResultTower, linked_paths, path_ends
-from weightspace.networks.families import MLPConfig
+from weightspace.networks.families import MLPConfig, Network
 from weightspace.networks.infer import infer_architecture
 from weightspace.networks.permutation import permute, random_permutations
 from weightspace.schema import Architecture, TensorSpec
