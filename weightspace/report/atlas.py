@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.colors import to_hex
+from sklearn.neighbors import KNeighborsRegressor
 
 from weightspace.encoder import embed_zoo, load_encoder
 from weightspace.errors import ZooError
@@ -41,7 +42,6 @@ MAX_COLUMNS = 40
 # The time of t-SNE grows faster than the zoo: this many models take seconds, 20,000 take minutes.
 _LANDMARKS = 5000
 _ANCHORS = 3
-_BLOCK = 1024
 # A column whose spread is below this share of its size holds rounding errors only.
 _LEAST_SPREAD = 1e-6
 _MAX_TEXT = 200
@@ -224,29 +224,12 @@ def _placed(embeddings: Float[np.ndarray, "models d"], seed: int) -> tuple[Float
     others = np.setdiff1d(np.arange(len(embeddings)), points.rows)
     method = points.method
     if len(others):
-        places[others] = _interpolated(embeddings[others], embeddings[points.rows], points.places)
+        anchors = KNeighborsRegressor(_ANCHORS, weights=lambda away: 1 / np.maximum(np.square(away), 1e-12))
+        places[others] = anchors.fit(embeddings[points.rows], points.places).predict(embeddings[others])
         method += f" of {len(points.rows):,} models, the others among their nearest of these"
     places -= (places.min(axis=0) + places.max(axis=0)) / 2
     extent = np.abs(places).max()
     return places / extent if extent > 0 else places, method
-
-
-def _interpolated(
-    embeddings: Float[np.ndarray, "models d"],
-    landmarks: Float[np.ndarray, "landmarks d"],
-    places: Float[np.ndarray, "landmarks 2"],
-) -> Float[np.ndarray, "models 2"]:
-    """Averages the places of the nearest landmarks, weighted by the inverse square of their distance."""
-    found = np.empty((len(embeddings), 2))
-    lengths = (landmarks**2).sum(axis=1)
-    for start in range(0, len(embeddings), _BLOCK):
-        block = embeddings[start : start + _BLOCK]
-        squares = np.maximum((block**2).sum(axis=1, keepdims=True) + lengths - 2 * block @ landmarks.T, 1e-12)
-        near = np.argpartition(squares, _ANCHORS, axis=1)[:, :_ANCHORS]
-        weights = 1 / np.take_along_axis(squares, near, axis=1)
-        weights /= weights.sum(axis=1, keepdims=True)
-        found[start : start + _BLOCK] = np.einsum("ma,mac->mc", weights, places[near])
-    return found
 
 
 # --- what is known ---------------------------------------------------------------------------------------------------

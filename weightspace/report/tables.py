@@ -1,8 +1,8 @@
-"""Lays records out as tables of the report: explanations of the weights, and proofs of sampled models."""
+"""Lays records out as tables of the report: explanations of the weights, and comparisons of sampled models."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,8 +99,7 @@ def _beside_chance(row: Mapping[str, Any] | None) -> tuple[Cell | None, Cell | N
     if row is None:
         return None, None
     estimate = row["estimate"]
-    chance = Cell(estimate["null_mean"], note=("p ", estimate["p_value"]))
-    return Cell(estimate["value"], estimate["low"], estimate["high"]), chance
+    return _cell(estimate), Cell(estimate["null_mean"], note=("p ", estimate["p_value"]))
 
 
 def variance_tables(rows: Sequence[Mapping[str, Any]]) -> list[Grid]:
@@ -131,7 +130,8 @@ def _variance_table(scope: str, rows: Sequence[Mapping[str, Any]]) -> Grid:
     for part, name, kind in (*largest, *together):
         own = found[part, name, kind]
         described = "its factors and their interactions" if part == "together" else f"{kind}, {part}"
-        cells = tuple(_share(own.get(description)) for description in descriptions)
+        shares = [own.get(description) for description in descriptions]
+        cells = tuple(_cell(share, ("p ", share["p_value"]) if share else ()) for share in shares)
         lines.append(
             Line(readable(name).replace(" x ", " \N{MULTIPLICATION SIGN} "), (described,), cells, part == "together")
         )
@@ -141,20 +141,18 @@ def _variance_table(scope: str, rows: Sequence[Mapping[str, Any]]) -> Grid:
     return Grid("Share of the variance of the weights' description", about, "Part", columns, tuple(lines), "percent")
 
 
-def _share(estimate: Mapping[str, Any] | None) -> Cell | None:
-    if estimate is None:
-        return None
-    return Cell(estimate["value"], estimate["low"], estimate["high"], ("p ", estimate["p_value"]))
+def _cell(record: Mapping[str, Any] | None, note: Words = ()) -> Cell | None:
+    return None if record is None else Cell(record["value"], record["low"], record["high"], note)
 
 
 # --- sampled models --------------------------------------------------------------------------------------------------
 
 
 def sample_tables(rows: Sequence[Mapping[str, Any]]) -> list[Grid]:
-    """Tabulates proofs of samplers: for each group of datasets the accuracies, then novelty and fidelity.
+    """Tabulates comparisons of samplers: for each group of datasets the accuracies, then novelty and fidelity.
 
     Args:
-        rows: records of proof rows.
+        rows: records of comparison rows.
     """
     tables = []
     for group in dict.fromkeys(row["datasets"] for row in rows):
@@ -162,21 +160,21 @@ def sample_tables(rows: Sequence[Mapping[str, Any]]) -> list[Grid]:
         accuracies = [row for row in own if row["measure"].startswith(_ACCURACY)]
         others = [row for row in own if not row["measure"].startswith(_ACCURACY)]
         tables += [_accuracy_table(group, accuracies)] if accuracies else []
-        tables += [_proof_table(group, others)] if others else []
+        tables += [_novelty_table(group, others)] if others else []
     return tables
 
 
-def criterion_tables(bars: Sequence[Mapping[str, Any]]) -> list[Grid]:
-    """Tabulates what is asked of samplers and what became of it, for each group of datasets.
+def criterion_tables(criteria: Sequence[Mapping[str, Any]]) -> list[Grid]:
+    """Tabulates criteria of samplers with their outcomes, for each group of datasets.
 
     Args:
-        bars: records of bars.
+        criteria: records of criteria.
     """
     tables = []
-    for group in dict.fromkeys(bar["datasets"] for bar in bars):
-        own = [bar for bar in bars if bar["datasets"] == group]
+    for group in dict.fromkeys(row["datasets"] for row in criteria):
+        own = [row for row in criteria if row["datasets"] == group]
         samplers = _names(own, "sampler")
-        found = {(bar["measure"], bar["subject"], bar["asked"], bar["sampler"]): bar for bar in own}
+        found = {(row["measure"], row["subject"], row["asked"], row["sampler"]): row for row in own}
         lines = [
             Line(
                 _headed(measure),
@@ -190,39 +188,31 @@ def criterion_tables(bars: Sequence[Mapping[str, Any]]) -> list[Grid]:
     return tables
 
 
-def _criterion_cell(bar: Mapping[str, Any] | None) -> Cell | None:
-    if bar is None:
-        return None
-    note = (f"{bar['outcome']}; holds on ", bar["holds"], " of ", bar["of"])
-    return Cell(bar["value"], bar["low"], bar["high"], note)
+def _criterion_cell(row: Mapping[str, Any] | None) -> Cell | None:
+    return _cell(row, (f"{row['outcome']}; holds on ", row["holds"], " of ", row["of"]) if row else ())
 
 
 def _accuracy_table(group: str, rows: Sequence[Mapping[str, Any]]) -> Grid:
     measures, datasets = _names(rows, "measure"), _datasets(rows)
     samplers = _names(rows, "sampler")
     found: dict[tuple[str, tuple[float | None, ...]], tuple[list[str], tuple[Cell | None, ...]]] = {}
-    for sampler, subject in sorted(_keys(rows), key=lambda key: key[1] != SAMPLES):
+    keys = dict.fromkeys((row["sampler"], row["subject"]) for row in rows)
+    for sampler, subject in sorted(keys, key=lambda key: key[1] != SAMPLES):
         own = {row["measure"]: row for row in rows if (row["sampler"], row["subject"]) == (sampler, subject)}
-        cells = tuple(_proof_cell(own.get(measure), datasets) for measure in measures)
+        cells = tuple(_sample_cell(own.get(measure), datasets) for measure in measures)
         # Controls that do not look at the samples are the same for all samplers.
         name = sampler if subject == SAMPLES else subject
         known, _ = found.setdefault((name, tuple(cell.value if cell else None for cell in cells)), ([], cells))
         known.append(sampler)
-    lines = [
-        Line(name, _beside(name, known, samplers), cells, marked=name in samplers)
-        for (name, _), (known, cells) in found.items()
-    ]
+    lines = []
+    for (name, _), (known, cells) in found.items():
+        partly = () if len(known) == len(samplers) else (f"for {', '.join(known)}",)
+        lines.append(Line(name, ("samples",) if name in samplers else partly, cells, marked=name in samplers))
     columns = tuple((measure.removeprefix(_ACCURACY), "") for measure in measures)
     return Grid(f"Test accuracy on {group} datasets", _counted(datasets), "Models", columns, tuple(lines))
 
 
-def _beside(name: str, known: Sequence[str], samplers: Sequence[str]) -> Words:
-    if name in samplers:
-        return ("samples",)
-    return () if len(known) == len(samplers) else (f"for {', '.join(known)}",)
-
-
-def _proof_table(group: str, rows: Sequence[Mapping[str, Any]]) -> Grid:
+def _novelty_table(group: str, rows: Sequence[Mapping[str, Any]]) -> Grid:
     measures, datasets = _names(rows, "measure"), _datasets(rows)
     references = {row["measure"]: row["subject"] for row in rows if row["subject"] not in (SAMPLES, REFINED_SCRATCH)}
     lines = []
@@ -234,7 +224,7 @@ def _proof_table(group: str, rows: Sequence[Mapping[str, Any]]) -> Grid:
                 kinds.setdefault(kind, {})[row["measure"]] = row
         for kind, own in kinds.items():
             name, about = (sampler, kind) if kind == SAMPLES else (kind, f"for {sampler}")
-            cells = tuple(_proof_cell(own.get(measure), datasets) for measure in measures)
+            cells = tuple(_sample_cell(own.get(measure), datasets) for measure in measures)
             lines.append(Line(name, (about,), cells, marked=kind == SAMPLES))
     columns = tuple(
         (_headed(measure), f"reference: {references[measure]}" if measure in references else "no reference")
@@ -243,11 +233,9 @@ def _proof_table(group: str, rows: Sequence[Mapping[str, Any]]) -> Grid:
     return Grid(f"Novelty and fidelity on {group} datasets", _counted(datasets), "Models", columns, tuple(lines))
 
 
-def _proof_cell(row: Mapping[str, Any] | None, datasets: int) -> Cell | None:
-    if row is None:
-        return None
-    own = len(row["values"])
-    return Cell(row["value"], row["low"], row["high"], () if own == datasets else (own, " of ", *_counted(datasets)))
+def _sample_cell(row: Mapping[str, Any] | None, datasets: int) -> Cell | None:
+    own = datasets if row is None else len(row["values"])
+    return _cell(row, () if own == datasets else (own, " of ", *_counted(datasets)))
 
 
 def _counted(datasets: int) -> Words:
@@ -265,7 +253,3 @@ def _names(rows: Iterable[Mapping[str, Any]], field: str) -> list[str]:
 def _headed(measure: str) -> str:
     """Starts a heading with a capital and leaves names within as they are."""
     return f"{measure[:1].upper()}{measure[1:]}"
-
-
-def _keys(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
-    yield from dict.fromkeys((row["sampler"], row["subject"]) for row in rows)
