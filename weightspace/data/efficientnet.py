@@ -28,13 +28,12 @@ from weightspace.errors import SettingsError, install_command
 from weightspace.io.pickles import open_pickle
 
 _SMALLEST_SIDE, _LARGEST_SIDE = 96, 224
-"""Pixels that the network sees: smaller images are enlarged, larger ones made smaller.
+"""Side of the network's input in pixels: smaller images are enlarged, larger ones reduced.
 
-Linear probes on digits of 8 x 8 pixels, turned and inverted in all 8 ways (400 training and 200 test images of each):
-share of right answers about one image (which digit; which of four rotations), and, from the mean over 60 images of five
-digits, which digits these are and how they are turned; and seconds of one core, of a busy machine, for 2,048 images.
-Polarity is told by every size (0.97 and more). Between 64 and 128 pixels little is gained on digits; 96 leaves images
-of 28 or 32 pixels three times their size.
+Accuracy of linear probes on digits of 8 x 8 pixels in all 8 rotations and polarities (400 training and 200 test images
+each): of single images (digit; one of four rotations) and of the mean over 60 images of five digits (which digits;
+rotation); and seconds for 2,048 images on one core of a busy machine. Polarity is read at every size (0.97 and more).
+On digits little is gained between 64 and 128 pixels; 96 enlarges images of 28 or 32 pixels threefold.
 
     side  digit  rotation  digits of a set  rotation of a set  seconds
       32   0.72      0.61             0.84               0.85      4.1

@@ -1,4 +1,4 @@
-"""The small networks that zoos are trained on: one description each, from which everything else follows.
+"""The families of small networks that zoos are made of, each defined by one config class.
 
 A family is a frozen config with two methods: ``layers`` builds the layers, ``forward`` says how images pass through
 them. The module, the shapes, the initial weights and the *stacked* forward, which runs many models of one config at
@@ -46,7 +46,7 @@ ACTIVATIONS: dict[str, Function] = {
     "tanh": torch.tanh,
     "silu": F.silu,
 }
-# Models and images of one step: their activations fit in memory whatever the zoo and the dataset.
+# Models and images of one chunk: bounds the memory of their activations, whatever the zoo and the dataset.
 _STEP_MODELS, _STEP_IMAGES = 64, 2**16
 
 
@@ -103,7 +103,7 @@ _Config = TypeVar("_Config", bound=type[FamilyConfig])
 
 
 def register_family(config: _Config) -> _Config:
-    """Makes a config class known under its ``family``; a decorator."""
+    """Registers a config class under its ``family``; a class decorator."""
     FAMILIES[config.family] = config
     return config
 
@@ -281,13 +281,13 @@ def run_models(
 ) -> Float[Tensor, "models batch classes"]:
     """Computes the logits of any number of models on any number of images.
 
-    Without gradients, which would keep all of them in memory anyhow, some models and images run at a time.
+    Runs in chunks of models and images, unless gradients are recorded: they keep everything in memory anyway.
 
     Args:
         config: the config that all models share.
         parameters: stacked parameters; see `stacked_forward`.
-        images: images for all models, or each model's own along the first axis.
-        rows: each model's own choice of the images that are for all; None stands for every image.
+        images: shared by all models, or one batch for each along the first axis.
+        rows: indices into shared ``images``, one row for each model; None runs every model on every image.
     """
     count = len(next(iter(parameters.values())))
     seen = rows if rows is not None else images if images.ndim == 5 else images.expand(count, *images.shape)

@@ -1,4 +1,4 @@
-"""Trains many small models together: the parameters of a population carry a model axis, one step trains them all.
+"""Trains a population of small models at once: their parameters are stacked along a model axis.
 
 Every model has its own learning rate, weight decay, training subset, label noise and number of steps; only the
 architecture is shared by the models of one population.
@@ -56,7 +56,7 @@ class Recipe:
     steps: int
 
     def hyperparameters(self) -> dict[str, Any]:
-        """Everything a probe may want to predict that is not a result, ready for JSON."""
+        """The hyperparameters that a probe may predict, ready for JSON."""
         values = asdict(self)
         del values["run_id"], values["dataset"], values["config"], values["train_size"]
         return {**values, "family": self.config.family, "activation": self.config.activation}
@@ -64,13 +64,13 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A population's weights at one checkpoint and what each model reached with them.
+    """Weights and results of a population at one checkpoint.
 
     Attributes:
-        members: numbers of the recipes that reach this checkpoint now.
-        steps: optimizer steps each of them has done.
+        members: indices of the recipes with this checkpoint.
+        steps: optimizer steps of each member.
         parameters: ``(members, *shape)`` by name.
-        results: metric name -> one value a member: accuracies are fractions, losses mean nats an image.
+        results: metric name -> one value per member; accuracies are fractions, losses mean nats per image.
     """
 
     members: list[int]
@@ -105,7 +105,7 @@ def train_population(
         recipes: must share one architecture config.
         datasets: image datasets by id, at least those that the recipes name.
         checkpoints: fractions of each run's own steps, e.g. ``(0.25, 1.0)``.
-        batch_size: images a model and step, drawn with replacement from its own training subset.
+        batch_size: images per model and step, drawn with replacement from its own training subset.
         seed: draws initial weights, subsets, noise and batches.
         device: where to train.
         initial: weights to start from, one row a recipe, instead of weights drawn by the recipes' schemes.

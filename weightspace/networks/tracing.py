@@ -83,14 +83,7 @@ class _Spaces:
 
 @dataclass
 class _Operation:
-    """One operation of the graph, as the rules see it.
-
-    Attributes:
-        spaces: of the whole trace.
-        arguments: by the names of the operation's schema.
-        known: axes of the tensors seen so far.
-        shape: of the result.
-    """
+    """What a rule reads: an operation's arguments by name, the axes of the tensors so far, the shape of the result."""
 
     spaces: _Spaces
     arguments: dict[str, Any]
