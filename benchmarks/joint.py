@@ -29,7 +29,7 @@ from weightspace.data.image_encoders import open_image_encoder
 from weightspace.demo import DemoSettings
 from weightspace.encoder import Encoder, load_encoder
 from weightspace.errors import SettingsError, WeightspaceError
-from weightspace.files import write_whole
+from weightspace.files import atomic_write_text
 from weightspace.models.joint.configuration_joint import PAIRS
 from weightspace.models.joint.modeling_joint import JointModel, unit
 from weightspace.probes.estimators import RidgePath
@@ -417,7 +417,7 @@ def run(options: argparse.Namespace) -> None:
         for key in bar:
             bar.set_description(key)
             found["measured"][key] = planned[key]()
-            write_whole(options.output, json.dumps(found) + "\n")
+            atomic_write_text(options.output, json.dumps(found) + "\n")
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ import numpy as np
 from weightspace.demo import DemoSettings
 from weightspace.encoder import load_encoder
 from weightspace.evaluation.controls import nearest_datasets
-from weightspace.files import write_whole
+from weightspace.files import atomic_write_text
 from weightspace.sampling.opening import Sources, open_sampler
 from weightspace.sampling.trials import EvaluationSettings, Trials, plan_trials, prove_trials
 from weightspace.search.queries import dataset_for, dataset_query
@@ -152,7 +152,7 @@ def main() -> None:
         missing = [name for name in options.samplers if name not in {row["sampler"] for row in rows}]
         if not options.table and missing:
             rows += proved(trained(options.demo, options.output, seed, missing), missing)
-            write_whole(path, json.dumps(rows) + "\n")
+            atomic_write_text(path, json.dumps(rows) + "\n")
     print(
         "\n".join(table({str(seed): json.loads(path.read_text()) for seed, path in results.items() if path.exists()}))
     )

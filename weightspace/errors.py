@@ -1,4 +1,4 @@
-"""Errors a user can mend: each names the thing, its value and the mend.
+"""Errors that a user can fix: each names the thing, its value and the fix.
 
 The command line prints them as one line and exits with code 2; a traceback appears only with ``--debug``.
 """
@@ -26,7 +26,7 @@ class CheckpointError(WeightspaceError):
 
 
 class HubError(WeightspaceError):
-    """The Hugging Face Hub refuses, lacks or cannot deliver what was asked for."""
+    """The Hugging Face Hub refuses, lacks or cannot deliver what was requested."""
 
 
 class ArchitectureError(WeightspaceError):

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic writes: a file is complete under its name, or absent."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Gives a path beside ``path`` whose file takes its place when the block ends without an error.
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside ``path``; its file replaces ``path`` when the block ends without an error.
 
-    The file is on disk before it takes the place, so that neither a kill nor a full disk leaves half of it; its name
-    is a new one each time, so that processes that write the same file do not disturb each other.
+    The file is synced to disk before it is renamed, so that neither a kill nor a full disk leaves half of it. The
+    temporary name is unique, so that processes that write the same file do not disturb each other.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; nothing is left beside ``path``.
@@ -32,12 +32,12 @@ def whole_file(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file in UTF-8, whole or not at all, and its folder if need be.
+def atomic_write_text(path: Path, text: str) -> None:
+    """Writes a text file in UTF-8 atomically; missing parent folders are created.
 
     Raises:
         OSError: the disk is full or the folder cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as partial:
+    with atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8", newline="\n")

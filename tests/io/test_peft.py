@@ -337,7 +337,7 @@ class TestSavingIsRefused:
         ],
     )
     def test_where_the_config_is_another_ones(self, change: dict[str, Any], message: str, tmp_path: Path) -> None:
-        with pytest.raises(CheckpointError, match=f"PEFT would load another adapter: {message}; mend the config"):
+        with pytest.raises(CheckpointError, match=f"PEFT would load another adapter: {message}; correct the config"):
             save_adapter(self.factors(), self.CONFIG | change, tmp_path)
         assert not list(tmp_path.iterdir())
 
@@ -347,7 +347,7 @@ class TestSavingIsRefused:
 
     def test_where_the_folder_cannot_be_made(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
-        with pytest.raises(CheckpointError, match=r"file/folder: cannot be made \(Not a directory\)"):
+        with pytest.raises(CheckpointError, match=r"file/folder: cannot be written \(Not a directory\)"):
             save_adapter(self.factors(), self.CONFIG, tmp_path / "file" / "folder")
 
 

@@ -20,7 +20,7 @@ from weightspace.cards.encoder import EncoderFacts, render_encoder
 from weightspace.cards.models import ModelsFacts, render_models
 from weightspace.cards.zoo import ZooFacts, render_zoo
 from weightspace.errors import WeightspaceError
-from weightspace.files import write_whole
+from weightspace.files import atomic_write_text
 from weightspace.settings import settings_from_mapping
 
 CARD, RECORD = "README.md", "card.json"
@@ -199,7 +199,7 @@ def _plain(value: Any) -> Any:
 
 def _write(path: Path, content: str) -> None:
     try:
-        write_whole(path, content)
+        atomic_write_text(path, content)
     except OSError as error:
         raise WeightspaceError(
             f"{path}: cannot be written ({error.strerror or error}); make room or choose another folder"

@@ -52,7 +52,7 @@ FAMOUS_STEMS = ("model", "adapter_model", "diffusion_pytorch_model", "pytorch_lo
 
 
 class Checkpoint:
-    """Named tensors of one model, read when they are asked for.
+    """Named tensors of one model, read on demand.
 
     Tensors lie over the source's memory where its alignment allows, so that opening a large file costs nothing and
     reading a local one copies nothing. They may be written to: the file never changes, but later reads from the same
@@ -222,8 +222,8 @@ class Checkpoint:
         found = self._stored.get(self._kept.get(name, name))
         if found is None:
             close = difflib.get_close_matches(name, self.specs, n=1)
-            mend = f"did you mean {close[0]!r}?" if close else f"it has {len(self.specs)} tensors of other names"
-            raise CheckpointError(f"{self.where}: no tensor {shown(name)}; {mend}")
+            fix = f"did you mean {close[0]!r}?" if close else f"it has {len(self.specs)} tensors of other names"
+            raise CheckpointError(f"{self.where}: no tensor {shown(name)}; {fix}")
         return found
 
 

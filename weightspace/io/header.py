@@ -222,7 +222,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _resemblance(first: bytes | bytearray | memoryview) -> str:
-    # Only asked once the file failed as safetensors: any of these bytes may also begin an honest header length.
+    # Only used once the file failed as safetensors: any of these bytes may also begin an honest header length.
     head = bytes(first)
     text = head.lstrip().lower()
     for signature, what in _IMPOSTORS:

@@ -30,7 +30,7 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import parse_ratelimit_headers
 
 from weightspace.errors import CheckpointError, HubError
-from weightspace.files import write_whole
+from weightspace.files import atomic_write_text
 from weightspace.io.header import load_json_object, shown
 
 P = ParamSpec("P")
@@ -67,7 +67,7 @@ class HubOptions:
 
     @property
     def offline(self) -> bool:
-        """Whether the network must not be used, as asked for here or by ``HF_HUB_OFFLINE``."""
+        """Whether the network must not be used, as set here or by ``HF_HUB_OFFLINE``."""
         return self.local_files_only or constants.is_offline_mode()
 
 
@@ -165,7 +165,7 @@ def is_transient(error: HubError) -> bool:
 
 
 def is_transient_cause(error: BaseException | None) -> bool:
-    """Whether a request failed in a way that a retry may mend: a lost connection, a rate limit or a server error."""
+    """Whether a request failed in a way that a retry may fix: a lost connection, a rate limit or a server error."""
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in _TRANSIENT
     return isinstance(error, httpx2.TransportError)
@@ -207,10 +207,10 @@ class Listings:
     def keep(self, revision: str, sha: str, entries: Iterable[HubEntry]) -> None:
         """Stores the listing of a commit that a revision stands for."""
         with suppress(OSError):  # only means that it is requested again
-            write_whole(
+            atomic_write_text(
                 self._folder / "commits" / f"{sha}.json", json.dumps({"files": [asdict(one) for one in entries]})
             )
-            write_whole(self._folder / "refs" / quote(revision, safe=""), sha)
+            atomic_write_text(self._folder / "refs" / quote(revision, safe=""), sha)
 
     def find(self, revision: str) -> tuple[str, list[HubEntry]] | None:
         """Returns commit and files of a revision from this cache, else from huggingface_hub's own, else None."""

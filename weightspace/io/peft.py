@@ -14,7 +14,7 @@ from torch import Tensor
 
 from weightspace.dtypes import dtype_name
 from weightspace.errors import CheckpointError
-from weightspace.files import write_whole
+from weightspace.files import atomic_write_text
 from weightspace.io.adapters import FLAT_COMPONENT, PEFT_ROOT, Adapter, LoraPair, describe_adapter
 from weightspace.io.checkpoint import ADAPTER_CONFIG
 from weightspace.io.header import shown
@@ -58,7 +58,7 @@ def to_peft(
         adapter: what `read_adapter` found.
         tensors: its tensors by name.
         component: which network of a pipeline, where there are several.
-        modules: names of the base model's modules; kohya's names, which have no dots, cannot be told without.
+        modules: names of the base model's modules; kohya's names, which have no dots, cannot be split without.
 
     Returns:
         Tensors and config for `save_adapter`, with the scalings of ``adapter``.
@@ -121,7 +121,7 @@ def save_adapter(tensors: Mapping[str, Tensor], config: Mapping[str, Any], folde
                 )
     if adapter.mismatches:
         raise CheckpointError(
-            f"{folder}: PEFT would load another adapter: {'; '.join(adapter.mismatches)}; mend the config"
+            f"{folder}: PEFT would load another adapter: {'; '.join(adapter.mismatches)}; correct the config"
         )
     try:
         text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
@@ -129,14 +129,16 @@ def save_adapter(tensors: Mapping[str, Tensor], config: Mapping[str, Any], folde
         raise CheckpointError(
             f"{folder}: the config is not JSON ({error}); keep to numbers, texts and lists"
         ) from error
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be made ({error.strerror}); choose another folder") from error
     # Copies: tensors that share memory would be stored once, under a name that PEFT does not look for.
     copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    save_checkpoint(copies, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    _write_text(folder / ADAPTER_CONFIG, text)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(copies, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        atomic_write_text(folder / ADAPTER_CONFIG, text)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: cannot be written ({error.strerror}); check that it is a writable folder and has room"
+        ) from error
 
 
 def _pairs_of(adapter: Adapter, component: str | None) -> tuple[LoraPair, ...]:
@@ -182,12 +184,3 @@ def _peft_names(pair: LoraPair, path: str) -> dict[str, str]:
     parts |= {pair.bias: "B.bias"} if pair.bias else {}
     parts |= {pair.magnitude: "magnitude_vector"} if pair.magnitude else {}
     return {name: f"{PEFT_ROOT}{path}.lora_{part}" for name, part in parts.items()}
-
-
-def _write_text(path: Path, text: str) -> None:
-    try:
-        write_whole(path, text)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be written ({error.strerror}); check that its folder is writable and has room"
-        ) from error

@@ -31,7 +31,7 @@ MAX_EXPANSION = 4
 _ZIP, _PICKLE, _TAR = b"PK\x03\x04", b"\x80", b"ustar"
 _MAX_ENTRIES = MAX_TENSORS + 64  # torch adds a handful of its own
 _END, _ZIP64_END, _ZIP64_LOCATOR = 22, 56, 20  # bytes of the records that close a zip archive
-_MEND = "load it where you trust it and write it with safetensors.torch.save_model"
+_FIX = "load it where you trust it and write it with safetensors.torch.save_model"
 _LOG = logging.getLogger(__name__)
 
 
@@ -73,7 +73,7 @@ def _is_zip(path: Path, size: int, where: str) -> bool:
         _check_archive(path, size, where)
         return True
     if first[257:262] == _TAR:
-        raise CheckpointError(f"{where}: a legacy tar archive cannot be read safely; {_MEND}")
+        raise CheckpointError(f"{where}: a legacy tar archive cannot be read safely; {_FIX}")
     if not first.startswith(_PICKLE):
         raise CheckpointError(
             f"{where}: begins with {first[:16]!r}, unlike anything torch.save writes; fetch or export it again"
@@ -92,7 +92,7 @@ def _check_archive(path: Path, size: int, where: str) -> None:
     if len(entries) > _MAX_ENTRIES:
         raise CheckpointError(f"{where}: {len(entries)} zip entries are above the limit of {_MAX_ENTRIES}")
     if any(entry.filename.endswith("/constants.pkl") for entry in entries):
-        raise CheckpointError(f"{where}: a TorchScript archive is a program and not a state dict; {_MEND}")
+        raise CheckpointError(f"{where}: a TorchScript archive is a program and not a state dict; {_FIX}")
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED:
             raise CheckpointError(
@@ -123,7 +123,7 @@ def _load(path: Path, zipped: bool, where: str) -> Any:
     except OSError:
         raise
     except Exception as error:  # a malformed pickle can fail in any way inside of torch's interpreter
-        raise CheckpointError(f"{where}: {_reason(error)}; nothing was executed; {_MEND}") from error
+        raise CheckpointError(f"{where}: {_reason(error)}; nothing was executed; {_FIX}") from error
 
 
 def _reason(error: Exception) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from weightspace.files import whole_file
+from weightspace.files import atomic_file
 
 Range = tuple[int, int]
 """First byte and byte after the last."""
@@ -96,7 +96,7 @@ class SpanStore:
         """Keeps a span. A full disk or a folder that cannot be written only means that it is fetched again."""
         with suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
-            with whole_file(self._folder / f"{start}-{start + len(content)}") as partial:
+            with atomic_file(self._folder / f"{start}-{start + len(content)}") as partial:
                 partial.write_bytes(content)
             insort(self._spans, (start, start + len(content)))
 

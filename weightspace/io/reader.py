@@ -23,7 +23,7 @@ class ByteSource(ABC):
     Attributes:
         where: the file's name in errors.
         size: bytes in the file.
-        first_read: bytes worth reading at once from the start of a file whose header is asked for.
+        first_read: bytes worth reading at once from the start of a file whose header is wanted.
     """
 
     where: str

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from weightspace.dtypes import DTYPES, dtype_name
 from weightspace.errors import CheckpointError
-from weightspace.files import whole_file
+from weightspace.files import atomic_file
 from weightspace.io.header import byte_count, parse_header, shown
 from weightspace.schema import TensorSpec
 
@@ -35,7 +35,7 @@ def save_checkpoint(
     path = Path(path)
     header, stored = _layout(tensors, metadata or {}, where=str(path))
     try:
-        with whole_file(path) as partial, partial.open("xb") as file:
+        with atomic_file(path) as partial, partial.open("xb") as file:
             file.write(header)
             for tensor in stored:
                 file.write(_bytes_of(tensor))

@@ -35,7 +35,7 @@ import torch
 
 from weightspace.dtypes import DTYPES
 from weightspace.errors import CheckpointError, ZooError
-from weightspace.files import whole_file
+from weightspace.files import atomic_file
 from weightspace.io.header import Header, load_json_object, shown
 from weightspace.schema import ModelRef, ReportedMetric, ZooEntry
 
@@ -284,7 +284,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as partial:
+        with atomic_file(path) as partial:
             yield partial
         descriptor = os.open(path.parent, os.O_RDONLY)
         try:
