@@ -337,7 +337,7 @@ def _references(datasets: Sequence[str], features: Mapping[str, np.ndarray] | No
 
 
 def _weights(scope: _Scope, datasets: Sequence[str]) -> Geometry:
-    codes = pd.Index(datasets).get_indexer(np.array(scope.table.datasets, dtype=object))
+    codes = pd.Index(datasets).get_indexer(pd.Index(scope.table.datasets))
     return weight_geometry(scope.values[codes >= 0], codes[codes >= 0])
 
 

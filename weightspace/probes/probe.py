@@ -80,8 +80,9 @@ def probe_table(
         if datasets is None:
             split = split_by_run(run_ids[rows], seed, test_runs=test_runs)
         else:
-            chosen_by = {"test_datasets": test_datasets, "test_runs": test_runs}
-            split = split_by_dataset(run_ids[rows], datasets[rows], seed, **chosen_by)
+            split = split_by_dataset(
+                run_ids[rows], datasets[rows], seed, test_datasets=test_datasets, test_runs=test_runs
+            )
         return Split(rows[split.train], rows[split.validation], rows[split.test])
 
     # One BLAS and OpenMP thread gives the same bits on any number of cores; on matrices of this size more threads gain

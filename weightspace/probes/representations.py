@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -273,7 +272,10 @@ def baselines(blocks: Sequence[WeightBlock], *, code_size: int = 64) -> dict[str
     """
 
     def features(describe: Callable[[Tensor, Architecture], Tensor]) -> Features:
-        return Features([block.described(partial(describe, architecture=block.architecture)) for block in blocks])
+        def described(block: WeightBlock) -> FeatureBlock:
+            return block.described(lambda flat: describe(flat, block.architecture))
+
+        return Features([described(block) for block in blocks])
 
     def invariants(flat: Tensor, architecture: Architecture) -> Tensor:
         return torch.cat([weight_statistics(flat, architecture), weight_invariants(flat, architecture)], dim=1)

@@ -70,11 +70,12 @@ def headlines(records: Mapping[str, Sequence[Record]]) -> list[str]:
     ours, others = ([row for row in probes if is_learned(row["representation"]) == side] for side in (True, False))
     found = []
     if ours and others:
-        best, other = _best(R2, ours), _best(R2, others)
-        outcome = _compared(_score(R2, best), _score(R2, other))
-        found.append(_worded("read", best=_side(R2, best), other=_side(R2, other), outcome=outcome))
-    kept = [row for row in records["reconstruction"] if row["architecture"] == ALL_ARCHITECTURES]
-    kept = [row for row in kept if row["kept"] is not None]
+        sides = _side(R2, _best(R2, ours)), _side(R2, _best(R2, others))
+        outcome = _compared(*(side["score"] for side in sides))
+        found.append(_worded("read", best=sides[0], other=sides[1], outcome=outcome))
+    # Rows of all architectures come first, where there are several.
+    rows = records["reconstruction"]
+    kept = [row for row in rows if row["architecture"] == rows[0]["architecture"] and row["kept"] is not None]
     decoded = next((row for row in kept if row["method"] == ENCODER), None)
     if decoded is not None:
         other = _most_kept([row for row in kept if row is not decoded])
@@ -120,19 +121,19 @@ def _target_verdicts(target: str, name: str, rows: Sequence[Record], baselines: 
     subject = subject if name == ENCODER else f"{subject}, {who}"
     measure = AUC if any(row["labels"] for row in (*rows, *baselines)) else R2
     ours, others = ([row for row in side if row[measure.name] is not None] for side in (rows, baselines))
-    facts = {"who": who, "measure": measure}
+    facts: dict[str, Any] = {"who": who, "measure": measure}
     if not ours or not others:
-        best = {"best": _side(measure, _best(measure, ours)) if ours else None}
-        best["other"] = _side(measure, _best(measure, others)) if others else None
-        left = _left(measure, _best(measure, ours)) if ours else None
-        return [Verdict(subject, "unclear", _worded("alone", **facts, **best, probed=bool(rows), left=left))]
+        facts |= {"best": _side(measure, _best(measure, ours)) if ours else None, "probed": bool(rows)}
+        facts |= {"other": _side(measure, _best(measure, others)) if others else None}
+        facts |= {"left": _left(measure, _best(measure, ours)) if ours else None}
+        return [Verdict(subject, "unclear", _worded("alone", **facts))]
     ridge = next((row for row in ours if row["estimator"] == "ridge"), None)
     like = next((row for row in others if (row["representation"], row["estimator"]) == (STATISTICS, "ridge")), None)
     pairs = [] if ridge is None or like is None else [("like", ridge, like)]
     best, other = _best(measure, ours), _best(measure, others)
     if best is not ridge or other is not like:
         pairs.append(("best", best, other))
-    verdicts = []
+    verdicts: list[Verdict] = []
     for kind, one, two in pairs:
         outcome = _compared(_score(measure, one), _score(measure, two))
         left = None if kind == "best" and verdicts and one is ridge else _left(measure, one)
@@ -294,7 +295,7 @@ def _template() -> Any:
     environment = Environment(
         loader=PackageLoader("weightspace.report"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {
+    filters: dict[str, Callable[..., str]] = {
         "estimate": lambda row: _with_interval(_estimate(row)),
         "kept": lambda row, name="kept": _with_interval(_estimate(row, name), percent),
         "score": _with_interval,
@@ -303,4 +304,5 @@ def _template() -> Any:
         "readable": readable,
         "difference": difference,
     }
+    environment.filters |= filters
     return environment.get_template("findings.txt").module
