@@ -37,20 +37,15 @@ def explain(zoo: Path, encoder: str, held_out: bool, draws: int, seed: int, as_j
     number; intervals hold 95 % and are about these datasets. An encoder that saw the datasets of its training runs
     places these runs by them: judge such a one by --held-out.
     """
-    from weightspace.encoder import embed_zoo, load_encoder
-    from weightspace.probes.explain import Description
+    from weightspace.encoder import load_encoder
     from weightspace.probes.explain import explain as explain_runs
-    from weightspace.probes.representations import statistics_of_rows
     from weightspace.probes.runs import run_table
+    from weightspace.probes.zoo import describe_runs
     from weightspace.zoo.dataset import load_zoo
 
     opened, loaded = load_zoo(zoo), load_encoder(encoder)
     table = run_table(opened, _held_out(opened, loaded) if held_out else None)
-    descriptions = [
-        Description("embedding", embed_zoo(loaded, opened, table.rows)),
-        Description("s(W)", *statistics_of_rows(opened.batches(table.rows), table.rows)),
-    ]
-    answer = explain_runs(table, descriptions, draws=draws, seed=seed)
+    answer = explain_runs(table, describe_runs(opened, table, {"embedding": loaded}), draws=draws, seed=seed)
     if as_json:
         print_json({"zoo": str(zoo), "encoder": encoder, "runs": len(table), **dataclasses.asdict(answer)})
     else:
