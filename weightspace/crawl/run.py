@@ -86,9 +86,10 @@ def crawl(
     )
     room = Room(_ROOM_BYTES)
 
-    def fetch(item: Item, spool: Spool) -> Outcome:
+    def fetch_here(item: Item, spool: Spool) -> Outcome:
         return fetch_model(item, plan.settings, options, room, partial(spool.put, item.number))
 
+    fetch: Callable[[Item, Spool], Outcome] = fetch_here
     if ray:
         try:
             from weightspace.crawl.ray import ray_fetch
