@@ -13,20 +13,13 @@ from collections.abc import Sequence
 import click
 
 from weightspace import __version__
-from weightspace.cli.atlas import atlas
-from weightspace.cli.crawl import crawl
-from weightspace.cli.demo import demo
-from weightspace.cli.embed import embed
-from weightspace.cli.evaluate_samples import evaluate_samples
-from weightspace.cli.explain import explain
+from weightspace.cli.embeddings import atlas, embed, explain, probe, search
 from weightspace.cli.inspect import inspect
 from weightspace.cli.output import printable
-from weightspace.cli.probe import probe
 from weightspace.cli.push import push
-from weightspace.cli.sample import sample
-from weightspace.cli.search import search
-from weightspace.cli.train import train
-from weightspace.cli.zoo import zoo
+from weightspace.cli.sample import evaluate_samples, sample
+from weightspace.cli.train import demo, train
+from weightspace.cli.zoo import crawl, zoo
 from weightspace.errors import WeightspaceError
 
 USER_ERROR = 2
@@ -48,22 +41,9 @@ def program(debug: bool) -> None:
     """
 
 
-for command in (
-    demo,
-    inspect,
-    crawl,
-    zoo,
-    train,
-    embed,
-    probe,
-    search,
-    explain,
-    atlas,
-    sample,
-    evaluate_samples,
-    push,
-):
-    program.add_command(command)
+_COMMANDS = (demo, inspect, crawl, zoo, train, embed, probe, search, explain, atlas, sample, evaluate_samples, push)
+for _command in _COMMANDS:
+    program.add_command(_command)
 
 
 def tune_process() -> None:

@@ -1,10 +1,10 @@
-"""How results look: aligned columns for people, JSON for programs."""
+"""How results look: lines with aligned columns for people, JSON for programs."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import click
@@ -20,22 +20,29 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
-def print_list(title: str, lines: Sequence[str]) -> None:
-    """Prints a title with the number of lines, and the lines below it."""
-    click.echo(f"{title}: {len(lines) if lines else 'none'}")
-    for line in lines:
-        click.echo(f"  {printable(line)}")
+def listing(title: str, items: Iterable[str | tuple[str, str]]) -> list[str]:
+    """Lays out a title with the number of items, and the items below it; a pair is a thing and the reason."""
+    lines = [item if isinstance(item, str) else f"{item[0]}: {item[1]}" for item in items]
+    return [f"{title}: {len(lines) if lines else 'none'}", *(f"  {printable(line)}" for line in lines)]
 
 
-def print_table(head: Sequence[str], rows: Sequence[Sequence[object]], *, indent: str = "") -> None:
-    """Prints aligned columns: numbers to the right, everything else to the left."""
+def reasons(pairs: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
+    """Makes JSON records of files and the reasons why they are left out."""
+    return [{"file": file, "reason": reason} for file, reason in pairs]
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]], *, indent: str = "  ") -> list[str]:
+    """Lays out aligned columns: numbers to the right, everything else to the left."""
+    rows = list(rows)
     lines = [tuple(head), *(tuple(map(_text, row)) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     numeric = [all(isinstance(row[i], int | float) for row in rows) for i in range(len(head))]
+    laid_out = []
     for line in lines:
         cells = zip(line, widths, numeric, strict=True)
         text = "  ".join(cell.rjust(width) if right else cell.ljust(width) for cell, width, right in cells)
-        click.echo(f"{indent}{text}".rstrip())
+        laid_out.append(f"{indent}{text}".rstrip())
+    return laid_out
 
 
 def _text(value: object) -> str:

@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from weightspace.cli.options import json_option
-from weightspace.cli.output import print_json, print_list, printable
+from weightspace.cli.options import PATH, Result, command
+from weightspace.cli.output import listing, printable, reasons
 
 if TYPE_CHECKING:
+    from weightspace.io.hub import HubOptions
     from weightspace.publishing import Published, PushPlan
 
+_LISTED = 40
 
-@click.command()
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+
+@command("token")
+@click.argument("folder", metavar="DIR", type=PATH)
 @click.argument("repo_id", metavar="ORG/NAME")
 @click.option("--private", is_flag=True, help="Make a new repository private.")
 @click.option("--yes", is_flag=True, help="Do not ask before making a public repository.")
@@ -26,55 +29,42 @@ if TYPE_CHECKING:
 @click.option("--zoo", metavar="ORG/ZOO", help="Where the zoo that an encoder was trained on lies on the Hub.")
 @click.option("--message", help="First line of the commit.")
 @click.option("--replace-card", is_flag=True, help="Replace a card that was changed outside of its notes.")
-@click.option(
-    "--save-card", type=click.Path(path_type=Path), help="Markdown file to write the card to, and its facts beside it."
-)
+@click.option("--save-card", type=PATH, help="Markdown file to write the card to, and its facts beside it.")
 @click.option("--dry-run", is_flag=True, help="Show what would be done, and do nothing.")
-@click.option("--token", show_default="that of `hf auth login` or HF_TOKEN", help="Token for the Hub.")
-@json_option
 def push(
     folder: Path,
     repo_id: str,
-    private: bool,
     yes: bool,
-    revision: str | None,
-    create_pr: bool,
-    licence: str | None,
-    zoo: str | None,
-    message: str | None,
-    replace_card: bool,
     save_card: Path | None,
     dry_run: bool,
-    token: str | None,
-    as_json: bool,
-) -> None:
+    options: HubOptions,
+    **how: Any,
+) -> Result:
     """Publish an encoder, a zoo or models on the Hub.
 
     Weights go up as safetensors, with a card of the recorded facts. Models of a zoo whose licence forbids it stay here.
 
     Asks before it makes a public repository. An existing repository is updated in one commit.
     """
-    from weightspace.io.hub import HubOptions
     from weightspace.publishing import PushSettings, push_folder
 
-    settings = PushSettings(private, revision, create_pr, licence, zoo, replace_card, message)
-
     def confirm(plan: PushPlan) -> bool:
-        if not as_json:
-            _print_plan(plan)
+        if not click.get_current_context().params["as_json"]:
+            _show(plan)
         if save_card is not None:
-            _save_card(plan, save_card)
+            save_card.parent.mkdir(parents=True, exist_ok=True)
+            save_card.write_text(plan.card, encoding="utf-8")
+            save_card.with_suffix(".json").write_text(plan.record.to_json(), encoding="utf-8")
         return not dry_run and (yes or not plan.makes_public or _asked(plan))
 
-    plan, done = push_folder(folder, repo_id, settings, options=HubOptions(token=token), confirm=confirm)
-    if as_json:
-        print_json(_record(plan, done))
-    elif done is None:
-        click.echo("nothing was sent")
+    plan, done = push_folder(folder, repo_id, PushSettings(**how), options=options, confirm=confirm)
+    if done is None:
+        outcome = "nothing was sent"
     elif done.commit == plan.present:
-        click.echo("the repository holds all of it already; nothing was changed")
+        outcome = "the repository holds all of it already; nothing was changed"
     else:
-        click.echo(f"published: {done.pull_request or done.url}")
+        outcome = f"published: {done.pull_request or done.url}"
+    return _record(plan, done), [outcome]
 
 
 def _asked(plan: PushPlan) -> bool:
@@ -85,33 +75,23 @@ def _asked(plan: PushPlan) -> bool:
     return click.confirm(f"Make the public repository {plan.repo_id}?", err=True)
 
 
-def _print_plan(plan: PushPlan) -> None:
+def _show(plan: PushPlan) -> None:
     state = "private" if plan.private else "public"
     what = f"a new {state}" if plan.present is None else f"the {state}"
     branch = f", branch {plan.settings.revision}" if plan.settings.revision else ""
     how = " by a pull request" if plan.settings.create_pr else ""
-    click.echo(f"{plan.kind} to {what} {plan.repo_type} repository {plan.repo_id}{branch}{how}")
-    click.echo(f"files: {len(plan.files):,}, {plan.bytes:,} bytes")
-    shown = plan.files if len(plan.files) <= _LISTED else plan.files[:_LISTED]
-    for file in shown:
-        click.echo(f"  {printable(file.path)}  {file.size:,}")
-    if len(plan.files) > len(shown):
-        click.echo(f"  and {len(plan.files) - len(shown):,} more")
-    if plan.left_out:
-        print_list("left out", [f"{file}: {reason}" for file, reason in plan.left_out])
-    if plan.removed:
-        print_list("removed there", plan.removed)
+    lines = [
+        f"{plan.kind} to {what} {plan.repo_type} repository {plan.repo_id}{branch}{how}",
+        f"files: {len(plan.files):,}, {plan.bytes:,} bytes",
+        *(f"  {printable(file.path)}  {file.size:,}" for file in plan.files[:_LISTED]),
+        *([f"  and {len(plan.files) - _LISTED:,} more"] if len(plan.files) > _LISTED else ()),
+        *(listing("left out", plan.left_out) if plan.left_out else ()),
+        *(listing("removed there", plan.removed) if plan.removed else ()),
+    ]
+    for line in lines:
+        click.echo(line)
     for notice in plan.notices:
         click.echo(f"note: {printable(notice)}", err=True)
-
-
-_LISTED = 40
-
-
-def _save_card(plan: PushPlan, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(plan.card, encoding="utf-8")
-    path.with_suffix(".json").write_text(plan.record.to_json(), encoding="utf-8")
 
 
 def _record(plan: PushPlan, done: Published | None) -> dict[str, Any]:
@@ -123,7 +103,7 @@ def _record(plan: PushPlan, done: Published | None) -> dict[str, Any]:
         "revision": plan.settings.revision,
         "new": plan.present is None,
         "files": [{"path": file.path, "bytes": file.size} for file in plan.files],
-        "left_out": [{"file": file, "reason": reason} for file, reason in plan.left_out],
+        "left_out": reasons(plan.left_out),
         "removed": list(plan.removed),
         "notices": list(plan.notices),
         "changed": done is not None and done.commit != plan.present,

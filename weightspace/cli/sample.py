@@ -1,25 +1,39 @@
-"""``weightspace sample``."""
+"""``weightspace sample`` and ``weightspace evaluate-samples``: sampled models, and what they are worth."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from weightspace.cli.options import ensure_codes, hub_options, json_option, pickle_option, temperature_option
-from weightspace.cli.output import print_json, print_table
+from weightspace.cli.options import (
+    COUNT,
+    Result,
+    command,
+    ensure_codes,
+    joint_option,
+    output_option,
+    settings_from,
+    temperature_option,
+)
+from weightspace.cli.output import table
 
 if TYPE_CHECKING:
+    from weightspace.evaluation.bars import Bar
+    from weightspace.evaluation.proof import ProofRow
     from weightspace.io.hub import HubOptions
     from weightspace.sampling.making import Made
-    from weightspace.sampling.opening import SamplerSettings
     from weightspace.sampling.writing import WrittenModel
 
+_FROM_SAMPLER = "from the sampler"
 
-@click.command()
-@click.option("--model", "--joint", "joint", required=True, help="Joint model: a folder, or org/name of the Hub.")
+
+@command("hub", "pickle")
+@joint_option
 @click.option("--prior", help="Trained prior: a folder, or org/name of the Hub.")
 @click.option(
     "--sampler", show_default="that of the prior, or kde", help="e.g. flow, kde+bootstrapped or flow+refined."
@@ -29,34 +43,26 @@ if TYPE_CHECKING:
 @click.option("--dataset", help="Sample for this dataset: a folder or an id, e.g. digits?rotation=90.")
 @click.option("--result", help='Sample models that have it, e.g. 0.95, ">=0.9" or "test_loss<0.3".')
 @click.option("--architecture", help="config.json, or a model of the architecture: a path or org/name of the Hub.")
-@click.option("-n", "count", type=click.IntRange(min=1), default=16, help="Models to sample.")
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="A new or an empty folder.")
+@click.option("-n", "count", type=COUNT, default=16, help="Models to sample.")
+@output_option("A new or an empty folder.")
 @click.option("--seed", type=int, default=0, help="Seed of everything random.")
-@click.option("--guidance-dataset", type=float, show_default="from the sampler", help="How much the dataset counts.")
-@click.option("--guidance-result", type=float, show_default="from the sampler", help="How much the result counts.")
-@click.option("--steps", type=click.IntRange(min=1), show_default="from the sampler", help="Steps of the flow.")
-@click.option("--solver", type=click.Choice(["euler", "heun"]), show_default="from the sampler")
+@click.option("--guidance-dataset", type=float, show_default=_FROM_SAMPLER, help="How much the dataset counts.")
+@click.option("--guidance-result", type=float, show_default=_FROM_SAMPLER, help="How much the result counts.")
+@click.option("--steps", type=COUNT, show_default=_FROM_SAMPLER, help="Steps of the flow.")
+@click.option("--solver", type=click.Choice(["euler", "heun"]), show_default=_FROM_SAMPLER)
 @temperature_option
-@click.option("--candidates", type=click.IntRange(min=1), help="Sample so many for each model and keep the best.")
-@click.option("--images", type=click.IntRange(min=1), help="Training images that candidates are judged by.")
-@click.option("--refine", type=click.IntRange(min=1), help="Steps of gradient refinement on the dataset.")
+@click.option("--candidates", type=COUNT, help="Sample so many for each model and keep the best.")
+@click.option("--images", type=COUNT, help="Training images that candidates are judged by.")
+@click.option("--refine", type=COUNT, help="Steps of gradient refinement on the dataset.")
 @click.option("--edit", "edited", help="Model to move towards the dataset and the result, in place of sampling anew.")
 @click.option("--strength", type=click.FloatRange(0, 1), default=0.5, help="Of --edit: 0 leaves it, 1 samples anew.")
-@hub_options
-@pickle_option
-@json_option
 def sample(
     joint: str,
     prior: str | None,
     sampler: str | None,
     zoo: str | None,
     encoder: str | None,
-    dataset: str | None,
-    result: str | None,
-    architecture: str | None,
-    count: int,
     output: Path,
-    seed: int,
     guidance_dataset: float | None,
     guidance_result: float | None,
     steps: int | None,
@@ -65,12 +71,10 @@ def sample(
     candidates: int | None,
     images: int | None,
     refine: int | None,
-    edited: str | None,
-    strength: float,
     options: HubOptions,
     allow_pickle: bool,
-    as_json: bool,
-) -> None:
+    **order: Any,
+) -> Result:
     """Sample models for a dataset and a result, and evaluate them.
 
     Without --dataset or --result, models are sampled that suit any. The sampler is that of --prior; kde needs
@@ -80,87 +84,160 @@ def sample(
     """
     from weightspace.encoder import load_encoder
     from weightspace.sampling.making import Order, check_order, make_models
-    from weightspace.sampling.opening import Sources, open_sampler, prior_kind
+    from weightspace.sampling.opening import SamplerSettings, Sources, open_sampler, prior_kind
     from weightspace.sampling.writing import ensure_empty, write_models
     from weightspace.zoo.dataset import load_zoo
 
-    order = Order(dataset, result, architecture, edited, strength, count, seed)
+    wanted = Order(**order)
     ensure_empty(output)
-    blueprint = check_order(order, options)
-    base = sampler or ("kde" if prior is None else prior_kind(prior, options))
-    ensure_codes(temperature, [base])
-    guidance = {"dataset_guidance": guidance_dataset, "result_guidance": guidance_result}
-    selection = {"candidates": candidates, "images": images}
-    flow, codes = {"steps": steps, "solver": solver}, {"temperature": temperature}
-    settings = _settings(guidance, flow, codes, selection, {"steps": refine})
+    blueprint = check_order(wanted, options)
+    name = sampler or ("kde" if prior is None else prior_kind(prior, options))
+    ensure_codes(temperature, [name])
+    if candidates is not None and not {"selected", "bootstrapped"} & set(name.split("+")):
+        name = f"{name}+selected"
+    if refine is not None and not name.endswith("+refined"):
+        name = f"{name}+refined"
+    given = {
+        **{f"{part}.dataset_guidance": guidance_dataset for part in ("flow", "codes")},
+        **{f"{part}.result_guidance": guidance_result for part in ("flow", "codes")},
+        **{"flow.steps": steps, "flow.solver": solver, "codes.temperature": temperature},
+        **{"selection.candidates": candidates, "selection.images": images, "refinement.steps": refine},
+    }
+    settings = settings_from(SamplerSettings, None, given)
     loaded = load_encoder(joint, options)
     opened_zoo = None if zoo is None else load_zoo(zoo)
     sources = Sources(loaded, () if prior is None else (prior,), opened_zoo, encoder, options)
-    opened = open_sampler(_named(base, candidates, refine), sources, settings)
-    made = make_models(order, blueprint, opened, loaded, options, allow_pickle=allow_pickle)
+    opened = open_sampler(name, sources, settings)
+    made = make_models(wanted, blueprint, opened, loaded, options, allow_pickle=allow_pickle)
     obtained = [] if made.accuracies is None else [{"test_accuracy": float(value)} for value in made.accuracies]
     written = write_models(output, made.flat, blueprint, made.sampling, obtained, made.statistics)
-    if as_json:
-        print_json(_record(output, made, written))
-    else:
-        _print(output, made, written)
-
-
-def _named(sampler: str, candidates: int | None, refine: int | None) -> str:
-    """The sampler's name with the steps that options ask for."""
-    if candidates is not None and not {"selected", "bootstrapped"} & set(sampler.split("+")):
-        sampler = f"{sampler}+selected"
-    return sampler if refine is None or sampler.endswith("+refined") else f"{sampler}+refined"
-
-
-def _settings(
-    guidance: dict[str, Any],
-    flow: dict[str, Any],
-    codes: dict[str, Any],
-    selection: dict[str, Any],
-    refinement: dict[str, Any],
-) -> SamplerSettings:
-    """Settings of samplers with the options that were given."""
-    from weightspace.sampling.codes import CodeSettings
-    from weightspace.sampling.flow import FlowSettings
-    from weightspace.sampling.opening import SamplerSettings
-    from weightspace.sampling.refining import RefinementSettings
-    from weightspace.sampling.selecting import SelectionSettings
-
-    guidance, flow, codes, selection, refinement = (
-        {name: value for name, value in part.items() if value is not None}
-        for part in (guidance, flow, codes, selection, refinement)
-    )
-    return SamplerSettings(
-        flow=FlowSettings(**guidance, **flow),
-        codes=CodeSettings(**guidance, **codes),
-        selection=SelectionSettings(**selection),
-        refinement=RefinementSettings(**refinement),
-    )
-
-
-def _record(output: Path, made: Made, written: list[WrittenModel]) -> dict[str, Any]:
-    evaluated = made.accuracies is not None
-    return {
+    record = {
         "folder": str(output),
         **asdict(made.sampling),
         "models": [asdict(one) for one in written],
-        "mean": float(made.accuracies.mean()) if made.accuracies is not None else None,
+        "mean": None if made.accuracies is None else float(made.accuracies.mean()),
         "chance": made.chance,
         "before": made.before,
-        "not_evaluated": None if evaluated else made.unknown,
+        "not_evaluated": made.unknown if made.accuracies is None else None,
     }
+    return record, [f"{output}: {len(written):,} models by {made.sampling.sampler}", *_obtained(made, written)]
 
 
-def _print(output: Path, made: Made, written: list[WrittenModel]) -> None:
-    click.echo(f"{output}: {len(written):,} models by {made.sampling.sampler}")
+def _obtained(made: Made, written: list[WrittenModel]) -> list[str]:
     if made.accuracies is None:
-        click.echo(f"not evaluated: {made.unknown}")
-        return
+        return [f"not evaluated: {made.unknown}"]
     requested = made.sampling.result or "any"
     rows = [(one.file.partition("/")[0], requested, f"{one.results['test_accuracy']:.3f}") for one in written]
-    rows.append(("mean", "", f"{made.accuracies.mean():.3f}"))
-    if made.before is not None:
-        rows.append(("before", "", f"{made.before:.3f}"))
-    rows.append(("chance", "", f"{made.chance:.3f}"))
-    print_table(("model", "requested", "obtained test_accuracy"), rows, indent="  ")
+    known = {"mean": made.accuracies.mean(), "before": made.before, "chance": made.chance}
+    rows += [(name, "", f"{value:.3f}") for name, value in known.items() if value is not None]
+    return table(("model", "requested", "obtained test_accuracy"), rows)
+
+
+@command("hub", "pickle")
+@click.argument("zoo")
+@joint_option
+@click.option("--prior", "priors", multiple=True, help="Trained prior: a folder, or org/name of the Hub; repeatable.")
+@click.option("--encoder", show_default="that of the prior", help="Trained weight autoencoder, which kde needs.")
+@click.option(
+    "--sampler",
+    "samplers",
+    multiple=True,
+    show_default="kde and those of the priors",
+    help="e.g. kde+bootstrapped+refined; repeatable.",
+)
+@click.option("--datasets", type=COUNT, default=8, help="Datasets of each kind.")
+@click.option("-n", "count", type=COUNT, default=16, help="Models of each condition.")
+@click.option(
+    "--request",
+    "requests",
+    type=click.FloatRange(0, 1),
+    multiple=True,
+    show_default="bins of the joint model",
+    help="Test accuracy to ask for; repeatable.",
+)
+@click.option("--seed", "seeds", type=int, multiple=True, default=(0,), help="Seed of samples; repeatable.")
+@click.option("--epochs", type=click.IntRange(min=0), multiple=True, default=(0, 1, 10), help="Budget of fine-tuning.")
+@temperature_option
+@click.option("--unseen", is_flag=True, help="Also sample for the datasets that the joint model held out.")
+@output_option("JSON file of the results.")
+def evaluate_samples(
+    zoo: str,
+    joint: str,
+    priors: tuple[str, ...],
+    encoder: str | None,
+    samplers: tuple[str, ...],
+    epochs: tuple[int, ...],
+    temperature: float | None,
+    output: Path,
+    options: HubOptions,
+    allow_pickle: bool,
+    **extent: Any,
+) -> Result:
+    """Evaluate samplers: what their models are worth, and whether they are new.
+
+    ZOO is the zoo that the joint model was trained on.
+
+    Models are sampled for datasets and results of the zoo, fine-tuned, and compared with the zoo's own, with training
+    from scratch and with other models that need no generator. Intervals (95 %) are over datasets; a bar that lies in
+    its interval is undecided.
+    """
+    from weightspace.encoder import load_encoder
+    from weightspace.evaluation.bars import judge
+    from weightspace.evaluation.finetuning import FineTuning
+    from weightspace.evaluation.proof import ProofSettings
+    from weightspace.sampling.codes import CodeSettings
+    from weightspace.sampling.opening import SamplerSettings, Sources, open_sampler, prior_kind
+    from weightspace.sampling.trials import EvaluationSettings, evaluate_samplers
+    from weightspace.zoo.dataset import load_zoo
+    from weightspace.zoo.storage import write_text
+
+    settings = EvaluationSettings(**extent, proof=ProofSettings(FineTuning(epochs=epochs)))
+    loaded, opened_zoo = load_encoder(joint, options), load_zoo(zoo)
+    sources = Sources(loaded, priors, opened_zoo, encoder, options)
+    names = samplers or (*(prior_kind(prior, options) for prior in priors), "kde")
+    ensure_codes(temperature, names)
+    parts = SamplerSettings() if temperature is None else SamplerSettings(codes=CodeSettings(temperature=temperature))
+    opened = {name: open_sampler(name, sources, parts) for name in names}
+    ready = {name: one.sampler for name, one in opened.items()}
+    rows = evaluate_samplers(ready, opened_zoo, loaded, settings, options, allow_pickle=allow_pickle)
+    bars = judge(rows)
+    record = {
+        "zoo": opened_zoo.location,
+        "samplers": {name: {"sources": one.sources, "settings": one.settings} for name, one in opened.items()},
+        "settings": asdict(settings),
+        "rows": [asdict(row) for row in rows],
+        "bars": [asdict(bar) for bar in bars],
+    }
+    write_text(output, json.dumps(record, indent=1) + "\n")
+    return record, [*_lines(rows, bars, list(opened)), f"proof: {output}"]
+
+
+def _lines(rows: Sequence[ProofRow], bars: Sequence[Bar], samplers: list[str]) -> list[str]:
+    """Lays out what was measured, the samplers side by side, and which bars hold; the seen datasets first."""
+    lines = []
+    for group in dict.fromkeys(row.datasets for row in rows):
+        own = [row for row in rows if row.datasets == group]
+        lines.append(f"{group} datasets: {max(len(row.values) for row in own)}")
+        cells = {(row.measure, row.subject, row.sampler): _number(row) for row in own}
+        subjects: dict[str, dict[str, None]] = {}
+        for row in own:
+            subjects.setdefault(row.measure, {})[row.subject] = None
+        measured = [
+            (measure if place == 0 else "", of, *(cells.get((measure, of, name), "") for name in samplers))
+            for measure, found in subjects.items()
+            for place, of in enumerate(found)
+        ]
+        lines += table(("measure", "of", *samplers), measured)
+        held = [
+            (bar.sampler, bar.outcome, bar.measure, bar.subject, _number(bar), bar.asked, f"{bar.holds} of {bar.of}")
+            for bar in bars
+            if bar.datasets == group
+        ]
+        lines += table(("sampler", "bar", "measure", "of", "found", "asked for", "holds on"), held) if held else []
+    return lines
+
+
+def _number(found: ProofRow | Bar) -> str:
+    if found.low is None or found.high is None:
+        return f"{found.value:.3f}"
+    return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
