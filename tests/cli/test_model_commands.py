@@ -117,8 +117,8 @@ def test_embed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         called.append((list(locations), encoder, options))
         return frame
 
-    monkeypatch.setattr("weightspace.search.embed", embed)
-    monkeypatch.setattr("weightspace.search.save_embeddings", lambda *arguments: written.append(arguments))
+    monkeypatch.setattr("weightspace.encoder.embed", embed)
+    monkeypatch.setattr("weightspace.encoder.save_embeddings", lambda *arguments: written.append(arguments))
     words = ("embed", "zoo", "file.safetensors", "--encoder", "enc", "--output", "e.parquet")
     assert invoke(*words) == (
         "e.parquet: 2 embeddings of 3 numbers\nestimated from a sample: 1\n  b: 25.000% of its bytes\n"
