@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from weightspace.data.features import DatasetFeatures, features_of_datasets
 from weightspace.data.image_encoders import open_image_encoder
 from weightspace.demo import DemoSettings
-from weightspace.encoder import Encoder, load_encoder
+from weightspace.encoder import Encoder, embed_dataset, load_encoder
 from weightspace.errors import SettingsError, WeightspaceError
 from weightspace.files import atomic_write_text
 from weightspace.models.joint.configuration_joint import PAIRS
@@ -38,7 +38,7 @@ from weightspace.probes.representations import Representation, WeightBlock, base
 from weightspace.probes.zoo import encoder_features
 from weightspace.stats.resampling import RunBootstrap, pooled_interval
 from weightspace.stats.retrieval import first_ranks, result_correlation, retrieval, same_identity
-from weightspace.training.joint import JointSettings, embed_dataset, train_joint
+from weightspace.training.joint import JointSettings, train_joint
 from weightspace.zoo.dataset import load_zoo
 from weightspace.zoo.splits import Split, split_by_run
 

@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 
 from weightspace.demo import DemoSettings
-from weightspace.encoder import load_encoder
+from weightspace.encoder import embed_dataset, load_encoder
 from weightspace.evaluation.controls import nearest_datasets
 from weightspace.files import atomic_write_text
 from weightspace.sampling.opening import Sources, open_sampler
 from weightspace.sampling.trials import EvaluationSettings, Trials, plan_trials, prove_trials
-from weightspace.search.queries import dataset_for, dataset_query
+from weightspace.search.queries import dataset_for
 from weightspace.training.autoencoder import train_autoencoder
 from weightspace.training.joint import train_joint
 from weightspace.training.prior import CodePriorSettings, PriorSettings, train_prior
@@ -103,7 +103,7 @@ def proved(models: Trained, names: Sequence[str]) -> list[dict[str, Any]]:
     seen = plan_trials(models.zoo, joint, SETTINGS)
     features = {name: dataset_for(joint, name) for name in sorted(models.zoo.index["dataset"].unique())}
     unseen = {name: dataset_for(joint, name) for name in models.held_out}
-    queries = [{name: dataset_query(joint, one) for name, one in part.items()} for part in (unseen, features)]
+    queries = [{name: embed_dataset(joint.joint, one)[0] for name, one in part.items()} for part in (unseen, features)]
     # All variants have the same architectures.
     usual = next(iter(seen.blueprints.values()))
     trials = Trials(

@@ -20,8 +20,7 @@ import numpy as np
 import pandas as pd
 from huggingface_hub import constants
 
-from weightspace.search.approximate import ApproximateSearch
-from weightspace.search.index import EmbeddingIndex
+from weightspace.search.index import EmbeddingIndex, faiss_index
 
 QUERIES, K = 100, 10
 Search = Callable[[np.ndarray, int], Any]
@@ -83,6 +82,11 @@ def exact_search(vectors: np.ndarray) -> Search:
     return lambda queries, k: index.search(queries, k, exact=True)
 
 
+def list_search(vectors: np.ndarray) -> Search:
+    search: Search = faiss_index(vectors).search
+    return search
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
@@ -90,7 +94,10 @@ def main() -> None:
     parser.add_argument("--hnsw", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    ways: dict[str, Callable[[np.ndarray], Search]] = {"exact": exact_search, "lists": ApproximateSearch}
+    ways: dict[str, Callable[[np.ndarray], Search]] = {
+        "exact": exact_search,
+        "lists": lambda vectors: faiss_index(vectors).search,
+    }
     if options.hnsw:
         ways["graph"] = hnsw
     table = []

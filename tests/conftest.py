@@ -151,7 +151,8 @@ def tiny_zoo(tmp_path_factory: pytest.TempPathFactory, tiny_zoo_settings: Any) -
 @pytest.fixture(scope="session")
 def tiny_encoder_settings() -> Any:
     """Settings of ``tiny_encoder``: float32, so that results compare to the last bit on any processor."""
-    from weightspace.training.autoencoder import AutoencoderSettings, BehaviourSettings, EncoderSettings
+    from weightspace.training.autoencoder import AutoencoderSettings, EncoderSettings
+    from weightspace.training.behaviour import BehaviourSettings
     from weightspace.training.settings import LoopSettings
 
     return AutoencoderSettings(

@@ -14,8 +14,9 @@ from weightspace.errors import SettingsError
 from weightspace.evaluation.finetuning import FineTuning
 from weightspace.evaluation.proof import SAMPLES, ProofSettings, accuracy_after
 from weightspace.sampling.trials import EvaluationSettings
-from weightspace.training.autoencoder import AutoencoderSettings, EncoderSettings, read_training
+from weightspace.training.autoencoder import AutoencoderSettings, EncoderSettings
 from weightspace.training.joint import JointSettings, TowerSettings
+from weightspace.training.run import read_training
 from weightspace.training.settings import LoopSettings
 from weightspace.zoo.training import ZooSettings
 
@@ -62,12 +63,12 @@ class TestJointModel:
     def test_holds_out_the_runs_of_the_autoencoder(self, output: Path) -> None:
         states = [read_training(output / name) for name in ("encoder", "joint")]
         assert states[0] is not None and states[1] is not None
-        assert states[0]["test_runs"] == states[1]["test_runs"]
+        assert states[0].test_runs == states[1].test_runs
 
     def test_is_asked_about_the_test_models_alone(self, output: Path, report: dict[str, Any]) -> None:
         state = read_training(output / "joint")
         assert state is not None
-        tested = 2 * len(state["test_runs"])
+        tested = 2 * len(state.test_runs)
         rows = {row["pair"]: row for row in report["retrieval"]}
         assert list(rows) == ["D → W", "W → D", "R → W"]
         assert rows["D → W"]["candidates"] == rows["W → D"]["queries"] == rows["R → W"]["candidates"] == tested

@@ -30,20 +30,19 @@ from weightspace.networks.infer import infer_architecture
 from weightspace.sampling.conditions import Blueprint, Condition, blueprint_of
 from weightspace.sampling.kde import KdeSampler, KdeSettings
 from weightspace.sampling.selecting import BootstrappedSampler, SelectionSettings, SubsampledSampler
-from weightspace.search.queries import dataset_for
-from weightspace.search.results import parse_results
+from weightspace.search.queries import dataset_for, parse_results
 from weightspace.settings import settings_from_mapping
 from weightspace.tokenizers import TOKENIZERS, get_tokenizer
-from weightspace.training import autoencoder
+from weightspace.training import run
 from weightspace.training.autoencoder import (
     AutoencoderSettings,
     BehaviourSettings,
     EncoderSettings,
-    read_training,
     train_autoencoder,
 )
-from weightspace.training.batches import ViewBatch, ViewBatches
+from weightspace.training.batches import Batch, ViewBatches
 from weightspace.training.loop import read_history
+from weightspace.training.run import read_training
 from weightspace.training.settings import LoopSettings
 from weightspace.zoo import training as zoo_training
 from weightspace.zoo.dataset import Zoo
@@ -54,7 +53,7 @@ EXTRACTOR = WeightFeatureExtractor("channel", 65, std=0.25)
 CLEAN = Augmentation(erase=0.0, noise=0.0)
 
 
-def batch_of(zoo: Zoo, rows: list[int], augmentation: Augmentation = CLEAN, window: int = 16) -> ViewBatch:
+def batch_of(zoo: Zoo, rows: list[int], augmentation: Augmentation = CLEAN, window: int = 16) -> Batch:
     return next(ViewBatches(zoo, np.array(rows), EXTRACTOR, augmentation, len(rows), window, 0)(0, 0, 1))
 
 
@@ -166,7 +165,7 @@ def test_5_padding_is_in_no_loss_and_in_no_embedding(extra: int, tiny_zoo: Zoo) 
 def test_6_statistics_are_those_of_the_training_runs_without_padding(tiny_zoo: Zoo, tiny_encoder: Path) -> None:
     state = read_training(tiny_encoder)
     assert state is not None
-    held_out = {*state["test_runs"], *state["validation_runs"]}
+    held_out = {*state.test_runs, *state.validation_runs}
     training = np.flatnonzero(~tiny_zoo.index["run_id"].isin(held_out))
     weights = torch.cat([batch.flat.flatten() for batch in tiny_zoo.batches(training)]).double()
     everything = torch.cat([batch.flat.flatten() for batch in tiny_zoo.batches()]).double()
@@ -358,7 +357,7 @@ def plain_training(tiny_zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> t
 def trained(zoo: Zoo, settings: AutoencoderSettings, folder: Path) -> tuple[Any, ...]:
     """Everything that training leaves: weights, input side, history, checkpoints and logs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(autoencoder, "clear_checkpoints", lambda _: None)
+        patch.setattr(run, "clear_checkpoints", lambda _: None)
         # In mixed precision Accelerate builds outputs anew from one mapping: ModelOutput allows it, their types do not.
         patch.setattr(WeightAutoencoderOutput.__init__, "__no_type_check__", True, raising=False)
         train_autoencoder(zoo.path, folder / "encoder", settings)

@@ -37,11 +37,11 @@ from weightspace.sampling.trials import EvaluationSettings, evaluate_samplers
 from weightspace.training.autoencoder import (
     AutoencoderSettings,
     EncoderSettings,
-    read_training,
     train_autoencoder,
 )
 from weightspace.training.joint import JointSettings, TowerSettings, train_joint
 from weightspace.training.loop import read_history
+from weightspace.training.run import TrainingRecord, read_training
 from weightspace.training.settings import LoopSettings
 from weightspace.zoo.dataset import Zoo, load_zoo
 from weightspace.zoo.facts import training_zoo
@@ -146,8 +146,8 @@ def run_demo(output: Path | str, settings: DemoSettings) -> Path:
     report = output / "report.html"
     state, joint_state = _trained(encoder_path), _trained(joint_path)
     identity = {
-        "encoder": state["identity"],
-        "joint": joint_state["identity"],
+        "encoder": state.identity,
+        "joint": joint_state.identity,
         "samplers": list(settings.samplers),
         "samples": json.loads(json.dumps(asdict(settings.samples))),
         "targets": list(settings.targets),
@@ -158,10 +158,10 @@ def run_demo(output: Path | str, settings: DemoSettings) -> Path:
         return report
     encoder, joint = load_encoder(encoder_path), load_encoder(joint_path)
     with _step(output, "reconstruct, probe, retrieve and explain"):
-        reconstruction = reconstruction_table(zoo, encoder, state["test_runs"])
+        reconstruction = reconstruction_table(zoo, encoder, state.test_runs)
         probes = probe_zoo(zoo, [encoder, joint], settings.targets, seeds=settings.seeds)
         retrieval = retrieval_table(zoo, joint, joint_state)
-        runs, explanation = run_table(zoo, state["test_runs"]), None
+        runs, explanation = run_table(zoo, state.test_runs), None
         if len(runs) >= MIN_RUNS:
             explanation = explain(runs, describe_runs(zoo, runs, {ENCODER: encoder, JOINT: joint}), draws=_DRAWS)
     with _step(output, "sample and evaluate models"):
@@ -179,7 +179,7 @@ def run_demo(output: Path | str, settings: DemoSettings) -> Path:
     return report
 
 
-def _trained(folder: Path) -> dict[str, Any]:
+def _trained(folder: Path) -> TrainingRecord:
     state = read_training(folder)
     assert state is not None
     return state
@@ -271,7 +271,7 @@ def _card(
         facts,
         licence="apache-2.0",
         zoo=described,
-        training=training["settings"],
+        training=training.settings,
         measurements=tuple(measurements),
         limits=("It was trained on small networks of few architectures; how well it judges others is not known.",),
     )

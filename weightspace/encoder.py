@@ -16,8 +16,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoFeatureExtractor, AutoModel, BatchFeature
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from weightspace.errors import HubError, WeightspaceError, ZooError
+from weightspace.data.features import DatasetFeatures
+from weightspace.errors import HubError, SettingsError, WeightspaceError, ZooError
 from weightspace.io.checkpoint import FAMOUS_STEMS, INDEX, Checkpoint, find_checkpoints, open_in
 from weightspace.io.folders import LocalFolder
 from weightspace.io.hub import HubOptions
@@ -25,7 +27,7 @@ from weightspace.io.locations import locate
 from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
 from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel
 from weightspace.models.codec import LatentCodec
-from weightspace.models.joint.modeling_joint import JointModel
+from weightspace.models.joint.modeling_joint import JointModel, unit
 from weightspace.models.loading import load_whole
 from weightspace.schema import Architecture
 from weightspace.zoo.dataset import Zoo, load_zoo
@@ -108,6 +110,20 @@ class Encoder:
         return self.model.weight_model.encoder if isinstance(self.model, JointModel) else self.model
 
     @property
+    def joint(self) -> JointModel:
+        """The model, if it is a joint model.
+
+        Raises:
+            SettingsError: it is an autoencoder.
+        """
+        if not isinstance(self.model, JointModel):
+            raise SettingsError(
+                f"{self.name}: a {type(self.model).__name__} knows weights only; search for a dataset or a result "
+                "with a joint model (weightspace train joint), or for a model"
+            )
+        return self.model
+
+    @property
     def codec(self) -> LatentCodec:
         """The autoencoder with the input side, between weights and latents."""
         return LatentCodec(self.autoencoder, self.extractor)
@@ -170,6 +186,28 @@ def saved_folder(location: str | Path, options: HubOptions | None = None, *, kin
     paths = [folder.local_path(name) for name in _ENCODER_FILES if folder.has(name)]
     path = paths[0].parent
     return path, str(path.absolute() if isinstance(folder, LocalFolder) else folder.ref())
+
+
+@torch.no_grad()
+def embed_dataset(model: JointModel, dataset: DatasetFeatures) -> Float[Tensor, "1 size"]:
+    """Embeds a dataset to a vector of length 1, on the CPU.
+
+    Raises:
+        SettingsError: its features come from another image encoder than the model was trained with.
+    """
+    return unit(dataset_outputs(model, dataset)).cpu()
+
+
+@torch.no_grad()
+def dataset_outputs(model: JointModel, dataset: DatasetFeatures) -> BaseModelOutputWithPooling:
+    """Runs the tower of datasets: ``last_hidden_state (1, classes, class_size)`` and ``pooler_output (1, size)``.
+
+    Raises:
+        SettingsError: as `embed_dataset`.
+    """
+    model.ensure_image_encoder(dataset.encoder, dataset.encoder_digest)
+    inputs = (dataset.features.unsqueeze(0).to(model.device), dataset.labels.unsqueeze(0).to(model.device))
+    return model.get_dataset_features(*inputs)
 
 
 def embed_zoo(

@@ -14,7 +14,7 @@ from weightspace.cli.main import main
 from weightspace.probes.representations import statistics_of_rows
 from weightspace.probes.runs import run_table
 from weightspace.probes.statistics import weight_statistics
-from weightspace.training.autoencoder import read_training
+from weightspace.training.run import read_training
 from weightspace.zoo.dataset import Zoo
 
 
@@ -57,11 +57,11 @@ def test_only_what_training_held_out(
 ) -> None:
     # Three or four of 24 runs are held out, which are too few for any question: see which ones are asked.
     assert main(words(tiny_zoo, tiny_encoder, "--held-out")) == 2
-    held_out = read_training(tiny_encoder)["test_runs"]  # type: ignore[index]
+    held_out = read_training(tiny_encoder).test_runs  # type: ignore[union-attr]
     assert f"{len(held_out)} runs with all factors known are too few" in capsys.readouterr().err
     table = run_table(tiny_zoo, held_out)
     assert set(tiny_zoo.index["run_id"].iloc[table.rows]) == set(held_out)
-    monkeypatch.setattr("weightspace.training.autoencoder.read_training", lambda _: None)
+    monkeypatch.setattr("weightspace.training.run.read_training", lambda _: None)
     assert main(words(tiny_zoo, tiny_encoder, "--held-out")) == 2
     assert f"--held-out: {tiny_encoder} was not trained on {tiny_zoo.path}" in capsys.readouterr().err
 

@@ -16,7 +16,7 @@ from weightspace.probes import zoo as probes
 from weightspace.probes.representations import collect_weights
 from weightspace.probes.rows import ProbeRow
 from weightspace.probes.zoo import ENCODER, JOINT, encoder_features, probe_zoo
-from weightspace.training.autoencoder import read_training
+from weightspace.training.run import read_training
 from weightspace.zoo.dataset import Zoo
 from weightspace.zoo.splits import split_by_dataset
 
@@ -50,10 +50,10 @@ class TestTable:
         rows = probe_zoo(tiny_zoo, load_encoder(tiny_encoder), ["test_accuracy"], seeds=(0, 1))
         state = read_training(tiny_encoder)
         assert state is not None
-        assert asked["test_runs"] == state["test_runs"]
+        assert asked["test_runs"] == state.test_runs
         for row in rows:
             assert row.predictions is not None
-            assert set(tiny_zoo.index["run_id"][row.predictions.rows]) == set(state["test_runs"])
+            assert set(tiny_zoo.index["run_id"][row.predictions.rows]) == set(state.test_runs)
 
     def test_has_an_autoencoder_and_a_joint_model_side_by_side(
         self, asked: Any, tiny_zoo: Zoo, tiny_encoder: Path, tiny_clip_joint: Path
@@ -112,10 +112,10 @@ class TestUnseenDatasets:
     ) -> None:
         state = read_training(tiny_encoder)
         assert state is not None
-        held_out = tiny_zoo.index["run_id"].isin(state["test_runs"])
+        held_out = tiny_zoo.index["run_id"].isin(state.test_runs)
         seeds = [seed for seed in range(20) if draws_some_of(tiny_zoo, held_out.to_numpy(), seed)][:1]
         rows = probe_zoo(tiny_zoo, tiny_encoder, ["test_accuracy"], seeds=seeds, unseen_datasets=True)
-        assert asked["test_runs"] == state["test_runs"]
+        assert asked["test_runs"] == state.test_runs
         for row in rows:
             assert ("the encoder has seen other models" in row.note) == (row.representation == ENCODER)
 
@@ -136,7 +136,7 @@ class TestUnseenDatasets:
         tested = tiny_zoo.index["dataset"][tiny_zoo.index["run_id"].isin(state["test_runs"])]
         joint = holding_out(tiny_clip_joint, tmp_path / "joint", sorted(set(tested)), encoder="somewhere")
         rows = probe_zoo(tiny_zoo, joint, ["test_accuracy"], seeds=(0,), unseen_datasets=True)
-        assert asked["test_runs"] == state["test_runs"]
+        assert asked["test_runs"] == tuple(state["test_runs"])
         assert "started from one that may have seen" in rows[-1].note
 
     def test_of_an_encoder_of_another_zoo_are_not_known(

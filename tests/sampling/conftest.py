@@ -12,8 +12,7 @@ from weightspace.models.codec import LatentCodec
 from weightspace.networks.families import FamilyConfig
 from weightspace.sampling.conditions import Blueprint, Condition, blueprint_of
 from weightspace.sampling.kde import KdeSampler
-from weightspace.search.queries import dataset_for
-from weightspace.search.results import parse_results
+from weightspace.search.queries import dataset_for, parse_results
 from weightspace.zoo.dataset import Zoo
 
 

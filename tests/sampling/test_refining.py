@@ -13,7 +13,7 @@ from weightspace.sampling.conditions import Blueprint, Condition
 from weightspace.sampling.kde import KdeSampler
 from weightspace.sampling.refining import Decode, RefinedSampler, RefinementSettings, refine
 from weightspace.sampling.samplers import sample
-from weightspace.search.results import parse_results
+from weightspace.search.queries import parse_results
 
 SETTINGS = RefinementSettings(steps=20, images=64, held_back=128, learning_rate=0.3)
 

@@ -15,8 +15,7 @@ from weightspace.sampling.kde import KdeSampler
 from weightspace.sampling.refining import RefinedSampler
 from weightspace.sampling.samplers import Sampler, sample
 from weightspace.sampling.selecting import BootstrappedSampler, SelectionSettings, SubsampledSampler, refitted
-from weightspace.search.queries import described_dataset
-from weightspace.search.results import parse_results
+from weightspace.search.queries import described_dataset, parse_results
 
 ALL = SelectionSettings(candidates=6, images=10_000)
 

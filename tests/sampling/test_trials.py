@@ -24,7 +24,7 @@ from weightspace.sampling.trials import (
     prove_trials,
 )
 from weightspace.search.queries import described_dataset
-from weightspace.training.autoencoder import read_training
+from weightspace.training.run import read_training
 from weightspace.zoo.dataset import Zoo, load_zoo
 
 QUICK = ProofSettings(FineTuning(epochs=(0,)), checkpoints=2)
@@ -39,7 +39,7 @@ def unseen_joint(tmp_path_factory: pytest.TempPathFactory, tiny_zoo: Zoo, tiny_c
     record = read_training(tiny_clip_joint)
     assert record is not None
     held_out = sorted(set(tiny_zoo.index["dataset"]))[:1]
-    settings = settings_from_mapping(JointSettings, record["settings"] | {"held_out_datasets": held_out}, where="it")
+    settings = settings_from_mapping(JointSettings, dict(record.settings) | {"held_out_datasets": held_out}, where="it")
     return train_joint(tiny_zoo.path, tmp_path_factory.mktemp("unseen") / "joint", settings)
 
 
@@ -49,8 +49,8 @@ def test_training_rows_are_neither_tested_nor_validated_on(tiny_zoo: Zoo, unseen
     assert record is not None
     seen = tiny_zoo.index.iloc[rows]
     assert len(seen)
-    assert not set(seen["run_id"]) & {*record["test_runs"], *record["validation_runs"]}
-    assert not set(seen["dataset"]) & set(record["settings"]["held_out_datasets"])
+    assert not set(seen["run_id"]) & {*record.test_runs, *record.validation_runs}
+    assert not set(seen["dataset"]) & set(record.held_out_datasets)
 
 
 def test_another_zoo_is_refused(tiny_clip_joint: Path, tiny_zoo: Zoo, tmp_path: Path) -> None:

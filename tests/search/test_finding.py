@@ -11,10 +11,9 @@ from loopback_hub import LoopbackHub
 
 from weightspace.encoder import Encoder, load_encoder
 from weightspace.errors import CheckpointError, SettingsError, WeightspaceError
-from weightspace.search.finding import Question, find_models, open_index
+from weightspace.search.finding import Query, find_models, open_index
 from weightspace.search.index import EmbeddingIndex
-from weightspace.search.queries import dataset_for, described_dataset, joint_query
-from weightspace.search.results import parse_results
+from weightspace.search.queries import dataset_for, described_dataset, joint_query, parse_results
 from weightspace.zoo.dataset import Zoo
 from weightspace.zoo.transfer import export_folder
 
@@ -62,12 +61,12 @@ class TestDatasetsAndResults:
         dataset, accuracy = str(tiny_zoo.index["dataset"][0]), float(tiny_zoo.index["test_accuracy"].median())
         expected = logits(joint, tiny_zoo, dataset, accuracy)
         wish = f"{accuracy!r}"
-        for question, scores in (
-            (Question(dataset=dataset), expected["dataset"]),
-            (Question(result=wish), expected["result"]),
-            (Question(dataset=dataset, result=wish), expected["dataset"] + expected["result"]),
+        for query, scores in (
+            (Query(dataset=dataset), expected["dataset"]),
+            (Query(result=wish), expected["result"]),
+            (Query(dataset=dataset, result=wish), expected["dataset"] + expected["result"]),
         ):
-            answer = find_models(index, joint, question, k=48)
+            answer = find_models(index, joint, query, k=48)
             np.testing.assert_allclose(answer.scores, scores[answer.rows], rtol=1e-4, atol=1e-4)
             assert (np.diff(answer.scores) <= 0).all()
             assert sorted(answer.rows) == list(range(48))
@@ -84,8 +83,8 @@ class TestDatasetsAndResults:
     def test_known_results_do_not_matter(self, joint: Encoder, index: EmbeddingIndex) -> None:
         results = {name: index.models[name].to_numpy()[::-1] for name in ("test_accuracy", "test_loss")}
         lied = dataclasses.replace(index, models=index.models.assign(**results))
-        question = Question(dataset="digits", result="<0.9")
-        assert find_models(lied, joint, question).rows.tolist() == find_models(index, joint, question).rows.tolist()
+        query = Query(dataset="digits", result="<0.9")
+        assert find_models(lied, joint, query).rows.tolist() == find_models(index, joint, query).rows.tolist()
 
     def test_a_range_lies_between_its_values(self, joint: Encoder) -> None:
         edges = joint.model.result_model.edges[0].double().numpy()
@@ -109,25 +108,25 @@ class TestDatasetsAndResults:
 
     def test_results_that_the_model_does_not_know(self, joint: Encoder, index: EmbeddingIndex) -> None:
         with pytest.raises(SettingsError, match="'f1': the joint model knows test_accuracy, test_loss, general"):
-            find_models(index, joint, Question(result="f1>0.5"))
+            find_models(index, joint, Query(result="f1>0.5"))
         with pytest.raises(SettingsError, match="wanted from 7 to inf, but the joint model knows models with"):
-            find_models(index, joint, Question(result=">7"))
+            find_models(index, joint, Query(result=">7"))
 
     def test_a_dataset_that_is_not_there(self, joint: Encoder, index: EmbeddingIndex) -> None:
         with pytest.raises(WeightspaceError, match=r"\./nowhere: no such folder"):
-            find_models(index, joint, Question(dataset="./nowhere"))
+            find_models(index, joint, Query(dataset="./nowhere"))
 
     def test_an_autoencoder_knows_no_datasets(self, autoencoder_index: tuple[EmbeddingIndex, Encoder]) -> None:
-        for question in (Question(dataset="digits"), Question(result="0.5"), Question(texts=("a digit",))):
+        for query in (Query(dataset="digits"), Query(result="0.5"), Query(texts=("a digit",))):
             with pytest.raises(SettingsError, match=r"WeightAutoencoderModel knows weights only; .* train joint"):
-                find_models(*autoencoder_index, question)
+                find_models(*autoencoder_index, query)
 
     def test_a_pair_that_was_not_trained_is_refused(self, tiny_clip_joint: Path, index: EmbeddingIndex) -> None:
         other = load_encoder(tiny_clip_joint)
         other.model.config.pairs = ["dataset_weight"]
-        find_models(index, other, Question(dataset="digits"))
+        find_models(index, other, Query(dataset="digits"))
         with pytest.raises(SettingsError, match="trained on dataset_weight only; search with a model trained on wei"):
-            find_models(index, other, Question(result="0.5"))
+            find_models(index, other, Query(result="0.5"))
 
     def test_another_image_encoder_under_the_same_name_is_refused(
         self, tiny_clip_joint: Path, index: EmbeddingIndex
@@ -135,7 +134,7 @@ class TestDatasetsAndResults:
         other = load_encoder(tiny_clip_joint)
         other.model.config.dataset_config.image_encoder_digest = "0" * 64
         with pytest.raises(SettingsError, match="the joint model was trained with"):
-            find_models(index, other, Question(dataset="digits"))
+            find_models(index, other, Query(dataset="digits"))
 
 
 class TestText:
@@ -143,8 +142,8 @@ class TestText:
         seen = described_dataset(joint, ["a zero", "a one"])
         assert seen.labels.tolist() == [0, 1]
         assert seen.features.shape == (2, 12)
-        one = find_models(index, joint, Question(texts=("a zero", "a one")), k=48)
-        swapped = find_models(index, joint, Question(texts=("a one", "a zero")), k=48)
+        one = find_models(index, joint, Query(texts=("a zero", "a one")), k=48)
+        swapped = find_models(index, joint, Query(texts=("a one", "a zero")), k=48)
         np.testing.assert_allclose(one.scores, index.rank(joint_query(joint, seen), 48)[0])
         assert not np.allclose(one.scores, swapped.scores)
 
@@ -162,7 +161,7 @@ class TestText:
         config.image_encoder = "efficientnet-lite0"
         config.image_encoder_digest = open_image_encoder("efficientnet-lite0").digest
         with pytest.raises(SettingsError, match="efficientnet-lite0 has no text tower; choose a CLIP or SigLIP"):
-            find_models(index, other, Question(texts=("a zero",)))
+            find_models(index, other, Query(texts=("a zero",)))
 
 
 class TestRelatives:
@@ -172,11 +171,11 @@ class TestRelatives:
     def test_its_own_run_does_not_count(self, autoencoder_index: tuple[EmbeddingIndex, Encoder]) -> None:
         index, encoder = autoencoder_index
         model, run = index.models["model_id"][5], index.models["run_id"][5]
-        others = find_models(index, encoder, Question(model=model), k=48)
+        others = find_models(index, encoder, Query(model=model), k=48)
         assert others.itself == (5,)
         assert run not in self.runs(index, others.rows)
         assert len(others.rows) == 46
-        all_of_them = find_models(index, encoder, Question(model=model, same_run=True), k=48)
+        all_of_them = find_models(index, encoder, Query(model=model, same_run=True), k=48)
         assert len(all_of_them.rows) == 47
         assert run in self.runs(index, all_of_them.rows)
         expected = index.vectors @ index.vectors[5]
@@ -189,7 +188,7 @@ class TestRelatives:
         export_folder(tiny_zoo, tmp_path / "models", [33])
         (path,) = (tmp_path / "models").rglob("*.safetensors")
         path = path.rename(tmp_path / "mine.safetensors")
-        answer = find_models(index, encoder, Question(model=str(path)))
+        answer = find_models(index, encoder, Query(model=str(path)))
         assert answer.itself == (33,)
         assert index.models["run_id"][33] not in self.runs(index, answer.rows)
 
@@ -200,31 +199,31 @@ class TestRelatives:
             hub.create(f"org/m{number}", {"model.safetensors": path})
         index, encoder = open_index("org/m0", tiny_encoder)
         assert len(index) == 1
-        answer = find_models(index, encoder, Question(model="org/m1"))
+        answer = find_models(index, encoder, Query(model="org/m1"))
         assert answer.itself == ()
         assert answer.rows.tolist() == [0]
         # Another revision is the same model, even where its weights are others.
         hub.commit("org/m0", {"model.safetensors": paths[3]})
-        answer = find_models(index, encoder, Question(model="org/m0"))
+        answer = find_models(index, encoder, Query(model="org/m0"))
         assert answer.itself == (0,)
         assert len(answer.rows) == 0
         with pytest.raises(WeightspaceError, match=r"org/none: no such repository.*\(and no model of the"):
-            find_models(index, encoder, Question(model="org/none"))
+            find_models(index, encoder, Query(model="org/none"))
 
     def test_what_is_no_model(self, autoencoder_index: tuple[EmbeddingIndex, Encoder]) -> None:
         with pytest.raises(CheckpointError, match=r"run-99: no such file or folder; .*\(and no model of the index has"):
-            find_models(*autoencoder_index, Question(model="run-99"))
+            find_models(*autoencoder_index, Query(model="run-99"))
 
 
 @pytest.mark.parametrize(
     ("ask", "words"),
     [
-        (lambda: Question(), "nothing to search for; give a dataset, a text, a wanted result or a model"),
-        (lambda: Question(model="m", result="0.9"), "model 'm' and result: .*ask one after the other"),
-        (lambda: Question(dataset="digits", texts=("a",)), "dataset 'digits' and a text: both say which dataset"),
+        (lambda: Query(), "nothing to search for; give a dataset, a text, a wanted result or a model"),
+        (lambda: Query(model="m", result="0.9"), "model 'm' and result: .*ask one after the other"),
+        (lambda: Query(dataset="digits", texts=("a",)), "dataset 'digits' and a text: both say which dataset"),
     ],
 )
-def test_questions_that_make_no_sense(ask: Callable[[], Question], words: str) -> None:
+def test_queries_that_make_no_sense(ask: Callable[[], Query], words: str) -> None:
     with pytest.raises(SettingsError, match=words):
         ask()
 
@@ -245,7 +244,7 @@ class TestOpening:
         with pytest.raises(SettingsError, match="the index was built with"):
             open_index(tmp_path / "index", tiny_clip_joint)
         with pytest.raises(SettingsError, match="the index was built with"):
-            find_models(autoencoder_index[0], joint, Question(dataset="digits"))
+            find_models(autoencoder_index[0], joint, Query(dataset="digits"))
 
     def test_a_zoo_needs_an_encoder(self, tiny_zoo: Zoo) -> None:
         with pytest.raises(SettingsError, match="a zoo needs an encoder; name one, or give an index"):
@@ -256,5 +255,5 @@ class TestOpening:
         index, encoder = open_index(tmp_path / "models", tiny_encoder)
         assert len(index) == 2
         assert index.zoo_digest is None
-        answer = find_models(index, encoder, Question(model=str(index.models["model_id"][0])))
+        answer = find_models(index, encoder, Query(model=str(index.models["model_id"][0])))
         assert (answer.itself, answer.rows.tolist()) == ((0,), [1])

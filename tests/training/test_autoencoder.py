@@ -18,16 +18,15 @@ from weightspace.encoder import load_encoder
 from weightspace.errors import SettingsError, ZooError
 from weightspace.networks.families import Network, family_config, run_flat
 from weightspace.schema import ZooEntry
-from weightspace.training import autoencoder
+from weightspace.training import autoencoder, run
 from weightspace.training.autoencoder import (
     AutoencoderSettings,
-    BehaviourSettings,
     EncoderSettings,
-    QueryImages,
-    read_training,
     train_autoencoder,
 )
+from weightspace.training.behaviour import BehaviourSettings, QueryImages
 from weightspace.training.loop import read_history
+from weightspace.training.run import read_training
 from weightspace.zoo.dataset import Zoo, load_zoo
 from weightspace.zoo.writer import ZooWriter
 
@@ -61,13 +60,13 @@ class TestTraining:
         ]
         state = read_training(tiny_encoder)
         assert state is not None
-        assert state["complete"]
-        assert state["zoo"] == str(tiny_zoo.path)
-        assert state["zoo_digest"] == tiny_zoo.digest
-        assert state["settings"] == json.loads(json.dumps(asdict(tiny_encoder_settings)))
-        assert state["parameters"] == load_encoder(tiny_encoder).model.num_parameters()
-        assert state["test_runs"]
-        assert not set(state["test_runs"]) & set(state["validation_runs"])
+        assert state.complete
+        assert state.zoo == str(tiny_zoo.path)
+        assert state.zoo_digest == tiny_zoo.digest
+        assert state.settings == json.loads(json.dumps(asdict(tiny_encoder_settings)))
+        assert state.parameters == load_encoder(tiny_encoder).model.num_parameters()
+        assert state.test_runs
+        assert not set(state.test_runs) & set(state.validation_runs)
 
     def test_learns_to_reconstruct(self, tiny_encoder: Path) -> None:
         history = read_history(tiny_encoder)
@@ -125,7 +124,7 @@ class TestTraining:
             train_autoencoder(tiny_zoo.path, tmp_path / "killed", settings)
         state = read_training(tmp_path / "killed")
         assert state is not None
-        assert not state["complete"]
+        assert not state.complete
         train_autoencoder(tiny_zoo.path, tmp_path / "killed", settings)
         assert len(calls) == 6  # two steps from the checkpoint on
         assert content(tmp_path / "killed") == content(tmp_path / "whole")
@@ -150,7 +149,7 @@ class TestTraining:
         assert done.returncode == 0, done.stderr
         state = read_training(tmp_path / "encoder")
         assert state is not None
-        assert state["complete"]
+        assert state.complete
         assert [row["step"] for row in read_history(tmp_path / "encoder")] == [4]
         load_encoder(tmp_path / "encoder").embed(tiny_zoo.flat([0]), next(iter(tiny_zoo.architectures.values())))
 
@@ -160,7 +159,7 @@ class TestReuse:
         self, tiny_encoder: Path, tiny_zoo: Zoo, tiny_encoder_settings: AutoencoderSettings, monkeypatch: Any
     ) -> None:
         before = {path: path.stat().st_mtime_ns for path in tiny_encoder.iterdir()}
-        monkeypatch.setattr(autoencoder, "fit", None)
+        monkeypatch.setattr(run, "fit", None)
         assert train_autoencoder(tiny_zoo.path, tiny_encoder, tiny_encoder_settings) == tiny_encoder
         assert {path: path.stat().st_mtime_ns for path in tiny_encoder.iterdir()} == before
 

@@ -12,7 +12,7 @@ from weightspace.models.autoencoder.feature_extraction_autoencoder import Weight
 from weightspace.networks.families import family_config, stacked_forward
 from weightspace.networks.flat import unflatten
 from weightspace.training import batches
-from weightspace.training.batches import ViewBatch, ViewBatches
+from weightspace.training.batches import Batch, ViewBatches
 from weightspace.training.loop import Batches
 from weightspace.zoo.dataset import Zoo
 from weightspace.zoo.views import Augmentation
@@ -26,18 +26,18 @@ def source(zoo: Zoo, **changes: Any) -> ViewBatches:
     return replace(plain, **changes)
 
 
-def take(stream: ViewBatches, count: int, start: int = 0, process: int = 0, processes: int = 1) -> list[ViewBatch]:
+def take(stream: Batches, count: int, start: int = 0, process: int = 0, processes: int = 1) -> list[Batch]:
     return list(islice(stream(start, process, processes), count))
 
 
-def same(one: ViewBatch, other: ViewBatch) -> bool:
+def same(one: Batch, other: Batch) -> bool:
     return one.number == other.number and all(
         torch.equal(value, other.inputs[name]) if isinstance(value, torch.Tensor) else value == other.inputs[name]
         for name, value in one.inputs.items()
     )
 
 
-def rows_of(batch: ViewBatch) -> np.ndarray:
+def rows_of(batch: Batch) -> np.ndarray:
     """The zoo row that each place of a batch shows; needs sequences that are whole."""
     rows = np.full(len(batch.inputs["weight_values"]), -1)
     for part in batch.parts:

@@ -13,9 +13,10 @@ from weightspace.errors import SettingsError
 from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel
 from weightspace.models.prior.modeling_code_prior import WeightCodePriorModel
 from weightspace.training import prior
-from weightspace.training.autoencoder import BehaviourSettings, read_training
+from weightspace.training.behaviour import BehaviourSettings
 from weightspace.training.loop import read_history
 from weightspace.training.prior import CodePriorSettings, PriorSettings, train_prior
+from weightspace.training.run import read_training
 from weightspace.zoo.dataset import Zoo
 
 
@@ -31,8 +32,8 @@ def test_training_is_recorded(tiny_code_prior: Path, tiny_code_encoder: Path, ti
     )
     assert isinstance(model, WeightCodePriorModel)
     assert state is not None and joint is not None
-    assert state["complete"] and state["settings"]["unknown"] == 1.0
-    assert model.config.joint_identity == joint["identity"]
+    assert state.complete and state.settings["unknown"] == 1.0
+    assert model.config.joint_identity == joint.identity
     assert model.config.activations == ["relu", "tanh"]
     own = WeightAutoencoderModel.from_pretrained(tiny_code_encoder).state_dict()
     assert all(torch.equal(model.autoencoder.state_dict()[name], value) for name, value in own.items())

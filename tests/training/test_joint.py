@@ -20,22 +20,23 @@ from transformers import AutoFeatureExtractor, AutoModel
 from weightspace.cli.main import main
 from weightspace.data.image_encoders import ImageEncoder, open_image_encoder
 from weightspace.data.images import load_images
-from weightspace.encoder import load_encoder
+from weightspace.encoder import embed_dataset, load_encoder
 from weightspace.errors import SettingsError, ZooError
 from weightspace.io.checkpoint import open_checkpoint
 from weightspace.models.joint.modeling_joint import JointModel
 from weightspace.networks.families import run_flat
 from weightspace.search.finding import open_index
-from weightspace.search.queries import joint_query
-from weightspace.search.results import parse_results
-from weightspace.training import joint
-from weightspace.training.autoencoder import EncoderSettings, read_training
+from weightspace.search.queries import joint_query, parse_results
+from weightspace.training import joint, run
+from weightspace.training.autoencoder import EncoderSettings
+from weightspace.training.classes import reordered_outputs
 from weightspace.training.joint import JointSettings, TowerSettings, train_joint
+from weightspace.training.joint_data import JointBatches, stated_results
 from weightspace.training.loop import read_history
+from weightspace.training.run import read_training
 from weightspace.training.settings import LoopSettings
 from weightspace.zoo.dataset import Zoo, load_zoo
 from weightspace.zoo.splits import split_by_run
-from weightspace.zoo.views import reordered_outputs
 from weightspace.zoo.writer import ZooWriter
 
 ROOT = Path(__file__).parents[2]
@@ -90,9 +91,9 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def batches(zoo: Zoo, settings: JointSettings) -> tuple[JointModel, joint.JointBatches]:
+def batches(zoo: Zoo, settings: JointSettings) -> tuple[JointModel, JointBatches]:
     encoder = open_image_encoder(settings.image_encoder)
-    data = joint._joined(zoo, settings, encoder)
+    data = joint._joint_data(zoo, split_by_run(zoo.index["run_id"].to_numpy(), settings.split_seed), settings, encoder)
     extractor, model = joint._built(zoo, data, settings, encoder, None)
     return model, joint._batches(zoo, data, extractor, settings)
 
@@ -105,13 +106,13 @@ class TestTraining:
         assert not (output / "checkpoints").exists()
         state = read_training(output)
         assert state is not None
-        assert state["complete"]
-        assert state["settings"] == json.loads(json.dumps(asdict(settings)))
-        assert not set(state["test_runs"]) & set(state["validation_runs"])
-        assert state["datasets_left_out"] == {}
+        assert state.complete
+        assert state.settings == json.loads(json.dumps(asdict(settings)))
+        assert not set(state.test_runs) & set(state.validation_runs)
+        assert state.extras["datasets_left_out"] == {}
         model, extractor = AutoModel.from_pretrained(output), AutoFeatureExtractor.from_pretrained(output)
         assert isinstance(model, JointModel)
-        assert state["parameters"] == model.num_parameters()
+        assert state.parameters == model.num_parameters()
         assert "weight_links" in extractor.model_input_names
         assert model.config.dataset_config.image_encoder == settings.image_encoder
         assert model.config.dataset_config.image_encoder_digest == open_image_encoder(settings.image_encoder).digest
@@ -171,7 +172,7 @@ class TestTraining:
         self, tiny_zoo: Zoo, settings: JointSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         output = train_joint(tiny_zoo.path, tmp_path / "joint", settings)
-        monkeypatch.setattr(joint, "fit", None)
+        monkeypatch.setattr(run, "fit", None)
         assert train_joint(tiny_zoo.path, output, settings) == output
         with pytest.raises(ZooError, match=r"holds a model of another zoo, encoder or other settings.*--output"):
             train_joint(tiny_zoo.path, output, changed(settings, bins=5))
@@ -200,7 +201,7 @@ class TestStart:
             train_joint(tiny_zoo.path, tmp_path / "joint", replace(settings, split_seed=3), tiny_encoder)
 
     def test_a_folder_that_is_no_encoder(self, tiny_zoo: Zoo, settings: JointSettings, tmp_path: Path) -> None:
-        with pytest.raises(ZooError, match=r"no trained encoder.*weightspace train autoencoder"):
+        with pytest.raises(SettingsError, match=r"no trained model.*weightspace train autoencoder"):
             train_joint(tiny_zoo.path, tmp_path / "joint", settings, tmp_path)
 
 
@@ -228,7 +229,7 @@ class TestBatches:
         results = torch.rand(300, 3, generator=torch.Generator().manual_seed(0))
         results[:100, 1] = float("nan")
         results[-1] = float("nan")
-        stated = joint.stated_results(results, torch.Generator().manual_seed(1))
+        stated = stated_results(results, torch.Generator().manual_seed(1))
         assert not (stated & results.isnan()).any()
         assert stated[:-1].any(1).all()
         assert not stated[-1].any()
@@ -250,7 +251,6 @@ class TestBatches:
         _, source = batches(tiny_zoo, replace(settings, shuffle_classes=1.0))
         number = int(source.data.numbers[0])
         drawn = source.orders.order(7, number)
-        assert drawn is not None
         assert sorted(drawn.tolist()) == list(range(5))
         assert torch.equal(
             source.orders.renumbered(batch.flat, batch.architecture, batch.rows, 7),
@@ -327,7 +327,7 @@ class TestLittle:
         self.trained(tiny_zoo, replace(settings, results=("flair", "test_accuracy")), tmp_path / "joint")
         state = read_training(tmp_path / "joint")
         assert state is not None
-        assert state["results_left_out"] == ["flair"]
+        assert state.extras["results_left_out"] == ["flair"]
         with pytest.raises(SettingsError, match=r"'flair': the joint model knows test_accuracy; choose"):
             joint_query(load_encoder(tmp_path / "joint"), wanted=parse_results("flair>0"))
 
@@ -361,7 +361,7 @@ class TestLittle:
         self.trained(zoo, settings, tmp_path / "joint")
         state = read_training(tmp_path / "joint")
         assert state is not None
-        assert list(state["datasets_left_out"]) == ["./gone"]
+        assert list(state.extras["datasets_left_out"]) == ["./gone"]
 
     def test_no_dataset_that_can_be_opened(self, tiny_zoo: Zoo, settings: JointSettings, tmp_path: Path) -> None:
         zoo = copied(tiny_zoo, tmp_path / "zoo", lambda _, entry: replace(entry, dataset="./gone"))
@@ -506,9 +506,9 @@ def test_features_of_another_image_encoder_are_refused(tiny_zoo: Zoo, settings: 
 
     model, source = batches(tiny_zoo, settings)
     own = source.data.datasets[0]
-    assert joint.embed_dataset(model, own).shape == (1, 16)
+    assert embed_dataset(model, own).shape == (1, 16)
     with pytest.raises(SettingsError, match=r"image encoder other .*was trained with"):
-        joint.embed_dataset(model, replace(own, encoder=Other.name, encoder_digest=Other.digest))
+        embed_dataset(model, replace(own, encoder=Other.name, encoder_digest=Other.digest))
 
 
 @pytest.mark.slow
@@ -577,5 +577,5 @@ accelerator.end_training()
         self.launch("hub_scripts/train_joint.py", *words)
         state = read_training(tmp_path / "joint")
         assert state is not None
-        assert state["complete"]
+        assert state.complete
         assert [row["step"] for row in read_history(tmp_path / "joint")] == [2, 4]

@@ -16,7 +16,7 @@ from torch import nn
 from weightspace.encoder import Encoder
 from weightspace.io.checkpoint import open_checkpoint
 from weightspace.io.writing import save_checkpoint
-from weightspace.search.finding import Question, find_models, open_index
+from weightspace.search.finding import Query, find_models, open_index
 from weightspace.search.index import EmbeddingIndex
 from weightspace.training.autoencoder import EncoderSettings
 from weightspace.training.joint import JointSettings, TowerSettings, train_joint
@@ -122,7 +122,7 @@ def distances(encoder: Encoder, one: Path, same: Path, other: Path) -> tuple[flo
 def test_all_models_are_found(found: tuple[EmbeddingIndex, Encoder]) -> None:
     index, encoder = found
     assert (len(index), index.left_out) == (MODELS, 0)
-    answer = find_models(index, encoder, Question(dataset="digits", result=">=0.5"), k=MODELS)
+    answer = find_models(index, encoder, Query(dataset="digits", result=">=0.5"), k=MODELS)
     assert sorted(answer.rows) == list(range(MODELS))
     assert len(np.unique(answer.scores.round(4))) > MODELS / 2
 
@@ -134,7 +134,7 @@ def test_equal_updates_have_one_embedding(found: tuple[EmbeddingIndex, Encoder],
     near, apart = distances(encoder, one, same, other)
     assert near < 1e-3 * apart
     # The model of the zoo is the same one, by its embedding alone.
-    assert find_models(index, encoder, Question(model=str(same))).itself != ()
+    assert find_models(index, encoder, Query(model=str(same))).itself != ()
 
 
 def test_models_of_all_kinds_share_a_batch(found: tuple[EmbeddingIndex, Encoder], tmp_path: Path) -> None:

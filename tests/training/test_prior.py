@@ -19,14 +19,14 @@ from weightspace.models.joint.modeling_joint import JointModel
 from weightspace.networks.permutation import permute, random_permutations
 from weightspace.search.queries import dataset_classes, dataset_for
 from weightspace.training import prior
-from weightspace.training.aligned import AlignedModels
-from weightspace.training.autoencoder import BehaviourSettings, read_training
-from weightspace.training.conditions import Conditions
+from weightspace.training.behaviour import BehaviourSettings
+from weightspace.training.classes import reordered_outputs
 from weightspace.training.loop import read_history
 from weightspace.training.prior import PriorSettings, PriorShape, train_prior
+from weightspace.training.prior_data import AlignedModels, Conditions
+from weightspace.training.run import read_training
 from weightspace.training.settings import LoopSettings
 from weightspace.zoo.dataset import Zoo
-from weightspace.zoo.views import reordered_outputs
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def opened(folders: dict[str, Path], zoo: Zoo) -> tuple[WeightAutoencoderModel, 
     joint = JointModel.from_pretrained(folders["joint"]).eval()
     state = read_training(folders["joint"])
     assert state is not None
-    conditions = Conditions.of(zoo, joint, state["settings"])
+    conditions = Conditions.of(zoo, joint, state.settings)
     model = WeightAutoencoderModel.from_pretrained(folders["autoencoder"]).eval()
     return model, AutoFeatureExtractor.from_pretrained(folders["autoencoder"]), conditions
 
@@ -77,11 +77,11 @@ def test_training_is_recorded_and_repeats_to_the_bit(
     second = train_prior(tiny_zoo.path, tmp_path / "b", settings, **folders)
     assert equal(weights(first), weights(second))
     state = read_training(first)
-    assert state is not None and state["complete"] and not (first / "checkpoints").exists()
+    assert state is not None and state.complete and not (first / "checkpoints").exists()
     joint = read_training(folders["joint"])
-    assert joint is not None and state["test_runs"] == joint["test_runs"]
+    assert joint is not None and state.test_runs == joint.test_runs
     model = AutoModel.from_pretrained(first)
-    assert model.config.joint_identity == joint["identity"]
+    assert model.config.joint_identity == joint.identity
     assert model.config.activations == ["relu", "tanh"]
     assert {"validation_loss", "validation_flow", "validation_behaviour"} <= set(read_history(first)[-1])
     own = WeightAutoencoderModel.from_pretrained(folders["autoencoder"]).state_dict()
@@ -150,7 +150,7 @@ def test_a_batch_holds_each_models_own_latents_and_condition(tiny_zoo: Zoo, fold
     batches = prior.PriorBatches(models, conditions, 0.0, 8, 0)
     batch = next(batches(3, 0, 1))
     assert batch.number == 3 and torch.equal(next(batches(3, 0, 1)).inputs["noise"], batch.inputs["noise"])
-    for members in batch.members:
+    for members in batch.parts:
         length = extractor.token_count(members.architecture)
         own = {name: value[members.places] for name, value in batch.inputs.items()}
         inputs = extractor.batch(members.flat, members.architecture)

@@ -218,10 +218,11 @@ def test_datasets_loads_and_streams_both_configurations(hub: LoopbackHub, wide_z
 def test_the_main_job_runs_on_a_zoo_of_the_hub(
     hub: LoopbackHub, tiny_zoo: Zoo, tiny_encoder: Path, tiny_encoder_settings: Any, tmp_path: Path
 ) -> None:
-    from weightspace.training.autoencoder import read_training, train_autoencoder
+    from weightspace.training.autoencoder import train_autoencoder
+    from weightspace.training.run import read_training
 
     sha = put(hub, tiny_zoo.path)
     encoder = train_autoencoder("org/zoo", tmp_path / "encoder", tiny_encoder_settings)
     assert (encoder / "model.safetensors").read_bytes() == (tiny_encoder / "model.safetensors").read_bytes()
     record = read_training(encoder)
-    assert record is not None and record["zoo"] == f"org/zoo@{sha}"
+    assert record is not None and record.zoo == f"org/zoo@{sha}"

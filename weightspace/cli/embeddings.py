@@ -121,12 +121,12 @@ def explain(zoo: Path, encoder: str, held_out: bool, draws: int, seed: int) -> R
 
 def _held_out(zoo: Zoo, encoder: Encoder) -> list[str]:
     """Returns the runs that the encoder's training kept for tests."""
-    from weightspace.training.autoencoder import read_training
+    from weightspace.training.run import read_training
 
     state = read_training(encoder.path)
-    if state is None or state["zoo_digest"] != zoo.digest:
+    if state is None or state.zoo_digest != zoo.digest:
         raise SettingsError(f"--held-out: {encoder.path} was not trained on {zoo.location}; leave the option out")
-    return list(state["test_runs"])
+    return list(state.test_runs)
 
 
 def _explained(answer: Explanation) -> list[str]:
@@ -219,9 +219,9 @@ def search(
     Models are ranked by their weights alone; the results beside them are what is known, and are not used. Scores are
     nats for datasets and results, and cosines for relatives.
     """
-    from weightspace.search.finding import Question, find_models, open_index
+    from weightspace.search.finding import Query, find_models, open_index
 
-    asked = Question(**question)
+    asked = Query(**question)
     index, loaded = open_index(zoo, encoder, options, allow_pickle=allow_pickle)
     if save_index is not None:
         index.save(save_index)

@@ -16,7 +16,7 @@ from weightspace.evaluation.finetuning import fits
 from weightspace.networks.families import FamilyConfig, run_flat
 from weightspace.sampling.conditions import Blueprint, Condition
 from weightspace.schema import Architecture, ImageDataset
-from weightspace.search.results import UNNAMED, WantedResult
+from weightspace.search.queries import UNNAMED, WantedResult
 
 
 @dataclass(frozen=True, eq=False)

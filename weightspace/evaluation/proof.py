@@ -41,7 +41,7 @@ from weightspace.evaluation.novelty import (
     partners,
 )
 from weightspace.sampling.refining import RefinementSettings
-from weightspace.search.results import WantedResult
+from weightspace.search.queries import WantedResult
 from weightspace.zoo.dataset import Zoo
 
 _RESULT = "test_accuracy"

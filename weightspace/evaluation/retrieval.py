@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +13,11 @@ from torch.nn import functional as F
 
 from weightspace.data.features import features_of_datasets
 from weightspace.data.image_encoders import open_image_encoder
-from weightspace.encoder import Encoder, embed_zoo
-from weightspace.models.joint.configuration_joint import DatasetTowerConfig
+from weightspace.encoder import Encoder, embed_dataset, embed_zoo
 from weightspace.models.joint.modeling_joint import JointModel, unit
 from weightspace.stats.resampling import Estimate
 from weightspace.stats.retrieval import Retrieval, result_correlation, retrieval, same_identity
-from weightspace.training.joint import embed_dataset
+from weightspace.training.run import TrainingRecord
 from weightspace.zoo.dataset import Zoo
 
 _RESULT = "test_accuracy"
@@ -54,7 +52,7 @@ class RetrievalRow:
     candidates: int
 
 
-def retrieval_table(zoo: Zoo, encoder: Encoder, training: Mapping[str, Any]) -> list[RetrievalRow]:
+def retrieval_table(zoo: Zoo, encoder: Encoder, training: TrainingRecord) -> list[RetrievalRow]:
     """Measures what is found among the models of the test runs, of datasets that were trained on.
 
     Questions that the model was not trained to answer, or that have no right answer, are left out.
@@ -66,14 +64,14 @@ def retrieval_table(zoo: Zoo, encoder: Encoder, training: Mapping[str, Any]) -> 
     """
     model, index = encoder.model, zoo.index
     assert isinstance(model, JointModel)
-    held_out = index["dataset"].isin(training["settings"]["held_out_datasets"])
-    rows = np.flatnonzero(index["run_id"].isin(training["test_runs"]) & ~held_out)
+    held_out = index["dataset"].isin(training.held_out_datasets)
+    rows = np.flatnonzero(index["run_id"].isin(training.test_runs) & ~held_out)
     if not len(rows):
         return []
     weights = F.normalize(torch.from_numpy(embed_zoo(encoder, zoo, rows)), dim=-1)
     _, runs = np.unique(index["run_id"].to_numpy()[rows], return_inverse=True)
     table = []
-    known = sorted(set(index["dataset"][~held_out].dropna()) - set(training["datasets_left_out"]))
+    known = sorted(set(index["dataset"][~held_out].dropna()) - set(training.extras["datasets_left_out"]))
     if "dataset_weight" in model.config.pairs and known:
         trained_on = index["dataset"].to_numpy()[rows].tolist()
         table += _by_dataset(model, known, weights, trained_on, runs)
@@ -89,8 +87,8 @@ def _by_dataset(
     trained_on: list[Any],
     runs: Int[np.ndarray, "models"],
 ) -> list[RetrievalRow]:
-    tower = model.config.dataset_config
-    assert isinstance(tower, DatasetTowerConfig) and tower.image_encoder is not None
+    tower = model.dataset_model.config
+    assert tower.image_encoder is not None
     seen = features_of_datasets(known, open_image_encoder(tower.image_encoder), images=tower.sample)
     similarity = (torch.cat([embed_dataset(model, dataset) for dataset in seen]) @ weights.T).numpy()
     place = {name: number for number, name in enumerate(known)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from weightspace.probes.representations import (
 from weightspace.probes.rows import ProbeRow
 from weightspace.probes.runs import RunTable
 from weightspace.probes.targets import read_target
-from weightspace.training.autoencoder import read_training
+from weightspace.training.run import TrainingRecord, read_training
 from weightspace.zoo.dataset import Zoo, load_zoo
 from weightspace.zoo.storage import COPY_OF
 
@@ -96,37 +96,34 @@ def _noted(row: ProbeRow, note: str) -> ProbeRow:
     return replace(row, note="; ".join(filter(None, (row.note, note))))
 
 
-_Training = Mapping[str, Any] | None
-
-
-def _training_on(zoo: Zoo, encoder: Encoder) -> _Training:
+def _training_on(zoo: Zoo, encoder: Encoder) -> TrainingRecord | None:
     """Returns the record of an encoder's training if it was trained on the zoo."""
     state = read_training(encoder.path)
     # A published zoo may lack some models of the one that it is a copy of; the held-out runs are the same.
-    return state if state is not None and state["zoo_digest"] in (zoo.digest, zoo.settings.get(COPY_OF)) else None
+    return state if state is not None and state.zoo_digest in (zoo.digest, zoo.settings.get(COPY_OF)) else None
 
 
-def _held_out(trained: Sequence[tuple[Encoder, _Training]]) -> list[str] | None:
+def _held_out(trained: Sequence[tuple[Encoder, TrainingRecord | None]]) -> tuple[str, ...] | None:
     """Returns the test runs of encoders that were trained on the zoo; None if none was."""
-    held_out: list[str] | None = None
+    held_out: tuple[str, ...] | None = None
     for encoder, state in trained:
         if state is None:
             continue
-        if held_out is not None and set(held_out) != set(state["test_runs"]):
+        if held_out is not None and set(held_out) != set(state.test_runs):
             raise SettingsError(
                 f"{encoder.name}: held out other runs than {trained[0][0].name}; train both with one split_seed"
             )
-        held_out = state["test_runs"]
+        held_out = state.test_runs
     return held_out
 
 
-def _unseen_datasets(zoo: Zoo, trained: Sequence[tuple[Encoder, _Training]]) -> dict[str, Any]:
+def _unseen_datasets(zoo: Zoo, trained: Sequence[tuple[Encoder, TrainingRecord | None]]) -> dict[str, Any]:
     """Chooses datasets, and of their runs those that no encoder was trained on; options of `probe_table`."""
-    held_out: list[str] | None = None
+    held_out: tuple[str, ...] | None = None
     for encoder, state in trained:
         if state is None or not isinstance(encoder.model, JointModel):
             continue
-        held_out = list(state["settings"]["held_out_datasets"])
+        held_out = state.held_out_datasets
         if not held_out:
             raise SettingsError(
                 f"{encoder.name}: was trained on all datasets of {zoo.location}, so none is unseen; train a joint "
@@ -139,13 +136,13 @@ def _unseen_datasets(zoo: Zoo, trained: Sequence[tuple[Encoder, _Training]]) -> 
     }
 
 
-def _seen_note(state: _Training) -> str:
+def _seen_note(state: TrainingRecord | None) -> str:
     """Says what an encoder has seen of the datasets that are unseen to a probe; empty if it has seen nothing."""
     if state is None:
         return "whether the encoder has seen models of the test datasets is not known"
-    if not state["settings"].get("held_out_datasets"):
+    if not state.held_out_datasets:
         return "the encoder has seen other models of the test datasets"
-    if state["encoder"] is not None:
+    if state.extras["encoder"] is not None:
         return "the encoder started from one that may have seen other models of the test datasets"
     return ""
 

@@ -15,7 +15,7 @@ from weightspace.io.hub import HubOptions
 from weightspace.networks.families import FamilyConfig, family_config
 from weightspace.networks.infer import infer_architecture
 from weightspace.schema import Architecture, TensorSpec
-from weightspace.search.results import WantedResult
+from weightspace.search.queries import WantedResult
 
 _COUNTER = "num_batches_tracked"
 

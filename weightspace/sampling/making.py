@@ -23,8 +23,7 @@ from weightspace.sampling.conditions import Blueprint, Condition, open_blueprint
 from weightspace.sampling.flow import FlowSampler
 from weightspace.sampling.opening import OpenedSampler
 from weightspace.sampling.samplers import sample
-from weightspace.search.queries import dataset_for
-from weightspace.search.results import parse_results
+from weightspace.search.queries import dataset_for, parse_results
 from weightspace.zoo.transfer import without_folders
 
 _STATISTICS_IMAGES, _STATISTICS_BATCH = 512, 128
@@ -36,7 +35,7 @@ class Order:
 
     Attributes:
         dataset: folder or id; see `weightspace.data.images.load_images`. None asks for none.
-        result: see `weightspace.search.parse_results`. None asks for none.
+        result: see `weightspace.search.queries.parse_results`. None asks for none.
         architecture: see `open_blueprint`; left out where a model is edited.
         edited: model that is moved towards the dataset and the result: a path or ``org/name[@revision][:path]``.
         strength: how far it is moved; see `FlowSampler.edit`.

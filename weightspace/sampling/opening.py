@@ -26,7 +26,7 @@ from weightspace.sampling.kde import KdeSampler, KdeSettings
 from weightspace.sampling.refining import RefinedSampler, RefinementSettings
 from weightspace.sampling.samplers import Sampler
 from weightspace.sampling.selecting import BootstrappedSampler, SelectionSettings, SubsampledSampler
-from weightspace.training.autoencoder import read_training
+from weightspace.training.run import read_training
 from weightspace.zoo.dataset import Zoo
 
 KDE, SELECTED, BOOTSTRAPPED, REFINED = "kde", "selected", "bootstrapped", "refined"
@@ -113,13 +113,13 @@ def training_rows(zoo: Zoo, joint: Encoder) -> Int[np.ndarray, "rows"]:
         SettingsError: the joint model was trained on another zoo.
     """
     record = read_training(joint.path)
-    if record is None or record["zoo_digest"] != zoo.digest:
-        known = "of which nothing is recorded" if record is None else f"of digest {record['zoo_digest']}"
+    if record is None or record.zoo_digest != zoo.digest:
+        known = "of which nothing is recorded" if record is None else f"of digest {record.zoo_digest}"
         raise SettingsError(
             f"{zoo.location}: a zoo of digest {zoo.digest}, but the joint model {joint.name} was trained on one "
             f"{known}; give that zoo, or the joint model of this one"
         )
-    unseen = zoo.index["run_id"].isin([*record["test_runs"], *record["validation_runs"]])
+    unseen = zoo.index["run_id"].isin([*record.test_runs, *record.validation_runs])
     unseen |= zoo.index["dataset"].isin(held_out_datasets(joint))
     return np.flatnonzero(~unseen.to_numpy())
 
@@ -127,7 +127,7 @@ def training_rows(zoo: Zoo, joint: Encoder) -> Int[np.ndarray, "rows"]:
 def held_out_datasets(joint: Encoder) -> tuple[str, ...]:
     """Returns the datasets that a joint model was not trained on although its zoo has models of them."""
     record = read_training(joint.path)
-    return () if record is None else tuple(record["settings"]["held_out_datasets"])
+    return () if record is None else record.held_out_datasets
 
 
 def _named(name: str, folder: Path) -> str:
@@ -135,7 +135,7 @@ def _named(name: str, folder: Path) -> str:
     record = read_training(folder)
     if not Path(name).is_absolute():
         return name
-    return f"{folder.resolve().name} ({record['identity']})" if record is not None else folder.resolve().name
+    return f"{folder.resolve().name} ({record.identity})" if record is not None else folder.resolve().name
 
 
 def _check_steps(name: str, base: str, steps: list[str]) -> None:

@@ -16,7 +16,7 @@ from weightspace.models.loading import load_whole
 from weightspace.models.prior.modeling_prior import ConditionedPrior, PriorCondition
 from weightspace.sampling.conditions import Blueprint, Condition
 from weightspace.search.queries import dataset_classes, result_query
-from weightspace.training.autoencoder import read_training
+from weightspace.training.run import read_training
 
 P = TypeVar("P", bound=ConditionedPrior)
 
@@ -42,7 +42,7 @@ def load_prior(folder: str | Path, joint: Encoder, kind: type[P]) -> tuple[P, La
         raise SettingsError(f"{folder}: holds a model of type {shown(found)}; give a prior of type {wanted}")
     prior = load_whole(kind, folder)
     record = read_training(joint.path)
-    if record is None or prior.config.joint_identity != record["identity"]:
+    if record is None or prior.config.joint_identity != record.identity:
         raise SettingsError(
             f"joint model {joint.name}: the prior {folder} was trained with another one "
             f"({prior.config.joint_identity}); give that"

@@ -13,7 +13,7 @@ import torch
 
 from weightspace.data.features import DatasetFeatures
 from weightspace.data.images import load_images
-from weightspace.encoder import Encoder
+from weightspace.encoder import Encoder, embed_dataset
 from weightspace.errors import SettingsError, ZooError
 from weightspace.evaluation.controls import nearest_datasets
 from weightspace.evaluation.finetuning import fits
@@ -25,8 +25,7 @@ from weightspace.sampling.conditions import Blueprint, Condition, blueprint_of
 from weightspace.sampling.opening import held_out_datasets, training_rows
 from weightspace.sampling.refining import RefinedSampler
 from weightspace.sampling.samplers import Sampler, sample
-from weightspace.search.queries import dataset_for, dataset_query
-from weightspace.search.results import UNNAMED, WantedResult
+from weightspace.search.queries import UNNAMED, WantedResult, dataset_for
 from weightspace.zoo.dataset import Zoo
 
 
@@ -157,8 +156,8 @@ def plan_trials(
     datasets = [known.get(name) or see(name) for name in (*chosen, *unseen)]
     nearest: dict[str, str] = {}
     if unseen:
-        wanted = {one.dataset_id: dataset_query(joint, one) for one in datasets if one.dataset_id in unseen}
-        nearest = nearest_datasets(wanted, {name: dataset_query(joint, one) for name, one in known.items()})
+        wanted = {one.dataset_id: embed_dataset(joint.joint, one)[0] for one in datasets if one.dataset_id in unseen}
+        nearest = nearest_datasets(wanted, {name: embed_dataset(joint.joint, one)[0] for name, one in known.items()})
     configs = {name: (seen | unseen)[name] for name in (*chosen, *unseen)}
     every = {config for own in configs.values() for config in own}
     made = {config: blueprint_of(config.to_dict()) for config in every}

@@ -1,1 +1,1 @@
-"""An index of embedded models, and the questions that are asked of it."""
+"""An index of embedded models, and queries for its models."""

@@ -1,9 +1,10 @@
-"""Finds models of a zoo or an index: what ``weightspace search`` does."""
+"""Finds models of a zoo or an index by a dataset, wanted results or a related model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +16,16 @@ from weightspace.io.checkpoint import open_checkpoint
 from weightspace.io.hub import HubOptions
 from weightspace.io.locations import parse_ref
 from weightspace.search.index import EmbeddingIndex, is_index
-from weightspace.search.queries import dataset_for, described_dataset, joint_query
-from weightspace.search.results import parse_results
+from weightspace.search.queries import dataset_for, described_dataset, joint_query, parse_results
 from weightspace.zoo.dataset import load_zoo
 
-# Of embeddings in float32: what is nearer than this is the model itself, or a copy.
+# Cosine of embeddings in float32 from which on a model counts as a copy.
 _SAME = 1 - 1e-6
 
 
 @dataclass(frozen=True)
-class Question:
-    """What is asked: a model, or a dataset (itself or in words) and results, together or alone.
+class Query:
+    """What is searched for: models related to a model, or trained on a dataset, or with wanted results, or both.
 
     Attributes:
         dataset: folder or id; see `weightspace.data.images.load_images`.
@@ -55,13 +55,13 @@ class Question:
 
 
 @dataclass(frozen=True, eq=False)
-class Answer:
-    """Models, best first.
+class SearchResult:
+    """Found models, best first.
 
     Attributes:
-        scores: of the models: nats for datasets and results (see `joint_query`), cosines for a model.
-        rows: of the models in the index.
-        itself: rows that are the model that was asked about, or copies of it.
+        scores: nats for datasets and results (see `joint_query`), cosines for a model.
+        rows: rows of the index.
+        itself: rows that are the model whose relatives are wanted, or copies of it.
     """
 
     scores: Float[np.ndarray, "found"]
@@ -76,7 +76,7 @@ def open_index(
     *,
     allow_pickle: bool = False,
 ) -> tuple[EmbeddingIndex, Encoder]:
-    """Opens an index with its encoder, or makes one of what `embed` takes.
+    """Opens an index with its encoder, or embeds models and builds their index.
 
     Args:
         location: an index, a zoo, or checkpoints, on disk or, but for an index, on the Hub.
@@ -85,7 +85,7 @@ def open_index(
         allow_pickle: also read plain tensors from pickled checkpoints.
 
     Raises:
-        WeightspaceError: there is nothing to open, or the encoder is missing or not the one of the index.
+        WeightspaceError: the location or the encoder cannot be opened, or the encoder is not the one of the index.
     """
     if is_index(location):
         index = EmbeddingIndex.load(location)
@@ -104,39 +104,39 @@ def open_index(
 def find_models(
     index: EmbeddingIndex,
     encoder: Encoder,
-    question: Question,
+    query: Query,
     k: int = 10,
     options: HubOptions | None = None,
     *,
     allow_pickle: bool = False,
-) -> Answer:
-    """Ranks the models of an index for a question, by their weights alone: none is run, and no known result is used.
+) -> SearchResult:
+    """Ranks the models of an index by their weights alone: none is run, and no known result is used.
 
     Args:
         index: the models.
-        encoder: what they were embedded with.
-        question: what is wanted.
+        encoder: the encoder that they were embedded with.
+        query: what is wanted.
         k: models to find.
         options: how the Hub is reached.
         allow_pickle: read plain tensors from pickles where the model or the image encoder has no safetensors file.
 
     Raises:
-        WeightspaceError: the question cannot be embedded, or the encoder is not the one of the index.
+        WeightspaceError: the query cannot be embedded, or the encoder is not the one of the index.
     """
     index.ensure_encoder(encoder)
-    if question.model is not None:
-        vector = _embedded_model(index, encoder, question.model, options, allow_pickle)
-        itself = _itself(index, question.model, vector)
-        excluded = itself if question.same_run else _of_their_runs(index, itself)
+    if query.model is not None:
+        vector = _embedded_model(index, encoder, query.model, options, allow_pickle)
+        itself = _itself(index, query.model, vector)
+        excluded = itself if query.same_run else _of_their_runs(index, itself)
         scores, rows = index.rank(vector, k, excluded=excluded)
-        return Answer(scores, rows, itself)
-    wanted = () if question.result is None else parse_results(question.result)
+        return SearchResult(scores, rows, itself)
+    wanted = () if query.result is None else parse_results(query.result)
     dataset = None
-    if question.texts:
-        dataset = described_dataset(encoder, question.texts, options, allow_pickle=allow_pickle)
-    elif question.dataset is not None:
-        dataset = dataset_for(encoder, question.dataset, options, allow_pickle=allow_pickle)
-    return Answer(*index.rank(joint_query(encoder, dataset, wanted), k))
+    if query.texts:
+        dataset = described_dataset(encoder, query.texts, options, allow_pickle=allow_pickle)
+    elif query.dataset is not None:
+        dataset = dataset_for(encoder, query.dataset, options, allow_pickle=allow_pickle)
+    return SearchResult(*index.rank(joint_query(encoder, dataset, wanted), k))
 
 
 def _embedded_model(
@@ -157,26 +157,20 @@ def _embedded_model(
 
 
 def _itself(index: EmbeddingIndex, model: str, vector: Float[np.ndarray, "size"]) -> tuple[int, ...]:
-    """Rows of the model: of its name, of its repository whatever the revision, or of its embedding."""
+    """Rows of the model: of its name, of its repository at any revision, or of its embedding."""
     found = (index.models["model_id"] == model).to_numpy() | (index.vectors @ vector >= _SAME)
     ref = parse_ref(model)
     for column in ("ref", "location"):
         if column in index.models:
             texts = index.models[column].astype(str)
             for row in np.flatnonzero(texts.str.startswith(ref.location)):
-                found[row] |= _place(texts.iloc[row]) == (ref.location, ref.subfolder)
+                with suppress(WeightspaceError):
+                    found[row] |= replace(parse_ref(texts.iloc[row]), revision=None) == replace(ref, revision=None)
     return tuple(np.flatnonzero(found).tolist())
 
 
-def _place(text: str) -> tuple[str, str | None] | None:
-    try:
-        ref = parse_ref(text)
-    except WeightspaceError:
-        return None
-    return ref.location, ref.subfolder
-
-
 def _of_their_runs(index: EmbeddingIndex, rows: Sequence[int]) -> tuple[int, ...]:
+    """The rows, and all others of their runs."""
     if "run_id" not in index.models:
         return tuple(rows)
     runs = index.models["run_id"]

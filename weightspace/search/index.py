@@ -1,9 +1,17 @@
-"""An index of embedded models: saved and loaded as a folder, searched by inner products."""
+"""An index of embedded models: saved and loaded as a folder, searched by inner products.
+
+Indexes too large for exact search use FAISS (the extra ``search``) and not a vector database such as LanceDB: the
+vectors fit into memory, one wheel that needs only numpy is enough, and an index on disk stays a table and a safetensors
+file.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import json
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,14 +20,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from huggingface_hub import constants
 from jaxtyping import Float, Int
 
 from weightspace.encoder import Encoder, embed_zoo
-from weightspace.errors import CheckpointError, SettingsError, ZooError
+from weightspace.errors import CheckpointError, SettingsError, ZooError, install_command
 from weightspace.io.checkpoint import open_checkpoint
 from weightspace.io.header import load_json_object
+from weightspace.io.hub import LIBRARY
 from weightspace.io.writing import save_checkpoint
-from weightspace.search import approximate
 from weightspace.zoo.dataset import Zoo
 from weightspace.zoo.storage import read_table, replacing, unwritable, write_text
 
@@ -31,21 +40,26 @@ to 2 ms, after 5 to 14 s of building, and misses one model in twenty (``benchmar
 """
 
 _VERSION = 1
-_RECORD, _MODELS, _VECTORS = "index.json", "models.parquet", "vectors.safetensors"
+_RECORD, _MODELS, _VECTORS = _FILES = ("index.json", "models.parquet", "vectors.safetensors")
+_RECORDED = {"encoder": str, "encoder_digest": str, "zoo_digest": str | None, "left_out": int}
+_REBUILD = "build the index again"
 _BLOCK = 2**16
 _LENGTH_TOLERANCE = 1e-3
+_LISTS_VERSION = 1
+_PROBED = 64  # lists of about sqrt(n) vectors that a query looks into
+_TRAINED_ON = 64  # vectors a list
 
 
 @dataclass(frozen=True, eq=False)
 class EmbeddingIndex:
-    """Models as vectors of length 1, with what is known of each.
+    """Models as vectors of length 1, with their metadata.
 
     Attributes:
         models: one row a model: ``model_id``, ``location``, and the zoo's metadata where there is any.
         vectors: their embeddings.
-        encoder: name of the encoder that made them.
-        encoder_digest: what identifies it; see `Encoder.digest`.
-        zoo_digest: what identifies the zoo that the models come from, if they come from one.
+        encoder: name of their encoder.
+        encoder_digest: see `Encoder.digest`.
+        zoo_digest: digest of the zoo that the models come from, if they come from one.
         left_out: models whose embedding has no direction: it is zero, or holds NaN or Inf.
     """
 
@@ -62,7 +76,7 @@ class EmbeddingIndex:
 
     @classmethod
     def from_frame(cls, frame: pd.DataFrame, encoder: Encoder, zoo_digest: str | None = None) -> EmbeddingIndex:
-        """Makes an index of a table as `embed` returns it.
+        """Builds an index from a table as `embed` returns it.
 
         Args:
             frame: one row a model, with ``model_id`` and ``embedding``.
@@ -97,12 +111,12 @@ class EmbeddingIndex:
 
     @classmethod
     def from_zoo(cls, zoo: Zoo, encoder: Encoder) -> EmbeddingIndex:
-        """Embeds the models of a zoo and makes an index of them."""
+        """Embeds the models of a zoo and builds their index."""
         embedding = list(embed_zoo(encoder, zoo))
         return cls.from_frame(zoo.index.assign(location=zoo.location, embedding=embedding), encoder, zoo.digest)
 
     def save(self, folder: str | Path) -> Path:
-        """Writes the index as a folder; an index that is there already is replaced.
+        """Writes the index as a folder; replaces an index that is already there.
 
         Raises:
             ZooError: the folder holds something else, or cannot be written.
@@ -112,7 +126,7 @@ class EmbeddingIndex:
         if others:
             raise ZooError(f"{folder}: holds {others[0]!a}, which is no part of an index; choose a folder of its own")
         try:
-            (folder / _RECORD).unlink(missing_ok=True)  # what is half replaced is no index
+            (folder / _RECORD).unlink(missing_ok=True)  # a half replaced index must not open
         except OSError as error:
             raise unwritable(folder, error) from error
         with replacing(folder / _MODELS) as partial:
@@ -128,7 +142,7 @@ class EmbeddingIndex:
 
         Args:
             folder: the index.
-            encoder: what questions will be embedded with.
+            encoder: the encoder that queries will be embedded with.
 
         Raises:
             ZooError: there is no index, or it is damaged.
@@ -139,17 +153,17 @@ class EmbeddingIndex:
         try:
             vectors = open_checkpoint(folder / _VECTORS).tensor("vectors")
         except CheckpointError as error:
-            raise ZooError(f"{error}; {_MEND}") from error
+            raise ZooError(f"{error}; {_REBUILD}") from error
         models = read_table(folder / _MODELS).to_pandas()
         count = record["models"]
         if vectors.dtype != torch.float32 or vectors.ndim != 2 or {len(vectors), len(models)} != {count}:
             raise ZooError(
                 f"{folder}: damaged: {count} models in {_RECORD}, {len(models)} in {_MODELS} and vectors of shape "
-                f"{tuple(vectors.shape)}; {_MEND}"
+                f"{tuple(vectors.shape)}; {_REBUILD}"
             )
         lengths = torch.linalg.vector_norm(vectors, dim=1)
         if not count or "model_id" not in models or not bool(((lengths - 1).abs() < _LENGTH_TOLERANCE).all()):
-            raise ZooError(f"{folder}: damaged: not one vector of length 1 for each named model; {_MEND}")
+            raise ZooError(f"{folder}: damaged: not one vector of length 1 for each named model; {_REBUILD}")
         index = cls(models, vectors.numpy(), **{name: record[name] for name in _RECORDED})
         if encoder is not None:
             index.ensure_encoder(encoder)
@@ -182,8 +196,8 @@ class EmbeddingIndex:
         """
         k = min(k, len(self))
         queries = np.ascontiguousarray(queries, dtype=np.float32)
-        if not self._is_exact(exact):
-            scores, rows = self._approximate(queries, k)
+        if not (exact if exact is not None else len(self) <= EXACT_UP_TO or not is_faiss_available()):
+            scores, rows = self._approximate.search(queries, k)
             if (rows >= 0).all():
                 return scores, rows
         parts = [
@@ -199,7 +213,7 @@ class EmbeddingIndex:
     def rank(
         self, query: Float[np.ndarray, "size"], k: int, *, excluded: Collection[int] = (), exact: bool | None = None
     ) -> tuple[Float[np.ndarray, "found"], Int[np.ndarray, "found"]]:
-        """Answers one question.
+        """Ranks the models for one query.
 
         Args:
             query: a vector of any length.
@@ -215,16 +229,8 @@ class EmbeddingIndex:
         return scores[0, kept], rows[0, kept]
 
     @cached_property
-    def _approximate(self) -> approximate.ApproximateSearch:
-        return approximate.ApproximateSearch(self.vectors)
-
-    def _is_exact(self, exact: bool | None) -> bool:
-        return exact if exact is not None else len(self) <= EXACT_UP_TO or not approximate.is_available()
-
-
-_RECORDED = ("encoder", "encoder_digest", "zoo_digest", "left_out")
-_FILES = (_RECORD, _MODELS, _VECTORS)
-_MEND = "build the index again"
+    def _approximate(self) -> Any:
+        return faiss_index(self.vectors)
 
 
 def is_index(folder: str | Path) -> bool:
@@ -238,17 +244,48 @@ def _read_record(folder: Path) -> dict[str, Any]:
     try:
         record = load_json_object((folder / _RECORD).read_bytes(), where=str(folder / _RECORD))
     except CheckpointError as error:
-        raise ZooError(f"{error}; {_MEND}") from error
+        raise ZooError(f"{error}; {_REBUILD}") from error
     if record.get("version") != _VERSION:
-        raise ZooError(f"{folder}: version {record.get('version')!r} of an index, expected {_VERSION}; {_MEND}")
-    kinds: Sequence[tuple[str, Any]] = (
-        ("models", int),
-        ("encoder", str),
-        ("encoder_digest", str),
-        ("zoo_digest", str | None),
-        ("left_out", int),
-    )
-    for name, kind in kinds:
+        raise ZooError(f"{folder}: version {record.get('version')!r} of an index, expected {_VERSION}; {_REBUILD}")
+    for name, kind in {"models": int, **_RECORDED}.items():
         if not isinstance(record.get(name), kind):
-            raise ZooError(f"{folder}: damaged: {name} is {record.get(name)!a}; {_MEND}")
+            raise ZooError(f"{folder}: damaged: {name} is {record.get(name)!a}; {_REBUILD}")
     return record
+
+
+def is_faiss_available() -> bool:
+    """Whether FAISS is installed."""
+    return importlib.util.find_spec("faiss") is not None
+
+
+def faiss_index(vectors: Float[np.ndarray, "models size"]) -> Any:
+    """Builds a FAISS index of vectors in about sqrt(n) lists around centres; a query looks into the nearest lists only.
+
+    A graph of neighbours (HNSW) answers faster still, but takes several times as long to build and more memory.
+
+    The index is kept in huggingface_hub's assets cache by the content of the vectors, and only ever read from there:
+    FAISS trusts the files that it reads.
+
+    Raises:
+        SettingsError: FAISS is not installed.
+    """
+    if not is_faiss_available():
+        raise SettingsError(f"approximate search needs FAISS; {install_command('search')}, or search exactly")
+    import faiss
+
+    count, size = vectors.shape
+    digest = hashlib.sha256(f"{_LISTS_VERSION} {vectors.shape} ".encode())
+    digest.update(np.ascontiguousarray(vectors).data)
+    path = Path(constants.HF_ASSETS_CACHE) / LIBRARY / "faiss" / f"{digest.hexdigest()}.faiss"
+    if path.is_file():
+        index = faiss.read_index(str(path))
+    else:
+        lists = max(1, round(math.sqrt(count)))
+        index = faiss.index_factory(size, f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT)
+        sample = np.random.default_rng(0).permutation(count)[: _TRAINED_ON * lists]
+        index.train(vectors[np.sort(sample)])
+        index.add(vectors)
+        with replacing(path) as partial:
+            faiss.write_index(index, str(partial))
+    index.nprobe = _PROBED
+    return index

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from weightspace.errors import ZooError
@@ -30,7 +30,7 @@ def seeded_generator(*seeds: int) -> torch.Generator:
 
 @dataclass(frozen=True, eq=False)
 class BatchPart:
-    """The models of a batch that share an architecture and are there with all their tokens.
+    """The models of a batch that share an architecture, with all their tokens.
 
     Attributes:
         architecture: their architecture.
@@ -40,17 +40,17 @@ class BatchPart:
     """
 
     architecture: Architecture
-    rows: Int[np.ndarray, "views_models"]
-    places: Int[Tensor, " views_models"]
-    flat: Float[Tensor, "views_models params"]
+    rows: Int[np.ndarray, "part"]
+    places: Int[Tensor, " part"]
+    flat: Float[Tensor, "part params"]
 
 
 @dataclass(frozen=True, eq=False)
-class ViewBatch:
-    """Views of models: first one of each model and then, in the same order, the next one.
+class Batch:
+    """A micro-batch.
 
     Attributes:
-        inputs: arguments of `WeightAutoencoderModel.forward`.
+        inputs: arguments of the model's forward.
         parts: what the behaviour loss needs, one entry an architecture.
         number: running number of the micro-batch.
         rows: rows of the models in the zoo.
@@ -64,7 +64,9 @@ class ViewBatch:
 
 @dataclass(frozen=True)
 class ViewBatches:
-    """Endless micro-batches over the ``rows`` of a zoo; see `weightspace.training.loop.Batches`.
+    """Endless micro-batches of augmented views of the ``rows`` of a zoo; see `weightspace.training.loop.Batches`.
+
+    The batch holds the first view of each model and then, in the same order, the next one.
 
     Rows are shuffled within blocks that fit a fixed number of bytes, and blocks are shuffled too, so that memory is
     bounded however large the zoo is.
@@ -92,7 +94,7 @@ class ViewBatches:
     views: int = VIEWS
     change: Callable[[Tensor, Architecture, np.ndarray, int], Tensor] | None = None
 
-    def __call__(self, start: int, process: int, processes: int) -> Iterator[ViewBatch]:
+    def __call__(self, start: int, process: int, processes: int) -> Iterator[Batch]:
         """Yields the micro-batches of one process from number ``start`` on."""
         together = self.batch_size * processes
         if len(self.rows) < processes:
@@ -128,12 +130,13 @@ class ViewBatches:
 
     def _batch(
         self, rows: np.ndarray, held: dict[int, tuple[Architecture, Tensor]], number: int, process: int
-    ) -> ViewBatch:
+    ) -> Batch:
         generator = seeded_generator(self.seed, number, process)
         members: dict[int, list[int]] = {}
         for place, row in enumerate(rows):
             members.setdefault(id(held[int(row)][0]), []).append(place)
-        pieces, parts = [], []
+        pieces: list[tuple[Tensor, dict[str, Tensor]]] = []
+        parts = []
         for places in members.values():
             architecture = held[int(rows[places[0]])][0]
             flat = torch.stack([held[int(rows[place])][1] for place in places])
@@ -144,62 +147,40 @@ class ViewBatches:
             else:
                 flat = flat.repeat(self.views, 1)
             target = torch.cat([torch.tensor(places) + view * len(rows) for view in range(self.views)])
-            piece = self._piece(flat, architecture, target, generator)
-            pieces.append(piece)
-            if piece.whole:
+            pieces.append((target, self._inputs(flat, architecture, generator)))
+            if self.extractor.token_count(architecture) <= self.window:
                 parts.append(BatchPart(architecture, np.tile(rows[places], self.views), target, flat))
-        return ViewBatch({**_assembled(pieces, self.views * len(rows)), "views": self.views}, parts, number, rows)
+        inputs = padded(pieces, self.views * len(rows))
+        return Batch({**inputs, "views": self.views}, parts, number, rows)
 
-    def _piece(self, flat: Tensor, architecture: Architecture, places: Tensor, generator: torch.Generator) -> _Piece:
-        features = self.extractor.batch(flat, architecture)
-        labels, mask, positions = features["weight_values"], features["weight_mask"], features["position_ids"]
-        depths = relative_depths(positions, features["attention_mask"])
-        links = features.get("weight_links")
-        whole = labels.shape[1] <= self.window
-        if not whole:
-            starts = torch.tensor(window_starts([labels.shape[1]] * len(labels), self.window, generator))
+    def _inputs(self, flat: Tensor, architecture: Architecture, generator: torch.Generator) -> dict[str, Tensor]:
+        """Inputs of models of one architecture: all tokens, or a random window of them."""
+        inputs: dict[str, Tensor] = dict(self.extractor.batch(flat, architecture))
+        inputs["labels"] = inputs.pop("weight_values")
+        inputs["depths"] = relative_depths(inputs["position_ids"], inputs["attention_mask"])
+        count, length = inputs["labels"].shape[:2]
+        if length > self.window:
+            starts = torch.tensor(window_starts([length] * count, self.window, generator))
             index = starts.unsqueeze(1) + torch.arange(self.window)
-            rows = torch.arange(len(labels)).unsqueeze(1)
-            labels, mask, positions, depths = (value[rows, index] for value in (labels, mask, positions, depths))
-            if links is not None:
-                links = links[rows, index] - starts.view(-1, 1, 1)
-                links = links.masked_fill((links < 1) | (links > self.window), 0)
-        values = corrupt(labels, mask, self.augmentation, generator)
-        return _Piece(places, values, labels, mask, positions, depths, links, whole)
+            inputs = {name: value[torch.arange(count).unsqueeze(1), index] for name, value in inputs.items()}
+            if "weight_links" in inputs:
+                links = inputs["weight_links"] - starts.view(-1, 1, 1)
+                inputs["weight_links"] = links.masked_fill((links < 1) | (links > self.window), 0)
+        inputs["weight_values"] = corrupt(inputs["labels"], inputs["weight_mask"], self.augmentation, generator)
+        return inputs
 
 
-@dataclass(frozen=True, eq=False)
-class _Piece:
-    places: Int[Tensor, " batch"]
-    values: Float[Tensor, "batch n d"]
-    labels: Float[Tensor, "batch n d"]
-    mask: Bool[Tensor, "batch n d"]
-    positions: Int[Tensor, "batch n 3"]
-    depths: Float[Tensor, "batch n"]
-    links: Int[Tensor, "batch n d"] | None
-    whole: bool
+def padded(pieces: Sequence[tuple[Tensor, Mapping[str, Tensor]]], count: int) -> dict[str, Tensor]:
+    """Puts a batch together from the inputs of some of its rows each, padded with zeros to the longest sequence.
 
-
-def _assembled(pieces: list[_Piece], count: int) -> dict[str, Any]:
-    longest = max(piece.values.shape[1] for piece in pieces)
-
-    def gathered(field: str) -> Tensor:
-        first = getattr(pieces[0], field)
-        out = first.new_zeros(count, longest, *first.shape[2:])
-        for piece in pieces:
-            out[piece.places, : piece.values.shape[1]] = getattr(piece, field)
-        return out
-
-    wired = {} if pieces[0].links is None else {"weight_links": gathered("links")}
-    attention = torch.zeros(count, longest, dtype=torch.bool)
-    for piece in pieces:
-        attention[piece.places, : piece.values.shape[1]] = True
-    return {
-        "weight_values": gathered("values"),
-        "weight_mask": gathered("mask"),
-        "position_ids": gathered("positions"),
-        "attention_mask": attention,
-        "depths": gathered("depths"),
-        "labels": gathered("labels"),
-        **wired,
-    }
+    Args:
+        pieces: places in the batch ``(piece,)``, and the inputs of these rows, ``(piece, n, ...)``.
+        count: rows of the batch.
+    """
+    longest = max(next(iter(inputs.values())).shape[1] for _, inputs in pieces)
+    batch: dict[str, Tensor] = {}
+    for places, inputs in pieces:
+        for name, values in inputs.items():
+            whole = batch.setdefault(name, values.new_zeros(count, longest, *values.shape[2:]))
+            whole[places, : values.shape[1]] = values
+    return batch

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from weightspace.cards import write_card
 from weightspace.data.features import DatasetFeatures, dataset_features
 from weightspace.data.image_encoders import DEFAULT_ENCODER, ImageEncoder, open_image_encoder
 from weightspace.data.images import load_images
+from weightspace.encoder import embed_dataset
 from weightspace.errors import SettingsError, WeightspaceError, ZooError
-from weightspace.models.autoencoder.configuration_autoencoder import WeightAutoencoderConfig
 from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
 from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel
 from weightspace.models.joint.configuration_joint import (
@@ -29,22 +27,17 @@ from weightspace.models.joint.configuration_joint import (
 )
 from weightspace.models.joint.feature_extraction_joint import JointFeatureExtractor
 from weightspace.models.joint.modeling_joint import JointModel, unit
-from weightspace.schema import Architecture
 from weightspace.stats.measures import found_correlation
-from weightspace.training.autoencoder import (
-    EncoderSettings,
-    fitted_input,
-    read_training,
-    training_identity,
-    write_training,
-)
-from weightspace.training.batches import ViewBatches, seeded_generator
-from weightspace.training.loop import Objective, clear_checkpoints, fit, is_main_process
+from weightspace.training.autoencoder import EncoderSettings, fitted_input
+from weightspace.training.batches import Batch, ViewBatches
+from weightspace.training.classes import StepOrders
+from weightspace.training.joint_data import JointBatches, JointData
+from weightspace.training.loop import Objective
+from weightspace.training.run import Prepared, config_from, ensure_same_test_runs, run_training, trained_with
 from weightspace.training.settings import LoopSettings
-from weightspace.zoo.dataset import Zoo, ZooBatch, load_zoo
-from weightspace.zoo.facts import training_zoo
-from weightspace.zoo.splits import Split, split_by_run
-from weightspace.zoo.views import Augmentation, output_group, reordered_outputs
+from weightspace.zoo.dataset import Zoo, load_zoo
+from weightspace.zoo.splits import Split
+from weightspace.zoo.views import Augmentation
 
 _VALIDATION_MODELS = 512
 _RETRIEVED = 10
@@ -53,26 +46,14 @@ _CHUNK = 256
 
 @dataclass(frozen=True)
 class TowerSettings:
-    """Shape and loss of the joint model; see `JointConfig` and the configs of its towers for the fields.
+    """Shape and loss of the joint model; the other fields are those of `JointConfig` and the configs of its towers.
 
     Attributes:
-        encoder: shape of the autoencoder where none is given that was trained before.
+        encoder: shape of the autoencoder where no trained one is given.
         freeze_encoder: leave the weights of a given encoder as they are.
         hidden_size: width of the towers of datasets and of weights.
-        pooling_heads: weighted means that sets are pooled to.
-        components: principal components of the images' features that the tower of datasets looks at.
-        hops: layers back that weights are followed to.
-        last_layer: whether the last layer is looked at.
-        dropout: share of numbers that are dropped in training.
-        projection_dim: width of the joint space.
-        bins: bins a result.
-        interpolate: embed a value between the bins around it.
-        smoothing: width, in bins, of what counts as the same result; 0 for the same bin.
-        pairs: pairs of towers that are contrasted.
-        loss: ``"nt_xent"`` or ``"sigmoid"``.
-        positives: ``"all"`` or ``"diagonal"``.
-        result_kind: ``"bins"`` or ``"regression"``.
-        reconstruction_weight: of the autoencoder's loss.
+        projection_dim: width of the joint space and of the tower of results.
+        result_kind: ``kind`` of `ResultTowerConfig`.
     """
 
     encoder: EncoderSettings = field(default_factory=lambda: EncoderSettings(hidden_size=32, layers=1, heads=2))
@@ -168,99 +149,30 @@ def train_joint(
         ZooError: the zoo cannot be used, or ``output`` holds another model.
         SettingsError: the settings do not fit the zoo, the encoder or this machine.
     """
-    output, opened = Path(output), load_zoo(zoo)
+    opened = load_zoo(zoo)
     image_encoder = open_image_encoder(settings.image_encoder, allow_pickle=allow_pickle)
-    started = None if encoder is None else _started_from(Path(encoder), opened, settings)
-    identity = training_identity(opened, settings, image_encoder.digest, "" if started is None else started.identity)
-    state = read_training(output)
-    if state is not None and state["identity"] != identity:
-        raise ZooError(
-            f"{output}: holds a model of another zoo, encoder or other settings ({state['identity']}, asked for "
-            f"{identity}); choose another --output or delete it"
-        )
-    if state is not None and state["complete"]:
-        return output
-    data = _joined(opened, settings, image_encoder)
-    runs = opened.index["run_id"].to_numpy()
-    facts = {
-        "identity": identity,
-        "zoo": opened.location,
-        "zoo_digest": opened.digest,
-        "settings": asdict(settings),
-        "encoder": None if encoder is None else str(encoder),
-        "validation_runs": sorted(set(runs[data.split.validation])),
-        "test_runs": sorted(set(runs[data.split.test])),
-        "datasets_left_out": data.left_out,
-        "results_left_out": [name for name in settings.results if name not in data.result_names],
-    }
-    writes = is_main_process()
-    if writes:
-        output.mkdir(parents=True, exist_ok=True)
-        write_training(output, {**facts, "complete": False})
-    extractor, model = _built(opened, data, settings, image_encoder, started)
-    batches = _batches(opened, data, extractor, settings)
-    trained = fit(model, batches, JointObjective(opened, data, extractor), settings.loop, output)
-    assert isinstance(trained, JointModel)
-    if writes:
-        trained.save_pretrained(output)
-        extractor.save_pretrained(output)
-        write_card(output, replace(trained.card_facts(), zoo=training_zoo(opened), training=asdict(settings)))
-        write_training(output, {**facts, "complete": True, "parameters": trained.num_parameters()})
-        clear_checkpoints(output)
-    return output
+    started = None if encoder is None else trained_with(Path(encoder), "autoencoder", name="encoder")
+
+    def prepare(split: Split) -> Prepared:
+        if started is not None:
+            ensure_same_test_runs(started, opened, split, settings.split_seed, f"encoder {encoder}")
+        data = _joint_data(opened, split, settings, image_encoder)
+        extractor, model = _built(opened, data, settings, image_encoder, encoder)
+        extras = {
+            "encoder": None if encoder is None else str(encoder),
+            "datasets_left_out": data.left_out,
+            "results_left_out": [name for name in settings.results if name not in data.result_names],
+        }
+        objective = JointObjective(opened, data, extractor)
+        return Prepared(model, extractor, _batches(opened, data, extractor, settings), objective, extras)
+
+    others = (image_encoder.digest, "" if started is None else started.identity)
+    differs = "a model of another zoo, encoder"
+    return run_training("joint", opened, output, settings, prepare, others=others, differs=differs)
 
 
-@dataclass(frozen=True, eq=False)
-class JointData:
-    """What is known of a zoo's models besides their weights, row by row.
-
-    Attributes:
-        split: runs for training, validation and test.
-        datasets: features of the datasets, by number.
-        numbers: number of each model's dataset, -1 if it is not known or cannot be opened.
-        result_names: names of the results that are known of training models.
-        results: one column for each name, NaN where a value is missing.
-        held_out: numbers of the datasets whose models are not trained on.
-        left_out: datasets that cannot be opened, with the reason.
-    """
-
-    split: Split
-    datasets: tuple[DatasetFeatures, ...]
-    numbers: Int[np.ndarray, "models"]
-    result_names: tuple[str, ...]
-    results: Float[np.ndarray, "models results"]
-    held_out: tuple[int, ...]
-    left_out: Mapping[str, str]
-
-    @property
-    def train(self) -> Int[np.ndarray, "models"]:
-        """Rows to train on."""
-        return self._seen(self.split.train)
-
-    @property
-    def validation(self) -> Int[np.ndarray, "models"]:
-        """Rows to validate on, of datasets that are trained on."""
-        return self._seen(self.split.validation)
-
-    def _seen(self, rows: np.ndarray) -> np.ndarray:
-        return rows[~np.isin(self.numbers[rows], self.held_out)]
-
-    def sampled(
-        self, numbers: Sequence[int], images: int, generators: Sequence[torch.Generator]
-    ) -> tuple[Float[Tensor, "datasets images features"], Int[Tensor, "datasets images"]]:
-        """Draws images of datasets, with replacement, each by a generator of its own."""
-        chosen = [
-            torch.randint(len(self.datasets[number].labels), (images,), generator=generator)
-            for number, generator in zip(numbers, generators, strict=True)
-        ]
-        pairs = list(zip(numbers, chosen, strict=True))
-        features = torch.stack([self.datasets[number].features[places] for number, places in pairs])
-        return features, torch.stack([self.datasets[number].labels[places] for number, places in pairs])
-
-
-def _joined(zoo: Zoo, settings: JointSettings, encoder: ImageEncoder) -> JointData:
+def _joint_data(zoo: Zoo, split: Split, settings: JointSettings, encoder: ImageEncoder) -> JointData:
     """Opens the datasets of a zoo and gathers its results."""
-    split = split_by_run(zoo.index["run_id"].to_numpy(), settings.split_seed)
     names = zoo.index["dataset"].to_numpy()
     opened: dict[str, DatasetFeatures] = {}
     left_out: dict[str, str] = {}
@@ -310,49 +222,46 @@ def _known_results(
     return known, np.stack([columns[name] for name in known], axis=1)
 
 
-@dataclass(frozen=True, eq=False)
-class _Start:
-    """A trained autoencoder to start from."""
-
-    model: WeightAutoencoderModel
-    extractor: WeightFeatureExtractor
-    identity: str
-
-
-def _started_from(folder: Path, zoo: Zoo, settings: JointSettings) -> _Start:
-    """Loads the encoder, and refuses one that was trained on runs that are to be held out."""
-    state = read_training(folder)
-    if state is None or not state["complete"]:
-        raise ZooError(f"{folder}: no trained encoder; give the folder that `weightspace train autoencoder` wrote")
-    split = split_by_run(zoo.index["run_id"].to_numpy(), settings.split_seed)
-    tested = set(zoo.index["run_id"].to_numpy()[split.test])
-    if state["zoo_digest"] == zoo.digest and set(state["test_runs"]) != tested:
-        raise SettingsError(
-            f"split_seed: {settings.split_seed} tests on runs that the encoder {folder} was trained on; "
-            f"use the {state['settings']['split_seed']} of the encoder"
-        )
-    return _Start(
-        WeightAutoencoderModel.from_pretrained(folder),
-        WeightFeatureExtractor.from_pretrained(folder),
-        str(state["identity"]),
-    )
-
-
 def _built(
-    zoo: Zoo, data: JointData, settings: JointSettings, image_encoder: ImageEncoder, started: _Start | None
+    zoo: Zoo, data: JointData, settings: JointSettings, image_encoder: ImageEncoder, encoder: Path | str | None
 ) -> tuple[JointFeatureExtractor, JointModel]:
-    """Builds the model and fits what it owns of the training split: statistics and the edges of bins."""
-    split = replace(data.split, train=data.train)
-    encoder_settings = settings.towers.encoder
-    given, encoder_config = (
-        fitted_input(zoo, split, encoder_settings) if started is None else (started.extractor, started.model.config)
-    )
+    """Builds the model, from a trained encoder if there is one, and fits its statistics and edges of bins."""
+    towers, started = settings.towers, None
+    if encoder is None:
+        given, encoder_config = fitted_input(zoo, replace(data.split, train=data.train), towers.encoder)
+    else:
+        given, started = (
+            WeightFeatureExtractor.from_pretrained(encoder),
+            WeightAutoencoderModel.from_pretrained(encoder),
+        )
+        encoder_config = started.config
     extractor = JointFeatureExtractor(given.tokenizer, given.token_size, given.mean, given.std)
+    datasets = config_from(
+        DatasetTowerConfig,
+        towers,
+        name="towers",
+        feature_size=data.datasets[0].features.shape[1] if data.datasets else 1,
+        image_encoder=image_encoder.name,
+        image_encoder_digest=image_encoder.digest,
+        sample=settings.sample,
+    )
+    results = config_from(
+        ResultTowerConfig,
+        towers,
+        name="towers",
+        results=list(data.result_names),
+        kind=towers.result_kind,
+        hidden_size=towers.projection_dim,
+    )
+    weights = config_from(WeightTowerConfig, towers, name="towers", encoder_config=encoder_config)
+    config = config_from(
+        JointConfig, towers, name="towers", dataset_config=datasets, weight_config=weights, result_config=results
+    )
     torch.manual_seed(settings.loop.seed)
-    model = JointModel(_config(data, settings, image_encoder, encoder_config))
+    model = JointModel(config)
     if started is not None:
         own = model.weight_model.encoder.state_dict()
-        model.weight_model.encoder.load_state_dict({k: v for k, v in started.model.state_dict().items() if k in own})
+        model.weight_model.encoder.load_state_dict({k: v for k, v in started.state_dict().items() if k in own})
     seen = [one.features for number, one in enumerate(data.datasets) if number not in data.held_out]
     if seen:
         model.dataset_model.principal_axes.fit(torch.cat(seen))
@@ -364,48 +273,8 @@ def _built(
             model.weight_model.statistics(inputs["weight_values"], inputs["weight_mask"], inputs["position_ids"])
         )
     model.weight_model.standardizer.fit(torch.cat(statistics))
-    _freeze(model, frozen_encoder=started is not None and settings.towers.freeze_encoder)
+    _freeze(model, frozen_encoder=started is not None and towers.freeze_encoder)
     return extractor, model
-
-
-def _config(
-    data: JointData, settings: JointSettings, image_encoder: ImageEncoder, encoder: WeightAutoencoderConfig
-) -> JointConfig:
-    towers = settings.towers
-    shape: dict[str, Any] = {
-        "hidden_size": towers.hidden_size,
-        "pooling_heads": towers.pooling_heads,
-        "dropout": towers.dropout,
-    }
-    try:
-        return JointConfig(
-            dataset_config=DatasetTowerConfig(
-                feature_size=data.datasets[0].features.shape[1] if data.datasets else 1,
-                components=towers.components,
-                image_encoder=image_encoder.name,
-                image_encoder_digest=image_encoder.digest,
-                sample=settings.sample,
-                **shape,
-            ),
-            weight_config=WeightTowerConfig(
-                encoder_config=encoder, hops=towers.hops, last_layer=towers.last_layer, **shape
-            ),
-            result_config=ResultTowerConfig(
-                results=list(data.result_names),
-                kind=towers.result_kind,
-                bins=towers.bins,
-                interpolate=towers.interpolate,
-                smoothing=towers.smoothing,
-                hidden_size=towers.projection_dim,
-            ),
-            projection_dim=towers.projection_dim,
-            pairs=list(towers.pairs),
-            loss=towers.loss,
-            positives=towers.positives,
-            reconstruction_weight=towers.reconstruction_weight,
-        )
-    except Exception as error:  # strict configs raise their own family of errors
-        raise SettingsError(f"towers: {' '.join(str(error).split())}") from error
 
 
 def _freeze(model: JointModel, *, frozen_encoder: bool) -> None:
@@ -422,112 +291,9 @@ def _freeze(model: JointModel, *, frozen_encoder: bool) -> None:
         module.requires_grad_(False)
 
 
-@dataclass(frozen=True, eq=False)
-class JointBatch:
-    """Rows of a zoo as triplets.
-
-    Attributes:
-        inputs: arguments of `JointModel.forward`.
-        number: running number of the micro-batch.
-    """
-
-    inputs: dict[str, Any]
-    number: int
-
-
-class ClassOrders:
-    """In which order the classes of each dataset are numbered in a step; the same on all processes."""
-
-    def __init__(self, zoo: Zoo, data: JointData, share: float, seed: int) -> None:
-        self._data, self._share, self._seed = data, share, seed
-        groups = {header: output_group(one) for header, one in zoo.architectures.items()} if share else {}
-        headers = zoo.index["header"].to_numpy()
-        # A dataset can be renumbered if all of its models can.
-        self._renumbered = {
-            number
-            for number, dataset in enumerate(data.datasets)
-            if all(
-                (group := groups.get(header)) is not None and group.size == dataset.classes
-                for header in set(headers[data.numbers == number])
-            )
-        }
-
-    def order(self, step: int, number: int) -> Int[Tensor, " classes"] | None:
-        """Returns which class has which place in a step; None for the order of the dataset."""
-        if (
-            number not in self._renumbered
-            or float(torch.rand((), generator=seeded_generator(self._seed, step))) >= self._share
-        ):
-            return None
-        return torch.randperm(self._data.datasets[number].classes, generator=seeded_generator(self._seed, step, number))
-
-    def renumbered(
-        self,
-        flat: Float[Tensor, "models params"],
-        architecture: Architecture,
-        rows: Int[np.ndarray, "models"],
-        step: int,
-    ) -> Float[Tensor, "models params"]:
-        """Puts the outputs of models in the order of a step."""
-        orders = [self.order(step, int(number)) for number in self._data.numbers[rows]]
-        chosen = [place for place, order in enumerate(orders) if order is not None]
-        if not chosen:
-            return flat
-        flat = flat.clone()
-        flat[chosen] = reordered_outputs(
-            flat[chosen], architecture, torch.stack([order for order in orders if order is not None])
-        )
-        return flat
-
-
-@dataclass(frozen=True)
-class JointBatches:
-    """Endless micro-batches of triplets; see `weightspace.training.loop.Batches`.
-
-    All models of a dataset see the same draw of its images in a step, on all processes, so that it is embedded once.
-    Of its results, each model states one or more at random: later questions will state some of them, too.
-    """
-
-    views: ViewBatches
-    data: JointData
-    orders: ClassOrders
-    images: int
-
-    def __call__(self, start: int, process: int, processes: int) -> Iterator[JointBatch]:
-        """Yields the micro-batches of one process from number ``start`` on."""
-        for batch in self.views(start, process, processes):
-            inputs = {name: value for name, value in batch.inputs.items() if name != "views"}
-            seeds = [self.views.seed, batch.number]
-            results = torch.from_numpy(self.data.results[batch.rows]).float()
-            inputs |= {"results": results, "stated": stated_results(results, seeded_generator(*seeds, process))}
-            numbers, index = np.unique(self.data.numbers[batch.rows], return_inverse=True)
-            unknown = int((numbers < 0).sum())
-            if len(numbers) > unknown:
-                numbers = numbers[unknown:]
-                generators = [seeded_generator(*seeds, number) for number in numbers.tolist()]
-                features, labels = self.data.sampled(numbers.tolist(), self.images, generators)
-                for place, number in enumerate(numbers.tolist()):
-                    order = self.orders.order(batch.number, number)
-                    labels[place] = labels[place] if order is None else order.argsort()[labels[place]]
-                inputs |= {"dataset_features": features, "dataset_labels": labels}
-                inputs |= {"dataset_index": torch.from_numpy(index) - unknown, "dataset_ids": torch.from_numpy(numbers)}
-            yield JointBatch(inputs, batch.number)
-
-
-def stated_results(
-    results: Float[Tensor, "batch results"], generator: torch.Generator
-) -> Bool[Tensor, "batch results"]:
-    """Draws what each row states: a subset of its known results, every size equally likely, none empty if avoidable."""
-    known = results.isfinite()
-    counts = known.sum(1, keepdim=True)
-    sizes = (torch.rand(len(results), 1, generator=generator) * counts).floor() + 1
-    keys = torch.rand(results.shape, generator=generator).masked_fill(~known, 2.0)
-    return known & (keys.argsort(1).argsort(1) < sizes)
-
-
 def _batches(zoo: Zoo, data: JointData, extractor: JointFeatureExtractor, settings: JointSettings) -> JointBatches:
-    loop = settings.loop
-    orders = ClassOrders(zoo, data, settings.shuffle_classes, loop.seed)
+    loop, counts = settings.loop, [dataset.classes for dataset in data.datasets]
+    orders = StepOrders(zoo, data.numbers, counts, settings.shuffle_classes, loop.seed)
     views = ViewBatches(
         zoo,
         data.train,
@@ -552,7 +318,7 @@ class JointObjective(Objective):
         self._rows = np.concatenate([batch.rows for batch in self._batches])
         self._results = torch.from_numpy(data.results[self._rows]).float()
 
-    def losses(self, model: nn.Module, batch: JointBatch) -> Mapping[str, Tensor]:
+    def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
         """``loss`` and those of its parts that the model computes."""
         device = next(model.parameters()).device
         output = model(**{name: value.to(device) for name, value in batch.inputs.items()}, return_loss=True)
@@ -568,7 +334,8 @@ class JointObjective(Objective):
         """
         assert isinstance(model, JointModel)
         numbers, results = torch.from_numpy(self._data.numbers[self._rows]), self._results
-        weights = torch.cat([embed_weights(model, self._extractor, batch) for batch in self._batches])
+        inputs = (self._extractor.batch(batch.flat, batch.architecture).to(model.device) for batch in self._batches)
+        weights = torch.cat([unit(model.get_weight_features(**one)).cpu() for one in inputs])
         # One statement a model: the first of its results that is known.
         stated = results.isfinite() & (results.isfinite().cumsum(1) == 1)
         statements = unit(model.get_result_features(results.to(model.device), stated.to(model.device))).cpu()
@@ -600,22 +367,3 @@ def _found_results(similarity: Tensor, results: Tensor, stated: Tensor) -> float
     found = results[known, 0][order]
     first = max(1, min(_RETRIEVED, found.shape[1] // 4))  # the mean over all models would be the same for each
     return found_correlation(results[asked, 0].double().numpy(), found.double().numpy(), first)
-
-
-@torch.no_grad()
-def embed_weights(model: JointModel, extractor: JointFeatureExtractor, batch: ZooBatch) -> Float[Tensor, "models size"]:
-    """Embeds models of one architecture, each to a vector of length 1, on the CPU."""
-    inputs = extractor.batch(batch.flat, batch.architecture).to(model.device)
-    return unit(model.get_weight_features(**inputs)).cpu()
-
-
-@torch.no_grad()
-def embed_dataset(model: JointModel, dataset: DatasetFeatures) -> Float[Tensor, "1 size"]:
-    """Embeds a dataset to a vector of length 1, on the CPU.
-
-    Raises:
-        SettingsError: its features come from another image encoder than the model was trained with.
-    """
-    model.ensure_image_encoder(dataset.encoder, dataset.encoder_digest)
-    inputs = (dataset.features.unsqueeze(0).to(model.device), dataset.labels.unsqueeze(0).to(model.device))
-    return unit(model.get_dataset_features(*inputs)).cpu()

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from weightspace.errors import SettingsError
-from weightspace.networks.permutation import identity_permutations, permute, random_permutations
-from weightspace.schema import Architecture, GroupAxis, PermutationGroup
+from weightspace.networks.permutation import permute, random_permutations
+from weightspace.schema import Architecture
 
 
 @dataclass(frozen=True)
@@ -52,35 +52,6 @@ def permuted_views(
     if not architecture.groups:
         return flat.repeat(views, 1)
     return permute(flat, random_permutations(architecture, views * len(flat), generator), architecture)
-
-
-def output_group(architecture: Architecture) -> PermutationGroup | None:
-    """Finds the outputs of a network, whose order is that of its classes; None where they are not known."""
-    if not architecture.ordered or not architecture.layers or architecture.layers[-1].layout != "channels":
-        return None
-    last = architecture.layers[-1]
-    axes = tuple(GroupAxis(tensor.name, 0) for tensor in last.tensors)
-    permuted = {(axis.tensor, axis.axis) for group in architecture.groups for axis in group.axes}
-    known = not any((axis.tensor, axis.axis) in permuted for axis in axes)
-    return PermutationGroup(last.rows, axes) if known else None
-
-
-def reordered_outputs(
-    flat: Float[Tensor, "models params"], architecture: Architecture, orders: Int[Tensor, "models outputs"]
-) -> Float[Tensor, "models params"]:
-    """Renumbers the classes of classifiers: output i becomes what was output ``orders[m, i]`` of model m.
-
-    The result is what training on the same images with their classes numbered in this order could have given.
-
-    Args:
-        flat: flat weights, one row a model.
-        architecture: shared by all of them, with known outputs (`output_group`).
-        orders: a permutation a model.
-    """
-    group = output_group(architecture)
-    assert group is not None
-    extended = replace(architecture, groups=(*architecture.groups, group))
-    return permute(flat, (*identity_permutations(architecture, len(flat)), orders), extended)
 
 
 def corrupt(

@@ -157,6 +157,7 @@ class DatasetTower(nn.Module):
 
     def __init__(self, config: DatasetTowerConfig) -> None:
         super().__init__()
+        self.config = config
         self.class_size = 2 * config.hidden_size
         self.principal_axes = PrincipalAxes(config.feature_size, config.components)
         self.image_in = nn.Linear(config.components, config.hidden_size)

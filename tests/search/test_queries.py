@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from weightspace.errors import SettingsError
-from weightspace.search.results import WantedResult, parse_results, values_of
+from weightspace.search.queries import WantedResult, parse_results, values_of
 
 EDGES = np.array([[0.0, 0.5, 0.8, 0.9, 1.0], [0.0, 1.0, 1.0, 1.0, 2.0]])
 NAMES = ("test_accuracy", "step")

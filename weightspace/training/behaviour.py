@@ -1,0 +1,118 @@
+"""The behaviour loss: decoded models compared with their originals by what they compute."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from weightspace.data.images import load_images
+from weightspace.errors import SettingsError
+from weightspace.losses import behaviour_loss
+from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
+from weightspace.networks.families import FamilyConfig, run_flat
+from weightspace.training.batches import BatchPart
+from weightspace.zoo.dataset import Zoo
+
+
+@dataclass(frozen=True)
+class BehaviourSettings:
+    """The behaviour loss, for models whose function the library can run.
+
+    Attributes:
+        weight: share of the behaviour loss; the model's own loss weighs ``1 - weight``. 0 turns it off.
+        images: query images a model and step, drawn from the training split of the model's own dataset.
+    """
+
+    weight: float = 0.75
+    images: int = 32
+
+    def __post_init__(self) -> None:
+        """Refuses shares outside of 0 to 1 and an empty query."""
+        if not 0 <= self.weight < 1 or self.images < 1:
+            raise SettingsError(
+                f"behaviour: weight {self.weight} must be 0 to below 1, images {self.images} at least 1"
+            )
+
+
+class BehaviourLoss:
+    """Compares models restored from tokens with their originals, on training images of their own datasets."""
+
+    def __init__(self, zoo: Zoo, extractor: WeightFeatureExtractor, settings: BehaviourSettings, seed: int) -> None:
+        self._extractor, self._images, self._seed = extractor, settings.images, seed
+        queries = QueryImages(zoo) if settings.weight else None
+        self._queries = queries if queries is not None and queries.runnable else None
+        self.weight = 0.0 if self._queries is None else settings.weight
+        """Share of the behaviour loss; 0 if no model of the zoo can be run."""
+
+    def __call__(
+        self, tokens: Float[Tensor, "batch n d"], parts: Sequence[BatchPart], number: int
+    ) -> tuple[list[Float[Tensor, ""]], int]:
+        """Computes the losses of the models that can be run.
+
+        Args:
+            tokens: decoded tokens of a batch.
+            parts: its models, by architecture.
+            number: running number of the batch; draws the images.
+
+        Returns:
+            Sums of losses, and the number of models that they add up to.
+        """
+        losses: list[Tensor] = []
+        if self._queries is None:
+            return losses, 0
+        count, generator = 0, torch.Generator().manual_seed(self._seed + number)
+        for part in parts:
+            length = self._extractor.token_count(part.architecture)
+            decoded = self._extractor.restore(tokens[part.places.to(tokens.device), :length], part.architecture)
+            for config, inside in self._queries.functions(part.rows).items():
+                images = self._queries.draw(part.rows[inside], self._images, generator).to(decoded.device)
+                original = run_flat(config, part.architecture, part.flat[inside].to(decoded), images)
+                imitated = run_flat(config, part.architecture, decoded[inside], images)
+                losses.append(behaviour_loss(imitated, original) * len(inside))
+                count += len(inside)
+        return losses, count
+
+
+class QueryImages:
+    """Training images of the datasets that a zoo's models were trained on, where function and dataset are known."""
+
+    def __init__(self, zoo: Zoo) -> None:
+        self._configs = zoo.families
+        self._datasets = zoo.index["dataset"].to_numpy()
+        pairs = zip(self._datasets, self._configs, strict=True)
+        runnable = {name for name, config in pairs if config and isinstance(name, str)}
+        self._ranges: dict[str, tuple[int, int]] = {}
+        images, start = [], 0
+        for name in sorted(runnable):
+            part = load_images(name).train_images
+            self._ranges[name] = (start, len(part))
+            start += len(part)
+            images.append(part)
+        self._images = torch.cat(images) if images else torch.empty(0)
+
+    @property
+    def runnable(self) -> bool:
+        """Whether any model of the zoo can be run."""
+        return bool(self._ranges)
+
+    def functions(self, rows: Int[np.ndarray, "models"]) -> dict[FamilyConfig, list[int]]:
+        """Groups the places of those rows whose models can be run by their config."""
+        groups: dict[FamilyConfig, list[int]] = {}
+        for place, row in enumerate(rows):
+            config = self._configs[row]
+            if config is not None and self._datasets[row] in self._ranges:
+                groups.setdefault(config, []).append(place)
+        return groups
+
+    def draw(
+        self, rows: Int[np.ndarray, "models"], count: int, generator: torch.Generator
+    ) -> Float[Tensor, "models count c h w"]:
+        """Draws ``count`` training images of each model's own dataset, with replacement."""
+        starts, sizes = torch.tensor([self._ranges[self._datasets[row]] for row in rows]).unsqueeze(-1).unbind(1)
+        chosen = (torch.rand(len(rows), count, generator=generator) * sizes).long() + starts
+        return self._images[chosen]
