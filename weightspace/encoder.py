@@ -260,16 +260,17 @@ def embed(
     loaded = encoder if isinstance(encoder, Encoder) else load_encoder(encoder, options)
     frames = []
     for location in locations:
+        zoo, names = None, []
         if (Path(location) / "zoo.json").exists():
-            frames.append(_embedded_zoo(loaded, load_zoo(location)))
-            continue
-        try:
-            folder, names = find_checkpoints(location, options=options, allow_pickle=allow_pickle)
-        except HubError:
-            zoo = _zoo_on_hub(location, options or HubOptions())
-            if zoo is None:
-                raise
-            frames.append(_embedded_zoo(loaded, zoo))
+            zoo = load_zoo(location)
+        else:
+            try:
+                folder, names = find_checkpoints(location, options=options, allow_pickle=allow_pickle)
+            except HubError:
+                if (zoo := _zoo_on_hub(location, options or HubOptions())) is None:
+                    raise
+        if zoo is not None:
+            frames.append(zoo.index.assign(location=zoo.location, share=1.0, embedding=list(embed_zoo(loaded, zoo))))
             continue
         rows = []
         for name in tqdm(names, desc="embed", unit="model", leave=False, disable=len(names) < 2):
@@ -284,12 +285,6 @@ def _zoo_on_hub(location: str, options: HubOptions) -> Zoo | None:
         return load_zoo(location, streaming=True, token=options.token, local_files_only=options.local_files_only)
     except WeightspaceError:
         return None
-
-
-def _embedded_zoo(encoder: Encoder, zoo: Zoo) -> pd.DataFrame:
-    frame = zoo.index.assign(location=zoo.location, share=1.0)
-    frame["embedding"] = list(embed_zoo(encoder, zoo))
-    return frame
 
 
 def _embedded(encoder: Encoder, checkpoint: Checkpoint, max_bytes: int | None, seed: int) -> dict[str, Any]:

@@ -210,9 +210,9 @@ class TestRefusals:
             train_autoencoder(tiny_zoo.path, tmp_path / "encoder", shorter(tiny_encoder_settings, **change))
 
     def test_a_share_of_behaviour(self) -> None:
-        with pytest.raises(SettingsError, match="behaviour: weight"):
+        with pytest.raises(SettingsError, match=r"weight: 1\.0 is out of range"):
             BehaviourSettings(weight=1.0)
-        with pytest.raises(SettingsError, match="images 0"):
+        with pytest.raises(SettingsError, match="images: 0"):
             BehaviourSettings(images=0)
 
     def test_a_folder_that_is_no_zoo(self, tiny_encoder_settings: AutoencoderSettings, tmp_path: Path) -> None:

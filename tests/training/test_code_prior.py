@@ -84,7 +84,7 @@ def test_what_does_not_fit_is_refused(
     with pytest.raises(SettingsError, match=r"autoencoder: .* has no codes; train one with `encoder.code_levels` set"):
         train_prior(tiny_zoo.path, tmp_path / "p", settings, **folders)
     assert not (tmp_path / "p").exists()
-    with pytest.raises(SettingsError, match=r"unknown: 1\.5 is no share of the tokens, give 0 to 1"):
+    with pytest.raises(SettingsError, match=r"unknown: 1\.5 is out of range, give 0 to 1"):
         replace(settings, unknown=1.5)
     with pytest.raises(SettingsError, match="drop: 1"):
         replace(settings, drop=1.0)

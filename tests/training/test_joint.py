@@ -488,7 +488,7 @@ class TestPickledImageEncoder:
         ({"sample": 0}, "sample: 0"),
         ({"images": 0}, "images: 0"),
         ({"shuffle_classes": 2.0}, "2.0"),
-        ({"results": ()}, "results: none are named, give one or more"),
+        ({"results": ()}, "results: .* is empty, give at least one value"),
         ({"loop": LoopSettings(batch_size=1)}, "batch_size: 1 leaves a model no other to be told from, give 2 or more"),
     ],
 )

@@ -11,16 +11,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from weightspace.data.images import load_images
-from weightspace.errors import SettingsError
 from weightspace.losses import behaviour_loss
 from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
 from weightspace.networks.families import FamilyConfig, run_flat
+from weightspace.settings import FractionBelowOne, PositiveInt, Settings
 from weightspace.training.batches import BatchPart
 from weightspace.zoo.dataset import Zoo
 
 
 @dataclass(frozen=True)
-class BehaviourSettings:
+class BehaviourSettings(Settings):
     """The behaviour loss, for models whose function the library can run.
 
     Attributes:
@@ -28,15 +28,8 @@ class BehaviourSettings:
         images: query images a model and step, drawn from the training split of the model's own dataset.
     """
 
-    weight: float = 0.75
-    images: int = 32
-
-    def __post_init__(self) -> None:
-        """Refuses shares outside of 0 to 1 and an empty query."""
-        if not 0 <= self.weight < 1 or self.images < 1:
-            raise SettingsError(
-                f"behaviour: weight {self.weight} must be 0 to below 1, images {self.images} at least 1"
-            )
+    weight: FractionBelowOne = 0.75
+    images: PositiveInt = 32
 
 
 class BehaviourLoss:

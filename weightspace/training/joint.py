@@ -27,6 +27,7 @@ from weightspace.models.joint.configuration_joint import (
 )
 from weightspace.models.joint.feature_extraction_joint import JointFeatureExtractor
 from weightspace.models.joint.modeling_joint import JointModel, unit
+from weightspace.settings import Fraction, NonEmpty, PositiveInt, Settings
 from weightspace.stats.measures import found_correlation
 from weightspace.training.autoencoder import EncoderSettings, fitted_input
 from weightspace.training.batches import Batch, ViewBatches
@@ -76,7 +77,7 @@ class TowerSettings:
 
 
 @dataclass(frozen=True)
-class JointSettings:
+class JointSettings(Settings):
     """Everything that determines a trained joint model besides the zoo and a given encoder.
 
     Attributes:
@@ -96,30 +97,24 @@ class JointSettings:
     """
 
     towers: TowerSettings = field(default_factory=TowerSettings)
-    results: tuple[str, ...] = ("test_accuracy", "test_loss", "generalization_gap")
+    results: NonEmpty[str] = ("test_accuracy", "test_loss", "generalization_gap")
     image_encoder: str = DEFAULT_ENCODER
-    sample: int = 64
-    images: int = 64
+    sample: PositiveInt = 64
+    images: PositiveInt = 64
     held_out_datasets: tuple[str, ...] = ()
-    tokens: int = 1024
+    tokens: PositiveInt = 1024
     augmentation: Augmentation = field(default_factory=lambda: Augmentation(erase=0.0, noise=0.2))
-    shuffle_classes: float = 0.0
+    shuffle_classes: Fraction = 0.0
     loop: LoopSettings = field(default_factory=lambda: LoopSettings(steps=900, batch_size=128, weight_decay=0.3))
     split_seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuses sizes that cannot be."""
-        for name in ("sample", "images", "tokens"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name}: {getattr(self, name)} is too small, give 1 or more")
-        if not self.results:
-            raise SettingsError("results: none are named, give one or more")
+        """Refuses batches without negatives."""
+        super().__post_init__()
         if self.loop.batch_size < 2:
             raise SettingsError(
                 f"loop: batch_size: {self.loop.batch_size} leaves a model no other to be told from, give 2 or more"
             )
-        if not 0 <= self.shuffle_classes <= 1:
-            raise SettingsError(f"shuffle_classes: {self.shuffle_classes} is no share of the steps, give 0 to 1")
 
 
 def train_joint(

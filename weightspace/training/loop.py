@@ -96,10 +96,13 @@ def fit(model: nn.Module, batches: Batches, objective: Objective, settings: Loop
     model, optimizer = accelerator.prepare(model, optimizer)
     accelerator.register_for_checkpointing(scheduler)
     done = _resume(accelerator, output)
-    history = _History(output / _HISTORY, done) if accelerator.is_main_process else None
+    if accelerator.is_main_process:  # steps after the checkpoint are written anew
+        kept = (row for row in read_history(output) if row["step"] <= done)
+        (output / _HISTORY).write_text("".join(json.dumps(row) + "\n" for row in kept))
     best = _Best(accelerator, output / _CHECKPOINTS / _BEST, settings.best, done) if settings.best else None
     if accelerator.log_with:
-        accelerator.init_trackers("weightspace", config=_flat(asdict(settings)))
+        values = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(settings).items()}
+        accelerator.init_trackers("weightspace", config=values)
     micro_batches = settings.gradient_accumulation_steps
     stream = batches(done * micro_batches, accelerator.process_index, accelerator.num_processes)
     model.train()
@@ -124,8 +127,9 @@ def fit(model: nn.Module, batches: Batches, objective: Objective, settings: Loop
                     best.offer(step, row, accelerator.unwrap_model(model))
             if row:
                 accelerator.log(row, step=step)
-                if history:
-                    history.append(step, row)
+                if accelerator.is_main_process:
+                    with (output / _HISTORY).open("a") as file:
+                        file.write(json.dumps({"step": step, **row}) + "\n")
             bar.update()
             if saved:
                 _save(accelerator, output, step, settings.keep_checkpoints)
@@ -221,19 +225,6 @@ def _means(accelerator: Accelerator, sums: Mapping[str, Tensor], step: int, sett
     return means
 
 
-class _History:
-    """Rows of figures as JSON lines; steps after a checkpoint that is resumed from are written anew."""
-
-    def __init__(self, path: Path, done: int) -> None:
-        self._path = path
-        kept = [row for row in read_history(path.parent) if row["step"] <= done]
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-
-    def append(self, step: int, row: Mapping[str, float]) -> None:
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **row}) + "\n")
-
-
 class _Best:
     """The weights of the best validation so far, in a file of their own."""
 
@@ -297,9 +288,3 @@ def _resume(accelerator: Accelerator, output: Path) -> int:
         return 0
     accelerator.load_state(str(found[-1]))
     return int(found[-1].name.removeprefix("step-"))
-
-
-def _flat(settings: Mapping[str, Any]) -> dict[str, int | float | str | bool]:
-    return {
-        key: value if isinstance(value, int | float | str | bool) else str(value) for key, value in settings.items()
-    }

@@ -20,6 +20,7 @@ from weightspace.models.codec import LatentCodec
 from weightspace.models.joint.modeling_joint import JointModel
 from weightspace.models.prior.modeling_code_prior import WeightCodePriorModel
 from weightspace.models.prior.modeling_prior import WeightPriorModel
+from weightspace.settings import Fraction, FractionBelowOne, Settings
 from weightspace.training.batches import Batch, BatchPart, seeded_generator
 from weightspace.training.behaviour import BehaviourLoss, BehaviourSettings
 from weightspace.training.loop import Objective
@@ -49,7 +50,7 @@ class PriorShape:
 
 
 @dataclass(frozen=True)
-class PriorSettings:
+class PriorSettings(Settings):
     """Everything that determines a trained prior besides the zoo, the autoencoder and the joint model.
 
     Attributes:
@@ -64,17 +65,10 @@ class PriorSettings:
 
     shape: PriorShape = field(default_factory=PriorShape)
     behaviour: BehaviourSettings = field(default_factory=lambda: BehaviourSettings(weight=0.9, images=24))
-    shuffle_classes: float = 1.0
-    drop: float = 0.1
+    shuffle_classes: Fraction = 1.0
+    drop: FractionBelowOne = 0.1
     loop: LoopSettings = field(default_factory=lambda: LoopSettings(steps=1600, batch_size=128, learning_rate=2e-3))
     split_seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuses shares that are none."""
-        if not 0 <= self.drop < 1:
-            raise SettingsError(f"drop: {self.drop} is no share of the rows, give 0 to below 1")
-        if not 0 <= self.shuffle_classes <= 1:
-            raise SettingsError(f"shuffle_classes: {self.shuffle_classes} is no share of the rows, give 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -87,13 +81,7 @@ class CodePriorSettings(PriorSettings):
     """
 
     loop: LoopSettings = field(default_factory=lambda: LoopSettings(steps=720, batch_size=64, learning_rate=2e-3))
-    unknown: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Refuses shares that are none."""
-        super().__post_init__()
-        if not 0 <= self.unknown <= 1:
-            raise SettingsError(f"unknown: {self.unknown} is no share of the tokens, give 0 to 1")
+    unknown: Fraction = 1.0
 
 
 def train_prior(

@@ -5,11 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from weightspace.errors import SettingsError
+from weightspace.settings import (
+    FractionBelowOne,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Settings,
+)
 
 
 @dataclass(frozen=True)
-class LoopSettings:
+class LoopSettings(Settings):
     """How a model is trained, whatever it is.
 
     Attributes:
@@ -32,33 +39,19 @@ class LoopSettings:
         tracker: where the history goes besides ``history.jsonl``; any name that Accelerate knows, or ``"none"``.
     """
 
-    steps: int = 1000
-    batch_size: int = 64
-    gradient_accumulation_steps: int = 1
-    learning_rate: float = 3e-3
-    weight_decay: float = 0.01
-    warmup: float = 0.1
+    steps: PositiveInt = 1000
+    batch_size: PositiveInt = 64
+    gradient_accumulation_steps: PositiveInt = 1
+    learning_rate: PositiveFloat = 3e-3
+    weight_decay: NonNegativeFloat = 0.01
+    warmup: FractionBelowOne = 0.1
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    max_grad_norm: float = 1.0
+    max_grad_norm: PositiveFloat = 1.0
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     seed: int = 0
-    checkpoint_every: int = 200
-    keep_checkpoints: int = 1
-    log_every: int = 10
-    validate_every: int = 100
+    checkpoint_every: NonNegativeInt = 200
+    keep_checkpoints: PositiveInt = 1
+    log_every: PositiveInt = 10
+    validate_every: NonNegativeInt = 100
     best: str | None = None
     tracker: str = "tensorboard"
-
-    def __post_init__(self) -> None:
-        """Refuses values that cannot be trained with."""
-        for name in ("steps", "batch_size", "gradient_accumulation_steps", "keep_checkpoints", "log_every"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name}: {getattr(self, name)} is too small, give 1 or more")
-        for name in ("checkpoint_every", "validate_every", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise SettingsError(f"{name}: {getattr(self, name)} is negative, give 0 or more")
-        for name in ("learning_rate", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise SettingsError(f"{name}: {getattr(self, name)} is not positive, give e.g. 0.001")
-        if not 0 <= self.warmup < 1:
-            raise SettingsError(f"warmup: {self.warmup} is no share of the steps, give 0 to below 1")
