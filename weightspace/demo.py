@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -261,9 +260,7 @@ def _report(
     )
 
 
-def _card(
-    zoo: Zoo, facts: EncoderFacts, training: Mapping[str, Any], measurements: Sequence[Measurement]
-) -> EncoderFacts:
+def _card(zoo: Zoo, facts: EncoderFacts, training: TrainingRecord, measurements: Sequence[Measurement]) -> EncoderFacts:
     described = training_zoo(zoo)
     if zoo.index["dataset"].dropna().str.startswith("digits").all():
         described = replace(described, name="small networks on variants of scikit-learn's digits")

@@ -260,7 +260,7 @@ def embed(
     loaded = encoder if isinstance(encoder, Encoder) else load_encoder(encoder, options)
     frames = []
     for location in locations:
-        zoo, names = None, []
+        zoo: Zoo | None = None
         if (Path(location) / "zoo.json").exists():
             zoo = load_zoo(location)
         else:

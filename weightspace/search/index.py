@@ -273,6 +273,7 @@ def faiss_index(vectors: Float[np.ndarray, "models size"]) -> Any:
         raise SettingsError(f"approximate search needs FAISS; {install_command('search')}, or search exactly")
     import faiss
 
+    index: Any
     count, size = vectors.shape
     digest = hashlib.sha256(f"{_LISTS_VERSION} {vectors.shape} ".encode())
     digest.update(np.ascontiguousarray(vectors).data)

@@ -18,6 +18,8 @@ from weightspace.models.autoencoder.feature_extraction_autoencoder import Weight
 from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel
 from weightspace.models.codec import LatentCodec
 from weightspace.models.joint.modeling_joint import JointModel
+from weightspace.models.prior.configuration_code_prior import WeightCodePriorConfig
+from weightspace.models.prior.configuration_prior import ConditionedPriorConfig, WeightPriorConfig
 from weightspace.models.prior.modeling_code_prior import WeightCodePriorModel
 from weightspace.models.prior.modeling_prior import WeightPriorModel
 from weightspace.settings import Fraction, FractionBelowOne, Settings
@@ -161,8 +163,8 @@ def _prepared(
     seen = ~zoo.index["dataset"].isin(joint.held_out_datasets).to_numpy()
     training = AlignedModels.of(zoo, split.train[seen[split.train]], codec)
     torch.manual_seed(loop.seed)
-    config = config_from(
-        method.model.config_class,
+    config: Any = config_from(
+        method.config,
         settings.shape,
         name="shape",
         autoencoder_config=codec.model.config,
@@ -191,19 +193,22 @@ class _Method:
 
     Attributes:
         loss: name of what is minimised besides the behaviour loss.
+        config: class of the configuration.
         model: class of the model.
         draw: draws further arguments of the model's forward for a batch.
     """
 
     loss: str
+    config: type[ConditionedPriorConfig]
     model: type[WeightPriorModel] | type[WeightCodePriorModel]
     draw: Callable[[Mapping[str, Tensor], torch.Generator], dict[str, Tensor]]
 
 
 def _method(settings: PriorSettings) -> _Method:
     if isinstance(settings, CodePriorSettings):
-        return _Method("codes", WeightCodePriorModel, functools.partial(_known_tokens, unknown=settings.unknown))
-    return _Method("flow", WeightPriorModel, _noise_and_times)
+        draw = functools.partial(_known_tokens, unknown=settings.unknown)
+        return _Method("codes", WeightCodePriorConfig, WeightCodePriorModel, draw)
+    return _Method("flow", WeightPriorConfig, WeightPriorModel, _noise_and_times)
 
 
 def _noise_and_times(inputs: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
