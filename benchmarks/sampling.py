@@ -3,12 +3,12 @@
 For each seed, 8 of the demo's 32 variants of digits are held out of everything: a zoo without their models is made, and
 an autoencoder and a joint model are trained on it with the demo's settings, a quantised autoencoder with twice as many
 numbers a token, and a prior on each with its own defaults. Samplers are then asked for models of 8 seen and of the 8
-unseen datasets, and judged as `weightspace evaluate-samples` does.
+unseen datasets, and evaluated as `weightspace evaluate-samples` does.
 
     python benchmarks/sampling.py --demo demo --output sampling --seeds 0 1 2
 
-Everything is kept in the output folder; a run that was interrupted goes on, and samplers that are there are not judged
-again. ``--table`` prints what is there.
+Everything is kept in the output folder; interrupted runs continue, and samplers with results are skipped.
+``--table`` only prints the results: the numbers, and which `CRITERIA` each seed meets.
 """
 
 from __future__ import annotations
@@ -25,10 +25,13 @@ import numpy as np
 
 from weightspace.demo import DemoSettings
 from weightspace.encoder import embed_dataset, load_encoder
-from weightspace.evaluation.controls import nearest_datasets
+from weightspace.evaluation.baselines import nearest_datasets
+from weightspace.evaluation.comparison import SCRATCH, SPEARMAN, ZOO, ComparisonRow, accuracy_after
+from weightspace.evaluation.criteria import BETTER_THAN_BASELINES, Criterion, check
 from weightspace.files import atomic_write_text
-from weightspace.sampling.opening import Sources, open_sampler
-from weightspace.sampling.trials import EvaluationSettings, Trials, plan_trials, prove_trials
+from weightspace.sampling.evaluate import EvaluationSettings, evaluate_on, plan_conditions
+from weightspace.sampling.factory import open_sampler
+from weightspace.sampling.sources import Sources
 from weightspace.search.queries import dataset_for
 from weightspace.training.autoencoder import train_autoencoder
 from weightspace.training.joint import train_joint
@@ -42,6 +45,13 @@ STEPS = ("", "+selected", "+refined")
 SAMPLERS = tuple(f"{base}{step}" for base in ("flow", "codes", "kde") for step in STEPS)
 CODES = {"code_levels": (8, 8, 8), "latent_size": 24}
 SETTINGS = EvaluationSettings(datasets=8, count=4, activations=1)
+CRITERIA = (
+    Criterion(accuracy_after(0), "at least", baseline=ZOO, share=0.95, group="seen"),
+    Criterion(SPEARMAN, "at least", 0.8, group="seen"),
+    Criterion(accuracy_after(1), "above", baseline=SCRATCH, everywhere=True),
+    *BETTER_THAN_BASELINES,
+)
+"""What this project asks of samplers."""
 
 
 @dataclass(frozen=True)
@@ -96,24 +106,33 @@ def trained(demo: Path, output: Path, seed: int, samplers: Sequence[str]) -> Tra
     return Trained(zoo, held_out, autoencoder, joint, tuple(map(str, priors)))
 
 
-def proved(models: Trained, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Asks samplers for models of seen and unseen datasets; returns records of proof rows."""
+def evaluated(models: Trained, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Evaluates samplers on seen and unseen datasets; returns records of comparison rows."""
     joint = load_encoder(models.joint)
     sources = Sources(joint, models.priors, models.zoo, str(models.autoencoder))
-    seen = plan_trials(models.zoo, joint, SETTINGS)
+    seen, _ = plan_conditions(models.zoo, joint, SETTINGS)
     features = {name: dataset_for(joint, name) for name in sorted(models.zoo.index["dataset"].unique())}
     unseen = {name: dataset_for(joint, name) for name in models.held_out}
     queries = [{name: embed_dataset(joint.joint, one)[0] for name, one in part.items()} for part in (unseen, features)]
     # All variants have the same architectures.
-    usual = next(iter(seen.blueprints.values()))
-    trials = Trials(
-        (*seen.datasets, *unseen.values()),
-        {**seen.blueprints, **dict.fromkeys(unseen, usual)},
-        seen.requests,
-        nearest_datasets(*queries),
-    )
+    usual = [one for one in seen if one.dataset is seen[0].dataset]
+    conditions = [*seen, *(replace(one, dataset=dataset) for dataset in unseen.values() for one in usual)]
     samplers = {name: open_sampler(name, sources).sampler for name in names}
-    return [asdict(row) for row in prove_trials(samplers, trials, models.zoo, joint, SETTINGS)]
+    rows = evaluate_on(conditions, samplers, models.zoo, joint, SETTINGS, nearest_datasets(*queries))
+    return [asdict(row) for row in rows]
+
+
+def outcomes(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
+    """Yields the table of criteria: the outcome of each seed."""
+    checked: dict[tuple[str, ...], dict[str, list[str]]] = {}
+    for rows in found.values():
+        for row in check([ComparisonRow(**record) for record in rows], CRITERIA):
+            key = (row.datasets, row.measure, row.subject, row.asked)
+            checked.setdefault(key, {}).setdefault(row.sampler, []).append(row.outcome)
+    yield f"| datasets | measure | of | criterion | {' | '.join(SAMPLERS)} |"
+    yield "|---" * (4 + len(SAMPLERS)) + "|"
+    for key, own in sorted(checked.items()):
+        yield f"| {' | '.join((*key, *(', '.join(own.get(sampler, [])) for sampler in SAMPLERS)))} |"
 
 
 def table(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
@@ -142,7 +161,7 @@ def main() -> None:
     parser.add_argument("--demo", type=Path, help="folder of a finished demo")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=SAMPLERS)
-    parser.add_argument("--table", action="store_true", help="print what the output has, and do nothing else")
+    parser.add_argument("--table", action="store_true", help="print the results, and do nothing else")
     options = parser.parse_args()
     if not options.table and options.demo is None:
         parser.error("--demo: name the folder of a finished demo")
@@ -151,11 +170,10 @@ def main() -> None:
         rows = json.loads(path.read_text()) if path.exists() else []
         missing = [name for name in options.samplers if name not in {row["sampler"] for row in rows}]
         if not options.table and missing:
-            rows += proved(trained(options.demo, options.output, seed, missing), missing)
+            rows += evaluated(trained(options.demo, options.output, seed, missing), missing)
             atomic_write_text(path, json.dumps(rows) + "\n")
-    print(
-        "\n".join(table({str(seed): json.loads(path.read_text()) for seed, path in results.items() if path.exists()}))
-    )
+    found = {str(seed): json.loads(path.read_text()) for seed, path in results.items() if path.exists()}
+    print("\n".join((*table(found), "", *outcomes(found))))
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ from weightspace.cards.record import read_record
 from weightspace.data.image_encoders import OFFLINE_ENCODER
 from weightspace.demo import DemoSettings, run_demo
 from weightspace.errors import SettingsError
-from weightspace.evaluation.finetuning import FineTuning
-from weightspace.evaluation.proof import SAMPLES, ProofSettings, accuracy_after
-from weightspace.sampling.trials import EvaluationSettings
+from weightspace.evaluation.comparison import SAMPLES, ComparisonSettings, accuracy_after
+from weightspace.evaluation.fine_tuning import FineTuning
+from weightspace.sampling.evaluate import EvaluationSettings
 from weightspace.training.autoencoder import AutoencoderSettings, EncoderSettings
 from weightspace.training.joint import JointSettings, TowerSettings
 from weightspace.training.run import read_training
@@ -28,8 +28,8 @@ TARGET = "test_accuracy"
 def settings(tiny_zoo_settings: ZooSettings, tiny_encoder_settings: AutoencoderSettings, tiny_clip: Path) -> Any:
     towers = TowerSettings(encoder=EncoderSettings(hidden_size=16, layers=1, heads=2, window=16), hidden_size=16)
     joint = JointSettings(towers=towers, image_encoder=str(tiny_clip), sample=20, images=20, loop=LOOP)
-    proof = ProofSettings(FineTuning(epochs=(0, 1)), checkpoints=2)
-    samples = EvaluationSettings(datasets=2, count=2, activations=1, bins=2, proof=proof)
+    comparison = ComparisonSettings(FineTuning(epochs=(0, 1)), checkpoints=2)
+    samples = EvaluationSettings(datasets=2, count=2, activations=1, bins=2, comparison=comparison)
     return DemoSettings(
         tiny_zoo_settings,
         tiny_encoder_settings,

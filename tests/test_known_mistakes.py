@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from weightspace.encoder import load_encoder
 from weightspace.errors import SettingsError, ZooError
-from weightspace.evaluation.functions import compare_functions
-from weightspace.evaluation.judging import task_of
+from weightspace.evaluation.accuracy import compare_functions
 from weightspace.io.checkpoint import open_checkpoint_bytes
 from weightspace.io.writing import checkpoint_bytes
 from weightspace.losses import masked_mse
@@ -27,9 +26,10 @@ from weightspace.models.autoencoder.feature_extraction_autoencoder import Weight
 from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel, WeightAutoencoderOutput
 from weightspace.networks.flat import unflatten
 from weightspace.networks.infer import infer_architecture
-from weightspace.sampling.conditions import Blueprint, Condition, blueprint_of
+from weightspace.sampling.base import Condition
 from weightspace.sampling.kde import KdeSampler, KdeSettings
-from weightspace.sampling.selecting import BootstrappedSampler, SelectionSettings, SubsampledSampler
+from weightspace.sampling.objective import Objective
+from weightspace.sampling.select import BootstrappedSampler, SelectedSampler, SelectionSettings
 from weightspace.search.queries import dataset_for, parse_results
 from weightspace.settings import settings_from_mapping
 from weightspace.tokenizers import TOKENIZERS, get_tokenizer
@@ -85,7 +85,7 @@ def test_2_tokens_attend_to_the_tokens_of_their_own_model(tiny_zoo: Zoo) -> None
     assert moved[1].all()
 
 
-Asked = tuple[KdeSampler, Condition, Blueprint]
+Asked = tuple[KdeSampler, Condition]
 
 
 @pytest.fixture(scope="module")
@@ -94,14 +94,16 @@ def asked(tiny_zoo: Zoo, tiny_encoder: Path, tiny_clip_joint: Path) -> Asked:
     joint, encoder = load_encoder(tiny_clip_joint), load_encoder(tiny_encoder)
     codec = encoder.codec
     sampler = KdeSampler(tiny_zoo, np.arange(len(tiny_zoo)), codec, joint, KdeSettings(anchors=1))
-    condition = Condition(dataset_for(joint, tiny_zoo.index["dataset"][0]), parse_results("<=0.2"))
-    return sampler, condition, blueprint_of(json.loads(tiny_zoo.index["config"][0]))
+    condition = Condition.from_config(json.loads(tiny_zoo.index["config"][0]))
+    dataset = dataset_for(joint, tiny_zoo.index["dataset"][0])
+    return sampler, replace(condition, dataset=dataset, results=parse_results("<=0.2"))
 
 
 def test_3_every_sample_draws_its_own_anchor_and_every_token_its_own_noise(asked: Asked) -> None:
-    sampler, _, blueprint = asked
-    latents = sampler.latents(Condition(), blueprint, 8, torch.Generator().manual_seed(0))
-    anchors = sampler.anchors(blueprint).latents
+    sampler, condition = asked
+    anything = replace(condition, dataset=None, results=())
+    latents = sampler.latents(anything, 8, torch.Generator().manual_seed(0))
+    anchors = sampler.anchors(condition.architecture).latents
     nearest = torch.cdist(latents.flatten(1), anchors.flatten(1)).argmin(1)
     assert len(nearest.unique()) > 3
     noise = latents - anchors[nearest]
@@ -110,28 +112,28 @@ def test_3_every_sample_draws_its_own_anchor_and_every_token_its_own_noise(asked
         assert alike.corrcoef().fill_diagonal_(0).abs().max() < 0.8
 
 
-@pytest.mark.parametrize("kind", [SubsampledSampler, BootstrappedSampler])
+@pytest.mark.parametrize("kind", [SelectedSampler, BootstrappedSampler])
 def test_4_the_best_samples_are_kept_and_not_the_first(
-    kind: type[SubsampledSampler] | type[BootstrappedSampler], asked: Asked
+    kind: type[SelectedSampler] | type[BootstrappedSampler], asked: Asked
 ) -> None:
-    density, condition, blueprint = asked
-    task, codec, images = task_of(condition, blueprint), density.codec, 100
+    density, condition = asked
+    objective, codec, images = Objective.of(condition), density.codec, 100
 
     def worth(latents: Tensor, shown: Tensor) -> list[tuple[float, float]]:
         with torch.no_grad():
-            judged = task.judge(codec.decode(latents, task.architecture), shown.expand(len(latents), -1))
-        return list(zip(judged.distance.tolist(), judged.loss.tolist(), strict=True))
+            scores = objective.score(codec.decode(latents, objective.architecture), shown.expand(len(latents), -1))
+        return [tuple(one) for one in scores.tolist()]
 
     settings = SelectionSettings(candidates=6, images=images)
-    kept = kind(density, settings).latents(condition, blueprint, 3, torch.Generator().manual_seed(0))
+    kept = kind(density, settings).latents(condition, 3, torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(0)
-    shown = task.draw(1, images, generator)
-    candidates = worth(density.latents(condition, blueprint, 18, generator), shown)
+    shown = objective.draw(1, images, generator)
+    candidates = worth(density.latents(condition, 18, generator), shown)
     best = sorted(candidates)[:3]
     assert best != sorted(candidates[:3])
     found = worth(kept, shown)
     assert found == sorted(found)
-    if kind is SubsampledSampler:
+    if kind is SelectedSampler:
         assert found == [pytest.approx(one) for one in best]
     else:
         assert all(ours <= theirs for ours, theirs in zip(found, best, strict=True))

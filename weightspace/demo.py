@@ -21,8 +21,8 @@ from weightspace.cards.record import write_card
 from weightspace.data.image_encoders import OFFLINE_ENCODER, open_image_encoder
 from weightspace.encoder import Encoder, embed_zoo, load_encoder
 from weightspace.errors import SettingsError
-from weightspace.evaluation.bars import judge
-from weightspace.evaluation.proof import ProofRow
+from weightspace.evaluation.comparison import ComparisonRow
+from weightspace.evaluation.criteria import check
 from weightspace.evaluation.retrieval import RetrievalRow, retrieval_table
 from weightspace.probes.explain import Explanation, explain
 from weightspace.probes.measurements import probe_measurements, reconstruction_measurements, retrieval_measurements
@@ -31,8 +31,9 @@ from weightspace.probes.rows import ProbeRow, rows_to_records
 from weightspace.probes.runs import MIN_RUNS, run_table
 from weightspace.probes.zoo import ENCODER, JOINT, describe_runs, probe_zoo
 from weightspace.report.page import Curve, PredictedTrue, Report, ZooMap, write_report
-from weightspace.sampling.opening import Sources, open_sampler
-from weightspace.sampling.trials import EvaluationSettings, evaluate_samplers
+from weightspace.sampling.evaluate import EvaluationSettings, evaluate_samplers
+from weightspace.sampling.factory import open_sampler
+from weightspace.sampling.sources import Sources
 from weightspace.training.autoencoder import (
     AutoencoderSettings,
     EncoderSettings,
@@ -190,7 +191,7 @@ class _Tables:
     probes: list[ProbeRow]
     retrieval: list[RetrievalRow]
     explanation: Explanation | None
-    samples: list[ProofRow]
+    samples: list[ComparisonRow]
 
 
 def _report(
@@ -239,7 +240,7 @@ def _report(
         retrieval=tables.retrieval,
         explanation=tables.explanation,
         samples=[asdict(row) for row in tables.samples],
-        sample_bars=[asdict(bar) for bar in judge(tables.samples)],
+        sample_bars=[asdict(row) for row in check(tables.samples)],
         curves=curves,
         predictions=shown,
         zoo_map=ZooMap(

@@ -13,14 +13,14 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from weightspace.cli.main import main
 from weightspace.data.images import load_images
-from weightspace.evaluation.controls import from_scratch
-from weightspace.evaluation.finetuning import Trial, accuracy, predictions
+from weightspace.evaluation.accuracy import ModelSet, accuracies
+from weightspace.evaluation.baselines import from_scratch
 from weightspace.io.checkpoint import open_checkpoint
 from weightspace.io.writing import save_checkpoint
 from weightspace.networks.flat import flatten, unflatten
 from weightspace.publishing import PushPlan, push_folder
 from weightspace.sampling import writing
-from weightspace.sampling.conditions import blueprint_of
+from weightspace.sampling.base import Condition
 from weightspace.zoo.dataset import Zoo, load_zoo
 from weightspace.zoo.importing import import_folder
 
@@ -80,11 +80,11 @@ def test_models_are_written_and_evaluated(
     for model, value in zip(record["models"], obtained, strict=True):
         opened = open_checkpoint((tmp_path / "out" / model["file"]).parent)
         assert opened.config is not None
-        blueprint = blueprint_of(opened.config)
-        assert blueprint.family is not None
-        flat = flatten(opened.tensors(), blueprint.architecture).unsqueeze(0)
-        trial = Trial(dataset, blueprint.family, blueprint.architecture, flat)
-        assert float(accuracy(predictions(trial), load_images(dataset))[0]) == pytest.approx(value)
+        condition = Condition.from_config(opened.config)
+        assert condition.family is not None
+        flat = flatten(opened.tensors(), condition.architecture).unsqueeze(0)
+        models = ModelSet(dataset, condition.family, condition.architecture, flat)
+        assert float(accuracies(models)[0]) == pytest.approx(value)
     assert len({model["model_id"] for model in record["models"]}) == 3
 
 
@@ -169,11 +169,11 @@ def test_what_is_not_asked_for_is_left_open(
 def test_editing_starts_from_a_model(
     words: list[str], config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    blueprint = blueprint_of(json.loads(config.read_text()))
-    assert blueprint.family is not None
+    condition = Condition.from_config(json.loads(config.read_text()))
+    assert condition.family is not None
     (tmp_path / "mine").mkdir()
-    flat = from_scratch(blueprint.family, blueprint.architecture, 1, torch.Generator().manual_seed(0))[0]
-    save_checkpoint(unflatten(flat, blueprint.architecture), tmp_path / "mine" / "model.safetensors")
+    flat = from_scratch(condition.family, condition.architecture, 1, torch.Generator().manual_seed(0))[0]
+    save_checkpoint(unflatten(flat, condition.architecture), tmp_path / "mine" / "model.safetensors")
     shutil.copy(config, tmp_path / "mine" / "config.json")
     command = [*without(words, "--architecture"), "--edit", str(tmp_path / "mine")]
 
@@ -184,7 +184,7 @@ def test_editing_starts_from_a_model(
         assert record["settings"]["strength"] == strength
         assert 0 <= record["before"] <= 1
         first = open_checkpoint((output / record["models"][0]["file"]).parent)
-        return float((flatten(first.tensors(), blueprint.architecture) - flat).norm())
+        return float((flatten(first.tensors(), condition.architecture) - flat).norm())
 
     assert distance(0.0) < distance(1.0)
     both = [*words, "--edit", str(tmp_path / "mine"), "--output", str(tmp_path / "both")]
@@ -299,12 +299,12 @@ class TestRefusals:
         capsys: pytest.CaptureFixture[str],
     ) -> None:
         values = json.loads(config.read_text())
-        blueprint = blueprint_of(values)
-        assert blueprint.family is not None
-        flat = from_scratch(blueprint.family, blueprint.architecture, 1, torch.Generator().manual_seed(0))[0]
+        condition = Condition.from_config(values)
+        assert condition.family is not None
+        flat = from_scratch(condition.family, condition.architecture, 1, torch.Generator().manual_seed(0))[0]
         mine = tmp_path / "mine"
         mine.mkdir()
-        save_checkpoint(unflatten(flat, blueprint.architecture), mine / "model.safetensors")
+        save_checkpoint(unflatten(flat, condition.architecture), mine / "model.safetensors")
         (mine / "config.json").write_text(json.dumps(values | changes))
         words[words.index("--architecture") + 1] = str(mine)
         said = refusal(capsys, *words, "--output", tmp_path / "out")

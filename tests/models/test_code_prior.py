@@ -17,7 +17,7 @@ from weightspace.models.prior.configuration_code_prior import WeightCodePriorCon
 from weightspace.models.prior.modeling_code_prior import WeightCodePriorModel, _drawn
 from weightspace.models.prior.modeling_prior import Guidance, PriorCondition
 from weightspace.networks.families import MLPConfig
-from weightspace.sampling.conditions import blueprint_of
+from weightspace.sampling.base import Condition
 from weightspace.schema import Architecture
 
 LEVELS = (4, 3)
@@ -43,7 +43,7 @@ TINY: dict[str, Any] = {
 
 
 def architecture(*hidden: int) -> Architecture:
-    return blueprint_of(MLPConfig((1, 2, 3), 4, hidden).to_dict()).architecture
+    return Condition.from_config(MLPConfig((1, 2, 3), 4, hidden).to_dict()).architecture
 
 
 SHALLOW, WIDE = architecture(5), architecture(30)

@@ -14,7 +14,7 @@ from weightspace.models.autoencoder.feature_extraction_autoencoder import Weight
 from weightspace.models.prior.configuration_prior import WeightPriorConfig
 from weightspace.models.prior.modeling_prior import Guidance, PriorCondition, WeightPriorModel
 from weightspace.networks.families import MLPConfig
-from weightspace.sampling.conditions import blueprint_of
+from weightspace.sampling.base import Condition
 from weightspace.schema import Architecture
 
 TINY: dict[str, Any] = {
@@ -38,7 +38,7 @@ TINY: dict[str, Any] = {
 
 
 def architecture(*hidden: int) -> Architecture:
-    return blueprint_of(MLPConfig((1, 2, 3), 4, hidden).to_dict()).architecture
+    return Condition.from_config(MLPConfig((1, 2, 3), 4, hidden).to_dict()).architecture
 
 
 SHALLOW, WIDE = architecture(5), architecture(30)

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weightspace.evaluation import bars, proof
+from weightspace.evaluation import comparison as proof
+from weightspace.evaluation import criteria
 from weightspace.probes.explain import ACROSS, ALL
 from weightspace.report import findings
 from weightspace.report.findings import (
@@ -244,8 +245,8 @@ def test_an_auc_that_is_missing_is_said() -> None:
     )
 
 
-def bar(outcome: bars.Outcome, **changes: Any) -> dict[str, Any]:
-    made = bars.Bar(
+def bar(outcome: criteria.Outcome, **changes: Any) -> dict[str, Any]:
+    made = criteria.CriterionRow(
         sampler="kde",
         datasets="seen",
         measure=proof.accuracy_after(0),
@@ -262,7 +263,7 @@ def bar(outcome: bars.Outcome, **changes: Any) -> dict[str, Any]:
 
 
 def test_outcomes_of_criteria_are_outcomes_of_findings() -> None:
-    assert set(get_args(bars.Outcome)) <= set(get_args(findings.Outcome))
+    assert set(get_args(criteria.Outcome)) <= set(get_args(findings.Outcome))
 
 
 def test_every_bar_of_a_sampler_is_told_with_its_number() -> None:
@@ -285,7 +286,7 @@ def test_every_bar_of_a_sampler_is_told_with_its_number() -> None:
         (("met", "not met"), "not met"),
     ],
 )
-def test_one_bar_that_is_not_met_is_enough(outcomes: Sequence[bars.Outcome], together: str) -> None:
+def test_one_bar_that_is_not_met_is_enough(outcomes: Sequence[criteria.Outcome], together: str) -> None:
     (verdict,) = sample_verdicts(list(map(bar, outcomes)))
     assert verdict.outcome == together
 

@@ -15,8 +15,8 @@ from chromium import CHROMIUM, open_chromium
 from PIL import Image
 
 from weightspace.errors import ZooError
-from weightspace.evaluation import proof
-from weightspace.evaluation.bars import judge
+from weightspace.evaluation import comparison as proof
+from weightspace.evaluation.criteria import Criterion, check
 from weightspace.probes.explain import ACROSS, ALL, ClusterRow, Explanation, VarianceRow
 from weightspace.probes.reconstruction import ALL_ARCHITECTURES, ReconstructionRow
 from weightspace.probes.rows import ProbeRow, rows_to_records
@@ -147,6 +147,14 @@ def explanation() -> Explanation:
     return Explanation(tuple(clusters), (), tuple(variance), (f"A note {HOSTILE}.",))
 
 
+CRITERIA = (
+    Criterion(proof.accuracy_after(0), "at least", baseline=proof.ZOO, share=0.95),
+    Criterion(proof.SPEARMAN, "at least", 0.8),
+    Criterion(proof.accuracy_after(1), "above", baseline=proof.SCRATCH, everywhere=True),
+    Criterion(proof.OVERLAP, "at most", baseline=proof.INDEPENDENT),
+)
+
+
 def proof_rows(sampler: str, zero_shot: float, datasets: proof.Group = "seen") -> list[dict[str, Any]]:
     """What a proof says of one sampler: the controls are those of every sampler but for the noise."""
     names = ("digits", "digits?rotation=90")
@@ -154,7 +162,7 @@ def proof_rows(sampler: str, zero_shot: float, datasets: proof.Group = "seen") -
     def row(measure: str, subject: str, value: float) -> dict[str, Any]:
         values = tuple(zip(names, (value - 0.0101, value + 0.0101), strict=True))
         low, high = value - 0.0212345, value + 0.0312345
-        return dataclasses.asdict(proof.ProofRow(sampler, datasets, measure, subject, value, low, high, values))
+        return dataclasses.asdict(proof.ComparisonRow(sampler, datasets, measure, subject, value, low, high, values))
 
     subjects = {
         proof.SAMPLES: zero_shot,
@@ -225,7 +233,7 @@ def report() -> Report:
         sample_bars=[
             dataclasses.asdict(bar)
             for sampler in ("kde", HOSTILE)
-            for bar in judge([proof.ProofRow(**row) for row in proof_rows(sampler, 0.9012345)])
+            for bar in check([proof.ComparisonRow(**row) for row in proof_rows(sampler, 0.9012345)], CRITERIA)
         ],
         curves=[
             Curve("loss", [0, 10, 20], [1.0, 0.1, 0.01]),

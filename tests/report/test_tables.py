@@ -3,7 +3,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from weightspace.evaluation import bars, proof
+from weightspace.evaluation import comparison as proof
+from weightspace.evaluation import criteria
 from weightspace.probes.explain import ACROSS, ALL
 from weightspace.report.tables import Cell, cluster_tables, criterion_tables, sample_tables, variance_tables
 from weightspace.stats.clustering import MEASURES
@@ -129,9 +130,9 @@ def test_untrained_weights_refined_alike_stand_below_the_references() -> None:
     assert table.lines[-1].cells[1] == Cell(0.3, 0.3 - 0.1, 0.3 + 0.1)
 
 
-def bar(sampler: str, measure: str, outcome: bars.Outcome, datasets: proof.Group = "seen") -> dict[str, Any]:
+def bar(sampler: str, measure: str, outcome: criteria.Outcome, datasets: proof.Group = "seen") -> dict[str, Any]:
     subject = f"samples - {proof.BEST}"
-    made = bars.Bar(sampler, datasets, measure, subject, "above 0", 0.1, None, None, 2, 3, outcome)
+    made = criteria.CriterionRow(sampler, datasets, measure, subject, 0.1, None, None, "above 0", 2, 3, outcome)
     return dataclasses.asdict(made)
 
 

@@ -1,7 +1,8 @@
-"""A density over the models of ``tiny_zoo``, and what is asked of it."""
+"""A density over the models of ``tiny_zoo``, and a condition for its samples."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from weightspace.encoder import Encoder, load_encoder
 from weightspace.models.codec import LatentCodec
 from weightspace.networks.families import FamilyConfig
-from weightspace.sampling.conditions import Blueprint, Condition, blueprint_of
+from weightspace.sampling.base import Condition
 from weightspace.sampling.kde import KdeSampler
 from weightspace.search.queries import dataset_for, parse_results
 from weightspace.zoo.dataset import Zoo
@@ -44,12 +45,7 @@ def tiny_family(tiny_zoo: Zoo) -> FamilyConfig:
 
 
 @pytest.fixture(scope="session")
-def tiny_blueprint(tiny_family: FamilyConfig) -> Blueprint:
-    """The architecture of the first model."""
-    return blueprint_of(tiny_family.to_dict())
-
-
-@pytest.fixture(scope="session")
-def tiny_condition(tiny_zoo: Zoo, tiny_joint: Encoder) -> Condition:
-    """The dataset of the first model, and good results."""
-    return Condition(dataset_for(tiny_joint, tiny_zoo.index["dataset"][0]), parse_results(">=0.3"))
+def tiny_condition(tiny_zoo: Zoo, tiny_joint: Encoder, tiny_family: FamilyConfig) -> Condition:
+    """The architecture and the dataset of the first model, and good results."""
+    dataset = dataset_for(tiny_joint, tiny_zoo.index["dataset"][0])
+    return replace(Condition.from_config(tiny_family.to_dict()), dataset=dataset, results=parse_results(">=0.3"))

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from weightspace.encoder import Encoder
 from weightspace.errors import SettingsError, WeightspaceError
-from weightspace.sampling import codes
+from weightspace.sampling import priors
+from weightspace.sampling.base import Condition, Sampler, sample
 from weightspace.sampling.codes import CodeSampler, CodeSettings
-from weightspace.sampling.conditions import Blueprint, Condition
 from weightspace.sampling.flow import FlowSampler
-from weightspace.sampling.samplers import Sampler, sample
 
 
 @pytest.fixture(scope="module")
@@ -21,60 +20,50 @@ def sampler(tiny_code_prior: Path, tiny_joint: Encoder) -> CodeSampler:
     return CodeSampler.load(tiny_code_prior, tiny_joint)
 
 
-def drawn(sampler: CodeSampler, condition: Condition, blueprint: Blueprint, count: int = 3, seed: int = 0) -> Tensor:
-    return sampler.latents(condition, blueprint, count, torch.Generator().manual_seed(seed))
+def drawn(sampler: CodeSampler, condition: Condition, count: int = 3, seed: int = 0) -> Tensor:
+    return sampler.latents(condition, count, torch.Generator().manual_seed(seed))
 
 
-def test_samples_are_models_of_the_architecture_made_of_codes(
-    sampler: CodeSampler, tiny_condition: Condition, tiny_blueprint: Blueprint
-) -> None:
+def test_samples_are_models_of_the_architecture_made_of_codes(sampler: CodeSampler, tiny_condition: Condition) -> None:
     assert isinstance(sampler, Sampler)
-    latents, autoencoder = drawn(sampler, tiny_condition, tiny_blueprint), sampler.prior.autoencoder
+    latents, autoencoder = drawn(sampler, tiny_condition), sampler.prior.autoencoder
     assert torch.equal(autoencoder.from_codes(autoencoder.to_codes(latents)), latents)
-    flat = sample(sampler, tiny_condition, tiny_blueprint, 3, torch.Generator().manual_seed(0))
-    assert flat.shape == (3, tiny_blueprint.architecture.numel)
-    assert torch.equal(flat, sampler.codec.decode(latents, tiny_blueprint.architecture))
+    flat = sample(sampler, tiny_condition, 3, torch.Generator().manual_seed(0))
+    assert flat.shape == (3, tiny_condition.architecture.numel)
+    assert torch.equal(flat, sampler.codec.decode(latents, tiny_condition.architecture))
 
 
-def test_samples_follow_from_the_generator_alone(
-    sampler: CodeSampler, tiny_condition: Condition, tiny_blueprint: Blueprint
-) -> None:
-    one, same, other = (drawn(sampler, tiny_condition, tiny_blueprint, seed=seed) for seed in (0, 0, 1))
+def test_samples_follow_from_the_generator_alone(sampler: CodeSampler, tiny_condition: Condition) -> None:
+    one, same, other = (drawn(sampler, tiny_condition, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
 
 
-def test_temperature_is_how_much_samples_differ(
-    sampler: CodeSampler, tiny_condition: Condition, tiny_blueprint: Blueprint
-) -> None:
+def test_temperature_is_how_much_samples_differ(sampler: CodeSampler, tiny_condition: Condition) -> None:
     spread = [
-        float(
-            drawn(replace(sampler, settings=CodeSettings(temperature=t)), tiny_condition, tiny_blueprint).std(0).mean()
-        )
+        float(drawn(replace(sampler, settings=CodeSettings(temperature=t)), tiny_condition).std(0).mean())
         for t in (0.0, 0.5, 1.0)
     ]
     assert spread[0] == 0 < spread[1] < spread[2]
 
 
-def test_a_condition_may_be_left_out_and_matters(
-    sampler: CodeSampler, tiny_condition: Condition, tiny_blueprint: Blueprint
-) -> None:
+def test_a_condition_may_be_left_out_and_matters(sampler: CodeSampler, tiny_condition: Condition) -> None:
     conditions = (
         tiny_condition,
-        Condition(tiny_condition.dataset),
-        Condition(wanted=tiny_condition.wanted),
-        Condition(),
+        replace(tiny_condition, results=()),
+        replace(tiny_condition, dataset=None),
+        replace(tiny_condition, dataset=None, results=()),
     )
     strong = replace(sampler, settings=CodeSettings(5.0, 5.0, 1.0))
-    samples = [drawn(strong, condition, tiny_blueprint, 8) for condition in conditions]
+    samples = [drawn(strong, condition, 8) for condition in conditions]
     assert not any(torch.equal(one, other) for place, one in enumerate(samples) for other in samples[:place])
 
 
 def test_many_samples_are_drawn_in_parts(
-    sampler: CodeSampler, tiny_condition: Condition, tiny_blueprint: Blueprint, monkeypatch: pytest.MonkeyPatch
+    sampler: CodeSampler, tiny_condition: Condition, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(codes, "_TOGETHER", 2)
-    assert len(drawn(sampler, tiny_condition, tiny_blueprint, 5)) == 5
+    monkeypatch.setattr(priors, "_BATCH", 2)
+    assert len(drawn(sampler, tiny_condition, 5)) == 5
 
 
 def test_what_does_not_fit_is_refused(

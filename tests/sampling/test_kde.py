@@ -14,9 +14,8 @@ from weightspace.errors import SettingsError
 from weightspace.models.codec import LatentCodec
 from weightspace.networks.families import FamilyConfig
 from weightspace.networks.permutation import permute, random_permutations
-from weightspace.sampling.conditions import Blueprint, Condition, blueprint_of
+from weightspace.sampling.base import Condition, sample
 from weightspace.sampling.kde import Anchors, KdeSampler, KdeSettings, noise, picked
-from weightspace.sampling.samplers import sample
 from weightspace.search.queries import joint_query
 from weightspace.zoo.dataset import Zoo
 
@@ -42,28 +41,24 @@ class TestProbabilities:
         tiny_kde: KdeSampler,
         tiny_joint: Encoder,
         tiny_family: FamilyConfig,
-        tiny_blueprint: Blueprint,
         tiny_condition: Condition,
     ) -> None:
         rows = rows_of(tiny_zoo, tiny_family)
         embedded = F.normalize(torch.from_numpy(embed_zoo(tiny_joint, tiny_zoo, rows)), dim=1)
-        query = torch.from_numpy(joint_query(tiny_joint, tiny_condition.dataset, tiny_condition.wanted))
+        query = torch.from_numpy(joint_query(tiny_joint, tiny_condition.dataset, tiny_condition.results))
         same = torch.tensor([tiny_zoo.families[row] == tiny_family for row in rows])
         for temperature in (0.5, 2.0):
             weights = torch.where(same, ((embedded @ query) / temperature).exp(), 0.0)
-            found = with_settings(tiny_kde, temperature=temperature).probabilities(tiny_condition, tiny_blueprint)
+            found = with_settings(tiny_kde, temperature=temperature).probabilities(tiny_condition)
             torch.testing.assert_close(found, weights / weights.sum(), rtol=1e-4, atol=1e-6)
         assert 0 < int(same.sum()) < len(rows)
 
-    def test_are_equal_where_nothing_is_asked(self, tiny_kde: KdeSampler, tiny_blueprint: Blueprint) -> None:
-        found = tiny_kde.probabilities(Condition(), tiny_blueprint)
+    def test_are_equal_where_nothing_is_requested(self, tiny_kde: KdeSampler, tiny_condition: Condition) -> None:
+        found = tiny_kde.probabilities(replace(tiny_condition, dataset=None, results=()))
         assert len(found[found > 0].unique()) == 1
 
-    def test_count_every_activation_where_none_is_known(
-        self, tiny_kde: KdeSampler, tiny_blueprint: Blueprint, tiny_condition: Condition
-    ) -> None:
-        unknown = Blueprint(tiny_blueprint.architecture)
-        assert (tiny_kde.probabilities(tiny_condition, unknown) > 0).all()
+    def test_count_every_activation_where_none_is_known(self, tiny_kde: KdeSampler, tiny_condition: Condition) -> None:
+        assert (tiny_kde.probabilities(replace(tiny_condition, config=None)) > 0).all()
 
     def test_only_given_rows_are_anchors(
         self,
@@ -71,37 +66,31 @@ class TestProbabilities:
         tiny_codec: LatentCodec,
         tiny_joint: Encoder,
         tiny_family: FamilyConfig,
-        tiny_blueprint: Blueprint,
+        tiny_condition: Condition,
     ) -> None:
         rows = rows_of(tiny_zoo, tiny_family)[3:7]
         sampler = KdeSampler(tiny_zoo, rows, tiny_codec, tiny_joint, KdeSettings(anchors=1, bandwidth=0.0))
-        anchors = sampler.anchors(tiny_blueprint)
+        anchors = sampler.anchors(tiny_condition.architecture)
         assert len(anchors.flat) == 4
         assert torch.equal(anchors.flat.sort().values, tiny_zoo.flat(rows).sort().values)
 
 
 class TestLatents:
-    def test_one_anchor_without_noise_is_the_anchor(
-        self, tiny_kde: KdeSampler, tiny_blueprint: Blueprint, tiny_condition: Condition
-    ) -> None:
+    def test_one_anchor_without_noise_is_the_anchor(self, tiny_kde: KdeSampler, tiny_condition: Condition) -> None:
         sampler = with_settings(tiny_kde, anchors=1, bandwidth=0.0)
-        found = sampler.latents(tiny_condition, tiny_blueprint, 6, seeded())
-        anchors = sampler.anchors(tiny_blueprint).latents
-        likely = anchors[sampler.probabilities(tiny_condition, tiny_blueprint) > 0]
+        found = sampler.latents(tiny_condition, 6, seeded())
+        anchors = sampler.anchors(tiny_condition.architecture).latents
+        likely = anchors[sampler.probabilities(tiny_condition) > 0]
         assert all((likely == one).flatten(1).all(1).any() for one in found)
 
-    def test_a_sharp_temperature_takes_the_best_anchor(
-        self, tiny_kde: KdeSampler, tiny_blueprint: Blueprint, tiny_condition: Condition
-    ) -> None:
+    def test_a_sharp_temperature_takes_the_best_anchor(self, tiny_kde: KdeSampler, tiny_condition: Condition) -> None:
         sampler = with_settings(tiny_kde, anchors=1, bandwidth=0.0, temperature=1e-6)
-        best = int(tiny_kde.probabilities(tiny_condition, tiny_blueprint).argmax())
-        (found,) = sampler.latents(tiny_condition, tiny_blueprint, 1, seeded())
-        assert torch.equal(found, sampler.anchors(tiny_blueprint).latents[best])
+        best = int(tiny_kde.probabilities(tiny_condition).argmax())
+        (found,) = sampler.latents(tiny_condition, 1, seeded())
+        assert torch.equal(found, sampler.anchors(tiny_condition.architecture).latents[best])
 
-    def test_a_mean_of_permuted_copies_is_the_model(
-        self, tiny_kde: KdeSampler, tiny_blueprint: Blueprint, tiny_condition: Condition
-    ) -> None:
-        anchors = tiny_kde.anchors(tiny_blueprint)
+    def test_a_mean_of_permuted_copies_is_the_model(self, tiny_kde: KdeSampler, tiny_condition: Condition) -> None:
+        anchors = tiny_kde.anchors(tiny_condition.architecture)
         flat = anchors.flat[:1].expand(3, -1)
         shuffled = permute(flat, random_permutations(anchors.architecture, 3, seeded()), anchors.architecture)
         assert not torch.equal(shuffled[1], shuffled[0])
@@ -112,20 +101,18 @@ class TestLatents:
         expected = tiny_kde.codec.encode(shuffled[:1], anchors.architecture)[0]
         torch.testing.assert_close(centre, expected, rtol=1e-4, atol=1e-5)
 
-    def test_a_generator_gives_the_same_samples_again(
-        self, tiny_kde: KdeSampler, tiny_blueprint: Blueprint, tiny_condition: Condition
-    ) -> None:
-        first, again, other = (sample(tiny_kde, tiny_condition, tiny_blueprint, 3, seeded(seed)) for seed in (0, 0, 1))
+    def test_a_generator_gives_the_same_samples_again(self, tiny_kde: KdeSampler, tiny_condition: Condition) -> None:
+        first, again, other = (sample(tiny_kde, tiny_condition, 3, seeded(seed)) for seed in (0, 0, 1))
         assert torch.equal(first, again)
         assert not torch.equal(first, other)
-        assert first.shape == (3, tiny_blueprint.architecture.numel)
+        assert first.shape == (3, tiny_condition.architecture.numel)
 
     def test_weights_are_read_once(
-        self, tiny_kde: KdeSampler, tiny_blueprint: Blueprint, monkeypatch: pytest.MonkeyPatch
+        self, tiny_kde: KdeSampler, tiny_condition: Condition, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        kept = tiny_kde.anchors(tiny_blueprint)
+        kept = tiny_kde.anchors(tiny_condition.architecture)
         monkeypatch.setattr(Zoo, "batches", None)
-        assert tiny_kde.anchors(blueprint_of(tiny_blueprint.config or {})) is kept
+        assert tiny_kde.anchors(Condition.from_config(tiny_condition.config or {}).architecture) is kept
 
 
 class TestNoise:
@@ -167,16 +154,16 @@ class TestRefusals:
     def test_an_architecture_that_the_zoo_lacks(
         self, tiny_kde: KdeSampler, tiny_family: FamilyConfig, tiny_condition: Condition
     ) -> None:
-        other = blueprint_of({**tiny_family.to_dict(), "hidden": [5]})
+        other = Condition.from_config({**tiny_family.to_dict(), "hidden": [5]}).architecture
         with pytest.raises(SettingsError, match=r"none of 48 models .* \(4 tensors, .* or use the flow sampler"):
-            tiny_kde.latents(tiny_condition, other, 1, seeded())
+            tiny_kde.latents(replace(tiny_condition, architecture=other, config=None), 1, seeded())
 
     def test_a_config_that_the_zoo_lacks(
         self, tiny_kde: KdeSampler, tiny_family: FamilyConfig, tiny_condition: Condition
     ) -> None:
-        other = blueprint_of({**tiny_family.to_dict(), "activation": "silu"})
+        config = {**tiny_family.to_dict(), "activation": "silu"}
         with pytest.raises(SettingsError, match=r"none of \d+ models .*'activation': 'silu'.* use the flow sampler"):
-            tiny_kde.latents(tiny_condition, other, 1, seeded())
+            tiny_kde.latents(replace(tiny_condition, config=config), 1, seeded())
 
     @pytest.mark.parametrize(
         ("name", "value"),

@@ -1,4 +1,4 @@
-"""``weightspace sample`` and ``weightspace evaluate-samples``: sampled models, and what they are worth."""
+"""``weightspace sample`` and ``weightspace evaluate-samples``: sampled models, and how good they are."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ from weightspace.cli.options import (
     ensure_codes,
     joint_option,
     output_option,
-    settings_from,
     temperature_option,
 )
 from weightspace.cli.output import table
 
 if TYPE_CHECKING:
-    from weightspace.evaluation.bars import Bar
-    from weightspace.evaluation.proof import ProofRow
+    from weightspace.evaluation.comparison import ComparisonRow
+    from weightspace.evaluation.criteria import CriterionRow
     from weightspace.io.hub import HubOptions
-    from weightspace.sampling.making import Made
+    from weightspace.sampling.request import SampledModels
     from weightspace.sampling.writing import WrittenModel
 
 _FROM_SAMPLER = "from the sampler"
@@ -51,10 +50,10 @@ _FROM_SAMPLER = "from the sampler"
 @click.option("--steps", type=COUNT, show_default=_FROM_SAMPLER, help="Steps of the flow.")
 @click.option("--solver", type=click.Choice(["euler", "heun"]), show_default=_FROM_SAMPLER)
 @temperature_option
-@click.option("--candidates", type=COUNT, help="Sample so many for each model and keep the best.")
-@click.option("--images", type=COUNT, help="Training images that candidates are judged by.")
+@click.option("--candidates", type=COUNT, help="Samples to choose each model from.")
+@click.option("--images", type=COUNT, help="Training images that candidates are scored on.")
 @click.option("--refine", type=COUNT, help="Steps of gradient refinement on the dataset.")
-@click.option("--edit", "edited", help="Model to move towards the dataset and the result, in place of sampling anew.")
+@click.option("--edit", "edited", help="Model to move towards the dataset and the result, instead of sampling anew.")
 @click.option("--strength", type=click.FloatRange(0, 1), default=0.5, help="Of --edit: 0 leaves it, 1 samples anew.")
 def sample(
     joint: str,
@@ -73,62 +72,64 @@ def sample(
     refine: int | None,
     options: HubOptions,
     allow_pickle: bool,
-    **order: Any,
+    **values: Any,
 ) -> Result:
     """Sample models for a dataset and a result, and evaluate them.
 
-    Without --dataset or --result, models are sampled that suit any. The sampler is that of --prior; kde needs
-    --zoo and --encoder in its place.
+    Without --dataset or --result, models for any are sampled. The sampler is that of --prior; kde needs --zoo and
+    --encoder instead.
 
     The folder can be imported by `weightspace zoo import` and published by `weightspace push`.
     """
     from weightspace.encoder import load_encoder
-    from weightspace.sampling.making import Order, check_order, make_models
-    from weightspace.sampling.opening import SamplerSettings, Sources, open_sampler, prior_kind
+    from weightspace.sampling.factory import default_sampler, open_sampler
+    from weightspace.sampling.request import SampleRequest, sample_models
+    from weightspace.sampling.sources import Sources
     from weightspace.sampling.writing import ensure_empty, write_models
     from weightspace.zoo.dataset import load_zoo
 
-    wanted = Order(**order)
+    request = SampleRequest(**values)
     ensure_empty(output)
-    blueprint = check_order(wanted, options)
-    name = sampler or ("kde" if prior is None else prior_kind(prior, options))
+    condition = request.open(options)
+    name = sampler or ("kde" if prior is None else default_sampler(prior, options))
     ensure_codes(temperature, [name])
     if candidates is not None and not {"selected", "bootstrapped"} & set(name.split("+")):
         name = f"{name}+selected"
     if refine is not None and not name.endswith("+refined"):
         name = f"{name}+refined"
-    given = {
-        **{f"{part}.dataset_guidance": guidance_dataset for part in ("flow", "codes")},
-        **{f"{part}.result_guidance": guidance_result for part in ("flow", "codes")},
-        **{"flow.steps": steps, "flow.solver": solver, "codes.temperature": temperature},
-        **{"selection.candidates": candidates, "selection.images": images, "refinement.steps": refine},
+    guidance = {"dataset_guidance": guidance_dataset, "result_guidance": guidance_result}
+    selection = {"candidates": candidates, "images": images}
+    settings = {
+        "flow": {**guidance, "steps": steps, "solver": solver},
+        "codes": {**guidance, "temperature": temperature},
+        "selected": selection,
+        "bootstrapped": selection,
+        "refined": {"steps": refine},
     }
-    settings = settings_from(SamplerSettings, None, given)
     loaded = load_encoder(joint, options)
     opened_zoo = None if zoo is None else load_zoo(zoo)
     sources = Sources(loaded, () if prior is None else (prior,), opened_zoo, encoder, options)
     opened = open_sampler(name, sources, settings)
-    made = make_models(wanted, blueprint, opened, loaded, options, allow_pickle=allow_pickle)
-    obtained = [] if made.accuracies is None else [{"test_accuracy": float(value)} for value in made.accuracies]
-    written = write_models(output, made.flat, blueprint, made.sampling, obtained, made.statistics)
+    models = sample_models(request, condition, opened, loaded, options, allow_pickle=allow_pickle)
+    written = write_models(output, models)
     record = {
         "folder": str(output),
-        **asdict(made.sampling),
+        **asdict(models.facts),
         "models": [asdict(one) for one in written],
-        "mean": None if made.accuracies is None else float(made.accuracies.mean()),
-        "chance": made.chance,
-        "before": made.before,
-        "not_evaluated": made.unknown if made.accuracies is None else None,
+        "mean": None if models.accuracies is None else float(models.accuracies.mean()),
+        "chance": models.chance,
+        "before": models.before,
+        "not_evaluated": models.not_evaluated,
     }
-    return record, [f"{output}: {len(written):,} models by {made.sampling.sampler}", *_obtained(made, written)]
+    return record, [f"{output}: {len(written):,} models by {models.facts.sampler}", *_obtained(models, written)]
 
 
-def _obtained(made: Made, written: list[WrittenModel]) -> list[str]:
-    if made.accuracies is None:
-        return [f"not evaluated: {made.unknown}"]
-    requested = made.sampling.result or "any"
+def _obtained(models: SampledModels, written: list[WrittenModel]) -> list[str]:
+    if models.accuracies is None:
+        return [f"not evaluated: {models.not_evaluated}"]
+    requested = models.facts.result or "any"
     rows = [(one.file.partition("/")[0], requested, f"{one.results['test_accuracy']:.3f}") for one in written]
-    known = {"mean": made.accuracies.mean(), "before": made.before, "chance": made.chance}
+    known = {"mean": models.accuracies.mean(), "before": models.before, "chance": models.chance}
     rows += [(name, "", f"{value:.3f}") for name, value in known.items() if value is not None]
     return table(("model", "requested", "obtained test_accuracy"), rows)
 
@@ -173,47 +174,46 @@ def evaluate_samples(
     allow_pickle: bool,
     **extent: Any,
 ) -> Result:
-    """Evaluate samplers: what their models are worth, and whether they are new.
+    """Evaluate samplers: the accuracy of their models, and whether they are new.
 
     ZOO is the zoo that the joint model was trained on.
 
     Models are sampled for datasets and results of the zoo, fine-tuned, and compared with the zoo's own, with training
-    from scratch and with other models that need no generator. Intervals (95 %) are over datasets; a bar that lies in
-    its interval is undecided.
+    from scratch and with other models that need no generator. Intervals (95 %) are over datasets; a comparison with a
+    baseline is undecided where the interval of the paired differences contains 0.
     """
     from weightspace.encoder import load_encoder
-    from weightspace.evaluation.bars import judge
-    from weightspace.evaluation.finetuning import FineTuning
-    from weightspace.evaluation.proof import ProofSettings
-    from weightspace.sampling.codes import CodeSettings
-    from weightspace.sampling.opening import SamplerSettings, Sources, open_sampler, prior_kind
-    from weightspace.sampling.trials import EvaluationSettings, evaluate_samplers
+    from weightspace.evaluation.comparison import ComparisonSettings
+    from weightspace.evaluation.criteria import check
+    from weightspace.evaluation.fine_tuning import FineTuning
+    from weightspace.sampling.evaluate import EvaluationSettings, evaluate_samplers
+    from weightspace.sampling.factory import default_sampler, open_sampler
+    from weightspace.sampling.sources import Sources
     from weightspace.zoo.dataset import load_zoo
     from weightspace.zoo.storage import write_text
 
-    settings = EvaluationSettings(**extent, proof=ProofSettings(FineTuning(epochs=epochs)))
+    settings = EvaluationSettings(**extent, comparison=ComparisonSettings(FineTuning(epochs=epochs)))
     loaded, opened_zoo = load_encoder(joint, options), load_zoo(zoo)
     sources = Sources(loaded, priors, opened_zoo, encoder, options)
-    names = samplers or (*(prior_kind(prior, options) for prior in priors), "kde")
+    names = samplers or (*(default_sampler(prior, options) for prior in priors), "kde")
     ensure_codes(temperature, names)
-    parts = SamplerSettings() if temperature is None else SamplerSettings(codes=CodeSettings(temperature=temperature))
-    opened = {name: open_sampler(name, sources, parts) for name in names}
+    opened = {name: open_sampler(name, sources, {"codes": {"temperature": temperature}}) for name in names}
     ready = {name: one.sampler for name, one in opened.items()}
     rows = evaluate_samplers(ready, opened_zoo, loaded, settings, options, allow_pickle=allow_pickle)
-    bars = judge(rows)
+    criteria = check(rows)
     record = {
         "zoo": opened_zoo.location,
         "samplers": {name: {"sources": one.sources, "settings": one.settings} for name, one in opened.items()},
         "settings": asdict(settings),
         "rows": [asdict(row) for row in rows],
-        "bars": [asdict(bar) for bar in bars],
+        "criteria": [asdict(row) for row in criteria],
     }
     write_text(output, json.dumps(record, indent=1) + "\n")
-    return record, [*_lines(rows, bars, list(opened)), f"proof: {output}"]
+    return record, [*_lines(rows, criteria, list(opened)), f"comparison: {output}"]
 
 
-def _lines(rows: Sequence[ProofRow], bars: Sequence[Bar], samplers: list[str]) -> list[str]:
-    """Lays out what was measured, the samplers side by side, and which bars hold; the seen datasets first."""
+def _lines(rows: Sequence[ComparisonRow], criteria: Sequence[CriterionRow], samplers: list[str]) -> list[str]:
+    """Lays out the measurements, the samplers side by side, and the criteria; the seen datasets first."""
     lines = []
     for group in dict.fromkeys(row.datasets for row in rows):
         own = [row for row in rows if row.datasets == group]
@@ -229,15 +229,16 @@ def _lines(rows: Sequence[ProofRow], bars: Sequence[Bar], samplers: list[str]) -
         ]
         lines += table(("measure", "of", *samplers), measured)
         held = [
-            (bar.sampler, bar.outcome, bar.measure, bar.subject, _number(bar), bar.asked, f"{bar.holds} of {bar.of}")
-            for bar in bars
-            if bar.datasets == group
+            (row.sampler, row.outcome, row.measure, row.subject, _number(row), row.asked, f"{row.holds} of {row.of}")
+            for row in criteria
+            if row.datasets == group
         ]
-        lines += table(("sampler", "bar", "measure", "of", "found", "asked for", "holds on"), held) if held else []
+        head = ("sampler", "criterion", "measure", "of", "found", "requirement", "holds on")
+        lines += table(head, held) if held else []
     return lines
 
 
-def _number(found: ProofRow | Bar) -> str:
+def _number(found: ComparisonRow | CriterionRow) -> str:
     if found.low is None or found.high is None:
         return f"{found.value:.3f}"
     return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"

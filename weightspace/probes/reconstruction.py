@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from weightspace.encoder import Encoder
-from weightspace.evaluation.functions import compare_functions
+from weightspace.evaluation.accuracy import compare_functions
 from weightspace.probes.representations import fit_codes
 from weightspace.probes.zoo import ENCODER
 from weightspace.stats.resampling import RunBootstrap, pooled_interval

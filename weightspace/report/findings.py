@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from weightspace.evaluation.proof import REFINED_SCRATCH, SAMPLES, accuracy_after
+from weightspace.evaluation.comparison import REFINED_SCRATCH, SAMPLES, accuracy_after
 from weightspace.probes.explain import ACROSS, ALL
 from weightspace.probes.reconstruction import ALL_ARCHITECTURES
 from weightspace.probes.rows import AUC, R2, Measure

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from weightspace.evaluation.proof import REFINED_SCRATCH, SAMPLES, accuracy_after
+from weightspace.evaluation.comparison import REFINED_SCRATCH, SAMPLES, accuracy_after
 from weightspace.probes.explain import ACROSS, ALL
 from weightspace.report.findings import is_learned
 from weightspace.report.numbers import difference, readable

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -11,14 +12,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from weightspace.encoder import Encoder
+from weightspace.encoder import Encoder, load_encoder
 from weightspace.errors import SettingsError
 from weightspace.models.codec import LatentCodec
 from weightspace.networks.alignment import align
 from weightspace.networks.families import FamilyConfig
-from weightspace.sampling.conditions import Blueprint, Condition
+from weightspace.sampling.base import Condition
+from weightspace.sampling.priors import sampler_of_prior
+from weightspace.sampling.sources import Sources, public_name, training_rows
 from weightspace.schema import Architecture
 from weightspace.search.queries import joint_query
+from weightspace.settings import NonNegativeFloat, PositiveFloat, PositiveInt, Settings
 from weightspace.zoo.dataset import Zoo
 
 _Layout = tuple[tuple[str, tuple[int, ...]], ...]
@@ -26,7 +30,7 @@ _ELSE = "choose one of the zoo's, or use the flow sampler, which needs no models
 
 
 @dataclass(frozen=True)
-class KdeSettings:
+class KdeSettings(Settings):
     """How samples are placed around anchors, which are models of the zoo.
 
     Measured on small networks on digits, 9 conditions with the best results asked for, mean test accuracy of 8 samples
@@ -43,20 +47,10 @@ class KdeSettings:
             latents over the anchors, times the effective number of anchors to the power of -1/5.
     """
 
-    temperature: float = 0.5
-    anchors: int = 4
-    concentration: float = 1.0
-    bandwidth: float = 0.2
-
-    def __post_init__(self) -> None:
-        """Refuses a density that there is not."""
-        if self.anchors < 1:
-            raise SettingsError(f"anchors: {self.anchors} is too small, give 1 or more")
-        for name in ("temperature", "concentration"):
-            if getattr(self, name) <= 0:
-                raise SettingsError(f"{name}: {getattr(self, name)} is not positive; give more than 0")
-        if self.bandwidth < 0:
-            raise SettingsError(f"bandwidth: {self.bandwidth} is negative; give 0 (no noise) or more")
+    temperature: PositiveFloat = 0.5
+    anchors: PositiveInt = 4
+    concentration: PositiveFloat = 1.0
+    bandwidth: NonNegativeFloat = 0.2
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +79,8 @@ class KdeSampler:
     models drawn from p(w), which the zoo is, and weighted by its exponential stand for p(w | D, R).
     """
 
+    settings_class: ClassVar = KdeSettings
+
     def __init__(
         self,
         zoo: Zoo,
@@ -93,11 +89,11 @@ class KdeSampler:
         joint: Encoder,
         settings: KdeSettings | None = None,
     ) -> None:
-        """Takes the models to sample around; their weights are read when an architecture is first asked for.
+        """Takes the models to sample around; their weights are read when an architecture is first sampled.
 
         Args:
-            zoo: where they are.
-            rows: which they are, e.g. those that the codec and the joint model were trained on.
+            zoo: the zoo of the models.
+            rows: their rows, e.g. those that the codec and the joint model were trained on.
             codec: whose latents are sampled.
             joint: the joint model that chooses among them.
             settings: see `KdeSettings`.
@@ -107,45 +103,62 @@ class KdeSampler:
         self._zoo, self._rows, self._joint = zoo, np.unique(rows), joint
         self._anchors: dict[_Layout, Anchors] = {}
 
-    def latents(
-        self, condition: Condition, blueprint: Blueprint, count: int, generator: torch.Generator
-    ) -> Float[Tensor, "count n latent"]:
-        """Samples latents; see `weightspace.sampling.samplers.Sampler`.
+    @classmethod
+    def from_sources(cls, name: str, sources: Sources, settings: KdeSettings) -> tuple[KdeSampler, dict[str, str]]:
+        """Samples around the training models of a zoo; see `weightspace.sampling.factory.register_sampler`."""
+        zoo = sources.zoo
+        if zoo is None:
+            raise SettingsError(f"sampler {name}: needs a zoo of models to sample around; give one")
+        if sources.encoder is not None:
+            encoder = load_encoder(sources.encoder, sources.options)
+            codec, used = encoder.codec, {"autoencoder": public_name(encoder.name, encoder.path)}
+        elif sources.priors:
+            prior, used = sampler_of_prior(sources.priors[0], sources.options).from_sources(name, sources, None)
+            codec = prior.codec
+        else:
+            raise SettingsError(
+                f"sampler {name}: needs a trained autoencoder (weightspace train autoencoder) or a prior, which comes "
+                "with one; give either (--encoder, --prior)"
+            )
+        named = zoo.location if zoo.repo else f"{zoo.path.resolve().name} ({zoo.digest})"
+        return cls(zoo, training_rows(zoo, sources.joint), codec, sources.joint, settings), {"zoo": named, **used}
+
+    def latents(self, condition: Condition, count: int, generator: torch.Generator) -> Float[Tensor, "count n latent"]:
+        """Samples latents; see `weightspace.sampling.base.Sampler`.
 
         Raises:
             SettingsError: no model of the zoo has this architecture and config.
         """
-        anchors = self.anchors(blueprint)
-        probabilities = self.probabilities(condition, blueprint)
+        anchors, probabilities = self.anchors(condition.architecture), self.probabilities(condition)
         places, shares = picked(probabilities, count, self.settings, generator)
         centres = torch.stack([self._centre(anchors, *one) for one in zip(places, shares, strict=True)])
         return centres + noise(anchors.latents, probabilities, count, self.settings, generator)
 
-    def anchors(self, blueprint: Blueprint) -> Anchors:
-        """Returns all models with the tensors of a blueprint, whatever their config.
+    def anchors(self, architecture: Architecture) -> Anchors:
+        """Returns all models with the tensors of an architecture, whatever their config.
 
         Raises:
             SettingsError: there is none.
         """
-        layout = _layout(blueprint.architecture)
+        layout = _layout(architecture)
         if layout not in self._anchors:
             headers = [header for header, own in self._zoo.architectures.items() if _layout(own) == layout]
             rows = self._rows[np.isin(self._headers[self._rows], headers)]
             if not len(rows):
                 raise SettingsError(
                     f"{self._zoo.location}: none of {len(self._rows):,} models to sample around has the architecture "
-                    f"({len(layout)} tensors, {blueprint.architecture.numel:,} weights); {_ELSE}"
+                    f"({len(layout)} tensors, {architecture.numel:,} weights); {_ELSE}"
                 )
-            self._anchors[layout] = self._read(rows, blueprint.architecture)
+            self._anchors[layout] = self._read(rows, architecture)
         return self._anchors[layout]
 
-    def probabilities(self, condition: Condition, blueprint: Blueprint) -> Float[Tensor, " anchors"]:
-        """Returns how likely each of the `anchors` is to be drawn; 0 for those that are known to have another config.
+    def probabilities(self, condition: Condition) -> Float[Tensor, " anchors"]:
+        """Returns the probability of each of the `anchors`; 0 for those that are known to have another config.
 
         Raises:
             SettingsError: all of them have another config, or the condition does not fit the joint model.
         """
-        anchors, family = self.anchors(blueprint), blueprint.family
+        anchors, family = self.anchors(condition.architecture), condition.family
         fitting = torch.tensor([family is None or own in (None, family) for own in anchors.families])
         if family is not None and not fitting.any():
             raise SettingsError(
@@ -153,8 +166,8 @@ class KdeSampler:
                 f"{family.to_dict()}; {_ELSE}"
             )
         scores = torch.zeros(len(fitting))
-        if condition.dataset is not None or condition.wanted:
-            query = torch.from_numpy(joint_query(self._joint, condition.dataset, condition.wanted))
+        if condition.dataset is not None or condition.results:
+            query = torch.from_numpy(joint_query(self._joint, condition.dataset, condition.results))
             scores = anchors.embeddings @ query
         return (scores / self.settings.temperature).masked_fill(~fitting, -torch.inf).softmax(0)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from weightspace.data.images import load_images
-from weightspace.evaluation.functions import FunctionComparison, compare_functions
+from weightspace.evaluation.accuracy import FunctionComparison, compare_functions
 from weightspace.networks.permutation import permute, random_permutations
 from weightspace.schema import Architecture
 from weightspace.zoo.dataset import Zoo, ZooBatch, load_zoo

@@ -1,8 +1,8 @@
-"""What samplers have to beat: models that need no generator (controls of Zeng et al., 2025, arXiv 2506.07998)."""
+"""Models that need no generator, which samples have to beat (baselines of Zeng et al., 2025, arXiv 2506.07998)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -11,15 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from weightspace.errors import SettingsError
-from weightspace.evaluation.judging import Task
 from weightspace.networks.alignment import align
 from weightspace.networks.families import FamilyConfig, Initialization, initialize
 from weightspace.networks.flat import flatten
-from weightspace.sampling.refining import RefinementSettings, refine
 from weightspace.schema import Architecture
 from weightspace.zoo.dataset import Zoo
 
-_RESULT = "test_accuracy"
+RESULT = "test_accuracy"
 
 
 def from_scratch(
@@ -33,27 +31,6 @@ def from_scratch(
     drawn = initialize(config, [scheme] * count, generator)
     models = [{name: values[number] for name, values in drawn.items()} for number in range(count)]
     return torch.stack([flatten(model, architecture) for model in models])
-
-
-def refined_from_scratch(
-    task: Task, count: int, settings: RefinementSettings, generator: torch.Generator
-) -> Float[Tensor, "models params"]:
-    """Gives untrained weights the steps and images that a `RefinedSampler` gives its samples.
-
-    What these are worth without any sampler: nothing else tells whether a refined sample owes its accuracy to the
-    sample or to the images. The steps are taken in the space of weights.
-
-    Args:
-        task: what the models are refined for.
-        count: how many.
-        settings: of the sampler, but for a learning rate that suits weights.
-        generator: draws the weights and the images.
-
-    Raises:
-        SettingsError: the dataset has no images to hold back.
-    """
-    drawn = from_scratch(task.family, task.architecture, count, generator)
-    return refine(drawn, task, _as_they_are, settings, generator)
 
 
 def noisy_copies(
@@ -79,9 +56,9 @@ def best_model(zoo: Zoo, rows: Int[np.ndarray, "models"]) -> int:
     Raises:
         SettingsError: none of the rows has a test accuracy.
     """
-    accuracies = zoo.index[_RESULT].to_numpy(dtype=np.float64)[rows]
+    accuracies = zoo.index[RESULT].to_numpy(dtype=np.float64)[rows]
     if not np.isfinite(accuracies).any():
-        raise SettingsError(f"{zoo.location}: none of {len(rows)} models has a {_RESULT}; choose other training rows")
+        raise SettingsError(f"{zoo.location}: none of {len(rows)} models has a {RESULT}; choose other training rows")
     return int(rows[np.nanargmax(accuracies)])
 
 
@@ -123,14 +100,6 @@ def nearest_datasets(
     """
     if not known:
         raise SettingsError("no dataset is known; give the embeddings of the datasets that were trained on")
-    similarity = _unit(list(wanted.values())) @ _unit(list(known.values())).T
+    ours, theirs = (F.normalize(torch.stack(list(one.values())), dim=1) for one in (wanted, known))
     names = list(known)
-    return {dataset: names[int(row.argmax())] for dataset, row in zip(wanted, similarity, strict=True)}
-
-
-def _as_they_are(flat: Float[Tensor, "models params"]) -> Float[Tensor, "models params"]:
-    return flat
-
-
-def _unit(embeddings: Sequence[Float[Tensor, " size"]]) -> Float[Tensor, "datasets size"]:
-    return F.normalize(torch.stack(list(embeddings)), dim=1)
+    return {dataset: names[int(row.argmax())] for dataset, row in zip(wanted, ours @ theirs.T, strict=True)}

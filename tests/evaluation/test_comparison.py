@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from weightspace.data.images import load_images
 from weightspace.errors import SettingsError
-from weightspace.evaluation.finetuning import FineTuning, accuracy, predictions
-from weightspace.evaluation.proof import (
+from weightspace.evaluation.accuracy import ModelSet, accuracies
+from weightspace.evaluation.comparison import (
     ALIGNED_AVERAGE,
     ANY,
     AVERAGE,
@@ -23,29 +22,25 @@ from weightspace.evaluation.proof import (
     INDEPENDENT,
     NOISE,
     OVERLAP,
-    REFINED_SCRATCH,
     RELATIVE_DISTANCE,
     SAMPLES,
     SCRATCH,
     SPEARMAN,
     ZOO,
-    ProofRow,
-    ProofSettings,
-    Sampled,
+    ComparisonRow,
+    ComparisonSettings,
     accuracy_after,
-    difference,
-    prove,
-    rank_correlation,
+    compare,
 )
+from weightspace.evaluation.fine_tuning import FineTuning
 from weightspace.networks.families import MLPConfig
 from weightspace.networks.infer import infer_architecture
 from weightspace.networks.permutation import permute, random_permutations
-from weightspace.sampling.refining import RefinementSettings
 from weightspace.schema import TensorSpec
 from weightspace.zoo.dataset import Zoo
 from weightspace.zoo.training import train_zoo
 
-SETTINGS = ProofSettings(fine_tuning=FineTuning(epochs=(0, 1)), checkpoints=2)
+SETTINGS = ComparisonSettings(fine_tuning=FineTuning(epochs=(0, 1)), checkpoints=2)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +54,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory, tiny_zoo_settings: Any) -> Zoo
         activations=("relu",),
         steps=(20, 40),
     )
-    return train_zoo(settings, tmp_path_factory.mktemp("proof") / "zoo")
+    return train_zoo(settings, tmp_path_factory.mktemp("comparison") / "zoo")
 
 
 def split(zoo: Zoo) -> tuple[np.ndarray, list[str], str]:
@@ -69,18 +64,18 @@ def split(zoo: Zoo) -> tuple[np.ndarray, list[str], str]:
     return np.flatnonzero(zoo.index["dataset"].isin(datasets[:2]) & (runs < 18)), datasets[:2], datasets[2]
 
 
-def copies(zoo: Zoo, rows: np.ndarray, **changes: Any) -> Sampled:
+def copies(zoo: Zoo, rows: np.ndarray, **changes: Any) -> ModelSet:
     """The zoo's own models as if they were sampled, meant for the dataset of the first."""
     row = int(rows[0])
     config = zoo.families[row]
     assert config is not None
     values = zoo.index.iloc[row]
     same = [int(n) for n in rows if zoo.families[n] == config and zoo.index["dataset"][n] == values["dataset"]]
-    sampled = Sampled(values["dataset"], config, zoo.architectures[values["header"]], zoo.flat(same))
+    sampled = ModelSet(values["dataset"], config, zoo.architectures[values["header"]], zoo.flat(same))
     return replace(sampled, **changes)
 
 
-def by_subject(rows: list[ProofRow], **wanted: str) -> Mapping[tuple[str, str], ProofRow]:
+def by_subject(rows: list[ComparisonRow], **wanted: str) -> Mapping[tuple[str, str], ComparisonRow]:
     chosen = [row for row in rows if all(getattr(row, name) == value for name, value in wanted.items())]
     found = {(row.measure, row.subject): row for row in chosen}
     assert len(found) == len(chosen)
@@ -102,7 +97,7 @@ def test_copies_of_training_models_are_found_out(zoo: Zoo) -> None:
         )
         for one in plain
     ]
-    rows = prove({"plain": plain, "permuted": moved}, zoo, training, SETTINGS)
+    rows = compare({"plain": plain, "permuted": moved}, zoo, training, SETTINGS)
     assert {row.sampler for row in rows} == {"plain", "permuted"}
     for sampler in ("plain", "permuted"):
         found = by_subject(rows, sampler=sampler)
@@ -115,8 +110,8 @@ def test_copies_of_training_models_are_found_out(zoo: Zoo) -> None:
 def test_accuracies_are_those_of_the_models(zoo: Zoo) -> None:
     training, datasets, _ = split(zoo)
     sampled = copies(zoo, training)
-    found = by_subject(prove({"it": [sampled]}, zoo, training, SETTINGS))
-    expected = float(accuracy(predictions(sampled), load_images(sampled.dataset)).mean())
+    found = by_subject(compare({"it": [sampled]}, zoo, training, SETTINGS))
+    expected = float(accuracies(sampled).mean())
     row = found[accuracy_after(0), SAMPLES]
     assert row.value == pytest.approx(expected)
     assert row.values == ((datasets[0], row.value),)
@@ -131,7 +126,7 @@ def test_accuracies_are_those_of_the_models(zoo: Zoo) -> None:
 def test_unseen_datasets_borrow_from_the_nearest_one(zoo: Zoo) -> None:
     training, datasets, unseen = split(zoo)
     samples = [copies(zoo, training), copies(zoo, training, dataset=unseen)]
-    rows = prove({"it": samples}, zoo, training, SETTINGS, {unseen: datasets[0]})
+    rows = compare({"it": samples}, zoo, training, SETTINGS, {unseen: datasets[0]})
     assert {row.datasets for row in rows} == {"seen", "unseen"}
     assert [row.datasets for row in rows] == sorted(row.datasets for row in rows)
     found = by_subject(rows, datasets="unseen")
@@ -147,14 +142,14 @@ def test_a_dataset_far_from_everything_is_refused(zoo: Zoo) -> None:
     sampled = copies(zoo, training, dataset=unseen)
     for nearest, name in (({}, "no dataset"), ({unseen: "nowhere"}, "nowhere")):
         with pytest.raises(SettingsError, match=f"no training model, and nearest names {name}; name a dataset"):
-            prove({"it": [sampled]}, zoo, training, SETTINGS, nearest)
+            compare({"it": [sampled]}, zoo, training, SETTINGS, nearest)
 
 
 class TestRequests:
-    def samples(self, zoo: Zoo, training: np.ndarray, shift: float) -> list[Sampled]:
+    def samples(self, zoo: Zoo, training: np.ndarray, shift: float) -> list[ModelSet]:
         """Each model of a dataset as a condition of its own, asked for ``shift`` more than it reaches."""
         whole = copies(zoo, np.flatnonzero(zoo.index["dataset"] == zoo.index["dataset"][training[0]]))
-        reached = accuracy(predictions(whole), load_images(whole.dataset))
+        reached = accuracies(whole)
         return [
             replace(whole, flat=model.unsqueeze(0), requested={"test_accuracy": float(value) + shift})
             for model, value in zip(whole.flat, reached, strict=True)
@@ -162,14 +157,14 @@ class TestRequests:
 
     def test_that_are_met_correlate(self, zoo: Zoo) -> None:
         training, _, _ = split(zoo)
-        found = by_subject(prove({"it": self.samples(zoo, training, 0.0)}, zoo, training, SETTINGS))
+        found = by_subject(compare({"it": self.samples(zoo, training, 0.0)}, zoo, training, SETTINGS))
         assert found[SPEARMAN, SAMPLES].value == pytest.approx(1)
         assert found[ERROR, SAMPLES].value == pytest.approx(0)
         assert found[ERROR, ANY].value > 0.01
 
     def test_that_are_missed_have_an_error(self, zoo: Zoo) -> None:
         training, _, _ = split(zoo)
-        found = by_subject(prove({"it": self.samples(zoo, training, 0.25)}, zoo, training, SETTINGS))
+        found = by_subject(compare({"it": self.samples(zoo, training, 0.25)}, zoo, training, SETTINGS))
         assert found[SPEARMAN, SAMPLES].value == pytest.approx(1)
         assert found[ERROR, SAMPLES].value == pytest.approx(0.25)
 
@@ -177,62 +172,36 @@ class TestRequests:
         training, _, _ = split(zoo)
         samples = self.samples(zoo, training, 0.0)
         top = max(samples, key=lambda sampled: sampled.requested["test_accuracy"])
-        found = by_subject(prove({"it": samples}, zoo, training, SETTINGS))
+        found = by_subject(compare({"it": samples}, zoo, training, SETTINGS))
         assert found[accuracy_after(0), SAMPLES].value == pytest.approx(top.requested["test_accuracy"])
 
-    def test_that_mean_nothing_have_no_correlation(self) -> None:
-        assert np.isnan(rank_correlation(np.ones(4), np.arange(4.0)))
-        assert rank_correlation(np.arange(4.0), np.ones(4)) == 0
-        assert rank_correlation(np.arange(4.0), -np.arange(4.0)) == pytest.approx(-1)
 
-
-class TestRefinedAlike:
-    REFINEMENT = RefinementSettings(steps=8, images=32, held_back=32)
-
-    def rows(self, zoo: Zoo, refinement: RefinementSettings, settings: ProofSettings = SETTINGS) -> list[ProofRow]:
+class TestBaselinesOfTheSamples:
+    def rows(self, zoo: Zoo) -> list[ComparisonRow]:
         training, _, _ = split(zoo)
-        own = [copies(zoo, training, requested={"test_accuracy": value}) for value in (0.3, 0.9)]
-        samplers = {"plain": own, "refined": own, "alike": own[1:]}
-        return prove(samplers, zoo, training, settings, refined={"refined": refinement, "alike": refinement})
+        plain = [copies(zoo, training, requested={"test_accuracy": value}) for value in (0.3, 0.9)]
+        own = [replace(one, baselines={"other": replace(one, flat=one.flat * 0)}) for one in plain]
+        return compare({"plain": plain, "own": own, "top": own[1:]}, zoo, training, SETTINGS)
 
-    def test_stands_beside_refined_samplers_and_no_others(self, zoo: Zoo) -> None:
-        rows = self.rows(zoo, self.REFINEMENT)
-        plain, refined, alike = (by_subject(rows, sampler=name) for name in ("plain", "refined", "alike"))
-        assert REFINED_SCRATCH not in {subject for _, subject in plain}
-        measures = [measure for measure, subject in refined if subject == REFINED_SCRATCH]
+    def test_stand_beside_these_samples_and_no_others(self, zoo: Zoo) -> None:
+        rows = self.rows(zoo)
+        plain, own, top = (by_subject(rows, sampler=name) for name in ("plain", "own", "top"))
+        assert "other" not in {subject for _, subject in plain}
+        measures = [measure for measure, subject in own if subject == "other"]
+        # All models without weights are equally accurate.
         assert measures == [accuracy_after(0), accuracy_after(1), SPEARMAN, ERROR]
-        # The same condition refined alike is the same control.
-        assert [measure for measure, subject in alike if subject == REFINED_SCRATCH] == [*measures[:2], ERROR]
+        assert [measure for measure, subject in top if subject == "other"] == [*measures[:2], ERROR]
         for measure in measures[:2]:
-            assert refined[measure, REFINED_SCRATCH].value == alike[measure, REFINED_SCRATCH].value
-        assert list(plain) == [key for key in refined if key[1] != REFINED_SCRATCH]
-
-    def test_is_worth_what_its_steps_and_images_are(self, zoo: Zoo) -> None:
-        def at_once(found: Mapping[tuple[str, str], ProofRow], subject: str) -> float:
-            return found[accuracy_after(0), subject].value
-
-        few = by_subject(self.rows(zoo, self.REFINEMENT), sampler="refined")
-        many = by_subject(self.rows(zoo, replace(self.REFINEMENT, steps=40, images=128)), sampler="refined")
-        assert at_once(few, SCRATCH) < at_once(few, REFINED_SCRATCH) < at_once(many, REFINED_SCRATCH)
-        slow = replace(SETTINGS, refined_learning_rate=1e-30)
-        none = by_subject(self.rows(zoo, self.REFINEMENT, slow), sampler="refined")
-        assert at_once(none, REFINED_SCRATCH) == pytest.approx(at_once(none, SCRATCH), abs=0.01)
-
-    def test_is_decided_by_the_seed(self, zoo: Zoo) -> None:
-        rows = self.rows(zoo, self.REFINEMENT)
-        assert rows == self.rows(zoo, self.REFINEMENT)
-
-    def test_steps_that_go_nowhere_are_refused(self) -> None:
-        with pytest.raises(SettingsError, match=r"refined_learning_rate: 0.0 is not positive; give more than 0"):
-            ProofSettings(refined_learning_rate=0.0)
+            assert own[measure, "other"].value == top[measure, "other"].value
+        assert list(plain) == [key for key in own if key[1] != "other"]
 
 
 def test_the_seed_decides_everything(zoo: Zoo) -> None:
     training, _, _ = split(zoo)
     samples = {"it": [copies(zoo, training)]}
-    one = prove(samples, zoo, training, SETTINGS)
-    assert one == prove(samples, zoo, training, SETTINGS)
-    assert one != prove(samples, zoo, training, replace(SETTINGS, seed=1))
+    one = compare(samples, zoo, training, SETTINGS)
+    assert one == compare(samples, zoo, training, SETTINGS)
+    assert one != compare(samples, zoo, training, replace(SETTINGS, seed=1))
 
 
 def test_an_architecture_that_the_zoo_does_not_have_is_tried_too(zoo: Zoo) -> None:
@@ -241,34 +210,34 @@ def test_an_architecture_that_the_zoo_does_not_have_is_tried_too(zoo: Zoo) -> No
     specs = [TensorSpec(name, shape, "F32") for name, shape in wide.shapes().items()]
     architecture = infer_architecture(specs, config=wide.to_dict())
     flat = torch.randn(3, architecture.numel, generator=torch.Generator().manual_seed(0)) * 0.1
-    found = by_subject(prove({"it": [Sampled(datasets[0], wide, architecture, flat)]}, zoo, training, SETTINGS))
+    found = by_subject(compare({"it": [ModelSet(datasets[0], wide, architecture, flat)]}, zoo, training, SETTINGS))
     assert [subject for measure, subject in found if measure == accuracy_after(0)] == [SAMPLES, SCRATCH, BEST]
     assert (DISTANCE, SAMPLES) not in found
     assert (OVERLAP, INDEPENDENT) not in found
     assert 0 < found[OVERLAP, SAMPLES].value < 1
 
 
-def row(subject: str, values: dict[str, float]) -> ProofRow:
+def row(subject: str, values: dict[str, float]) -> ComparisonRow:
     mean = float(np.mean(list(values.values())))
-    return ProofRow("it", "seen", OVERLAP, subject, mean, None, None, tuple(values.items()))
+    return ComparisonRow("it", "seen", OVERLAP, subject, mean, None, None, tuple(values.items()))
 
 
 def test_a_difference_is_taken_dataset_by_dataset() -> None:
     ours, theirs = row(SAMPLES, {"a": 0.5, "b": 0.7, "c": 9.0}), row(INDEPENDENT, {"b": 0.5, "a": 0.4})
-    found = difference(ours, theirs)
+    found = ours.minus(theirs)
     assert found.values == (("a", pytest.approx(0.1)), ("b", pytest.approx(0.2)))
     assert found.value == pytest.approx(0.15)
     assert found.low is not None and found.high is not None
     assert 0.1 <= found.low < 0.15 < found.high <= 0.2
-    part = difference(ours, theirs, share=0.5)
+    part = ours.minus(theirs, share=0.5)
     assert part.subject == f"samples - 50 % of {INDEPENDENT}"
     assert part.values == (("a", pytest.approx(0.3)), ("b", pytest.approx(0.45)))
     with pytest.raises(SettingsError, match="no dataset in common"):
-        difference(ours, row(INDEPENDENT, {"d": 0.1}))
+        ours.minus(row(INDEPENDENT, {"d": 0.1}))
 
 
 def test_disagreement_is_none_among_copies_of_one_model(zoo: Zoo) -> None:
     training, _, _ = split(zoo)
     one = copies(zoo, training)
-    found = by_subject(prove({"it": [replace(one, flat=one.flat[:1].repeat(3, 1))]}, zoo, training, SETTINGS))
+    found = by_subject(compare({"it": [replace(one, flat=one.flat[:1].repeat(3, 1))]}, zoo, training, SETTINGS))
     assert found[DISAGREEMENT, SAMPLES].value == 0

@@ -1,28 +1,21 @@
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 
-from weightspace.data.images import load_images
 from weightspace.errors import SettingsError
-from weightspace.evaluation.controls import (
+from weightspace.evaluation.baselines import (
     average,
     best_model,
     closest_in_results,
     from_scratch,
     nearest_datasets,
     noisy_copies,
-    refined_from_scratch,
 )
-from weightspace.evaluation.judging import Judgement, Task
 from weightspace.networks.families import initialize
 from weightspace.networks.flat import unflatten
 from weightspace.networks.permutation import permute, random_permutations
-from weightspace.sampling.refining import RefinementSettings
 from weightspace.zoo.dataset import Zoo, ZooBatch
 
 
@@ -39,61 +32,7 @@ def test_models_from_scratch_are_initial_weights(tiny_zoo: Zoo) -> None:
         assert torch.equal(values, expected[name])
 
 
-class _Counted(Task):
-    """Notes which images each model learns from and is judged by."""
-
-    def __init__(self, *of: Any) -> None:
-        super().__init__(*of)
-        object.__setattr__(self, "learned", [])
-        object.__setattr__(self, "judged", [])
-
-    def loss(self, logits: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-        if logits.requires_grad:
-            self.learned.append(images)  # type: ignore[attr-defined]
-        return super().loss(logits, images)
-
-    def judge(self, flat: torch.Tensor, images: torch.Tensor) -> Judgement:
-        self.judged.append(images)  # type: ignore[attr-defined]
-        return super().judge(flat, images)
-
-
-class TestRefinedFromScratch:
-    SETTINGS = RefinementSettings(steps=4, images=16, held_back=32, learning_rate=0.03)
-
-    @pytest.fixture
-    def task(self, tiny_zoo: Zoo) -> _Counted:
-        batch = first(tiny_zoo)
-        config = tiny_zoo.families[batch.rows[0]]
-        assert config is not None
-        return _Counted(load_images(tiny_zoo.index["dataset"][batch.rows[0]]), config, batch.architecture, None)
-
-    def refined(self, task: Task, seed: int = 0, **changes: Any) -> torch.Tensor:
-        return refined_from_scratch(task, 3, replace(self.SETTINGS, **changes), torch.Generator().manual_seed(seed))
-
-    def test_takes_as_many_steps_and_images(self, task: Any) -> None:
-        self.refined(task)
-        assert [tuple(images.shape) for images in task.learned] == [(3, 16)] * 4
-        assert [tuple(images.shape) for images in task.judged] == [(3, 32)] * 5
-        own, held_back = task.learned[0], task.judged[0]
-        assert all(torch.equal(images, own) for images in task.learned)
-        assert not any(set(a.tolist()) & set(b.tolist()) for a, b in zip(own, held_back, strict=True))
-
-    def test_starts_from_untrained_weights_and_improves_them(self, task: Task) -> None:
-        start = from_scratch(task.family, task.architecture, 3, torch.Generator().manual_seed(0))
-        assert torch.equal(self.refined(task, learning_rate=1e-30), start)
-        images = task.draw(1, 10_000, torch.Generator().manual_seed(1)).expand(3, -1)
-        assert (task.judge(self.refined(task), images).loss < task.judge(start, images).loss).all()
-
-    def test_is_decided_by_the_generator(self, task: Task) -> None:
-        assert torch.equal(self.refined(task), self.refined(task))
-        assert not torch.equal(self.refined(task), self.refined(task, seed=1))
-
-    def test_needs_images_to_hold_back(self, task: Task) -> None:
-        with pytest.raises(SettingsError, match=r"images: 10000 of \d+ training images of digits.*give fewer"):
-            self.refined(task, images=10_000)
-
-
-def test_noisy_copies_are_as_far_as_asked(tiny_zoo: Zoo) -> None:
+def test_noisy_copies_are_as_far_as_requested(tiny_zoo: Zoo) -> None:
     flat, distance = first(tiny_zoo).flat[:3], torch.tensor([0.0, 0.5, 3.0])
     moved = noisy_copies(flat, distance, torch.Generator().manual_seed(0))
     assert (moved - flat).norm(dim=1).tolist() == pytest.approx(distance.tolist(), rel=1e-4)
@@ -133,7 +72,7 @@ class TestClosestInResults:
         found = closest_in_results(tiny_zoo, np.arange(len(tiny_zoo)), wanted, 1, np.random.default_rng(0))
         assert found.tolist() == [row]
 
-    def test_are_drawn_where_nothing_is_asked(self, tiny_zoo: Zoo) -> None:
+    def test_are_drawn_where_nothing_is_requested(self, tiny_zoo: Zoo) -> None:
         one, same, other = (
             closest_in_results(tiny_zoo, np.arange(20), {}, 5, np.random.default_rng(seed)).tolist()
             for seed in (0, 0, 1)

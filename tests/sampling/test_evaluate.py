@@ -13,21 +13,33 @@ from safetensors.torch import load_file, save_file
 from weightspace.cli.main import main
 from weightspace.encoder import load_encoder
 from weightspace.errors import SettingsError, WeightspaceError, ZooError
-from weightspace.evaluation.finetuning import FineTuning
-from weightspace.evaluation.proof import DISAGREEMENT, REFINED_SCRATCH, SAMPLES, SCRATCH, ProofSettings, accuracy_after
-from weightspace.sampling.opening import Sources, open_sampler, training_rows
-from weightspace.sampling.trials import (
+from weightspace.evaluation.comparison import (
+    DISAGREEMENT,
+    ERROR,
+    REFINED_SCRATCH,
+    SAMPLES,
+    SCRATCH,
+    SPEARMAN,
+    ComparisonRow,
+    ComparisonSettings,
+    accuracy_after,
+)
+from weightspace.evaluation.fine_tuning import FineTuning
+from weightspace.networks.families import FamilyConfig
+from weightspace.sampling.evaluate import (
     EvaluationSettings,
     bin_middles,
+    evaluate_on,
     evaluate_samplers,
-    plan_trials,
-    prove_trials,
+    plan_conditions,
 )
+from weightspace.sampling.factory import open_sampler
+from weightspace.sampling.sources import Sources, training_rows
 from weightspace.search.queries import described_dataset
 from weightspace.training.run import read_training
 from weightspace.zoo.dataset import Zoo, load_zoo
 
-QUICK = ProofSettings(FineTuning(epochs=(0,)), checkpoints=2)
+QUICK = ComparisonSettings(FineTuning(epochs=(0,)), checkpoints=2)
 
 
 @pytest.fixture(scope="module")
@@ -77,26 +89,29 @@ def test_the_top_request_lies_in_the_top_bin(tiny_clip_joint: Path) -> None:
 
 def test_conditions_are_those_of_the_zoo(tiny_zoo: Zoo, unseen_joint: Path) -> None:
     joint = load_encoder(unseen_joint)
-    trials = plan_trials(tiny_zoo, joint, EvaluationSettings(datasets=2, unseen=True, requests=(0.5,)))
+    conditions, nearest = plan_conditions(tiny_zoo, joint, EvaluationSettings(datasets=2, unseen=True, requests=(0.5,)))
     held_out = sorted(set(tiny_zoo.index["dataset"]))[0]
-    names = [dataset.dataset_id for dataset in trials.datasets]
+    families: dict[str, list[FamilyConfig | None]] = {}
+    for condition in conditions:
+        assert condition.dataset is not None
+        assert condition.requested == {"test_accuracy": 0.5}
+        families.setdefault(condition.dataset.dataset_id, []).append(condition.family)
+    names = list(families)
     assert len(names) == 3
     assert names[-1] == held_out
-    assert set(trials.nearest) == {held_out}
-    assert trials.nearest[held_out] in set(tiny_zoo.index["dataset"].iloc[training_rows(tiny_zoo, joint)])
-    assert trials.requests == (0.5,)
-    for name, blueprints in trials.blueprints.items():
+    assert set(nearest) == {held_out}
+    assert nearest[held_out] in set(tiny_zoo.index["dataset"].iloc[training_rows(tiny_zoo, joint)])
+    for name, found in families.items():
         own = {tiny_zoo.families[row] for row in np.flatnonzero(tiny_zoo.index["dataset"] == name)}
-        assert {blueprint.family for blueprint in blueprints} <= own
-    one = plan_trials(tiny_zoo, joint, EvaluationSettings(datasets=2, activations=1))
-    for blueprints in one.blueprints.values():
-        families = [blueprint.family.family for blueprint in blueprints if blueprint.family]
-        assert len(set(families)) == len(families)
+        assert set(found) <= own
+    conditions, _ = plan_conditions(tiny_zoo, joint, EvaluationSettings(datasets=2, requests=(0.5,), activations=1))
+    kinds = [(one.dataset.dataset_id, one.family.family) for one in conditions if one.dataset and one.family]
+    assert len(set(kinds)) == len(kinds) == len(conditions)
 
 
 def test_without_held_out_datasets_nothing_is_unseen(tiny_zoo: Zoo, tiny_clip_joint: Path) -> None:
     with pytest.raises(SettingsError, match=r"held out no dataset.*train one with held_out_datasets"):
-        plan_trials(tiny_zoo, load_encoder(tiny_clip_joint), EvaluationSettings(unseen=True))
+        plan_conditions(tiny_zoo, load_encoder(tiny_clip_joint), EvaluationSettings(unseen=True))
 
 
 def test_samplers_stand_beside_controls(
@@ -105,7 +120,7 @@ def test_samplers_stand_beside_controls(
     joint = load_encoder(tiny_clip_joint)
     sources = Sources(joint, (str(tiny_prior),), tiny_zoo, str(tiny_encoder))
     samplers = {name: open_sampler(name, sources).sampler for name in ("kde", "flow")}
-    settings = EvaluationSettings(datasets=2, count=2, activations=1, requests=(0.2, 0.35), proof=QUICK)
+    settings = EvaluationSettings(datasets=2, count=2, activations=1, requests=(0.2, 0.35), comparison=QUICK)
     rows = evaluate_samplers(samplers, tiny_zoo, joint, settings)
     found = {(row.measure, row.subject) for row in rows}
     assert {(accuracy_after(0), SAMPLES), (accuracy_after(0), SCRATCH)} <= found
@@ -121,7 +136,7 @@ def test_refined_samplers_stand_beside_untrained_weights_refined_alike(
     joint = load_encoder(tiny_clip_joint)
     sources = Sources(joint, zoo=tiny_zoo, encoder=str(tiny_encoder))
     samplers = {name: open_sampler(name, sources).sampler for name in ("kde", "kde+selected+refined")}
-    settings = EvaluationSettings(datasets=1, count=2, activations=1, requests=(0.35,), proof=QUICK)
+    settings = EvaluationSettings(datasets=1, count=2, activations=1, requests=(0.35,), comparison=QUICK)
     rows = evaluate_samplers(samplers, tiny_zoo, joint, settings)
     assert {row.sampler for row in rows if row.subject == REFINED_SCRATCH} == {"kde+selected+refined"}
 
@@ -130,20 +145,60 @@ def test_a_description_of_a_dataset_is_refused_before_anything_is_sampled(
     tiny_zoo: Zoo, tiny_clip_joint: Path, tiny_encoder: Path
 ) -> None:
     joint = load_encoder(tiny_clip_joint)
-    settings = EvaluationSettings(datasets=1, count=1, activations=1, requests=(0.35,), proof=QUICK)
-    trials = plan_trials(tiny_zoo, joint, settings)
-    described = replace(trials, datasets=(*trials.datasets, described_dataset(joint, ["a zero", "a one"])))
+    settings = EvaluationSettings(datasets=1, count=1, activations=1, requests=(0.35,), comparison=QUICK)
+    conditions, nearest = plan_conditions(tiny_zoo, joint, settings)
+    described = replace(conditions[0], dataset=described_dataset(joint, ["a zero", "a one"]))
     with pytest.raises(ZooError, match=r"a zero; a one: is neither a folder nor .* no images"):
-        prove_trials({"it": Untouched()}, described, tiny_zoo, joint, settings)
+        evaluate_on([*conditions, described], {"it": Untouched()}, tiny_zoo, joint, settings, nearest)
 
 
 class Untouched:
-    """A sampler that must not be asked."""
+    """A sampler that must not be used."""
 
     codec: Any = None
 
     def latents(self, *asked: object) -> Any:
         raise AssertionError(asked)
+
+
+class TestRefinedFromScratch:
+    @pytest.fixture
+    def rows(self, tiny_zoo: Zoo, tiny_clip_joint: Path, tiny_encoder: Path) -> Any:
+        """Rows of a plain and of a refined sampler, with settings of the refinement and of the evaluation."""
+        joint = load_encoder(tiny_clip_joint)
+        sources = Sources(joint, zoo=tiny_zoo, encoder=str(tiny_encoder))
+        base = EvaluationSettings(datasets=1, count=3, activations=1, requests=(0.2, 0.35), comparison=QUICK)
+
+        def evaluated(steps: int = 2, images: int = 32, **changes: Any) -> dict[str, dict[Any, ComparisonRow]]:
+            parts = {"refined": {"steps": steps, "images": images, "held_back": 32}}
+            samplers = {name: open_sampler(name, sources, parts).sampler for name in ("kde", "kde+refined")}
+            found = evaluate_samplers(samplers, tiny_zoo, joint, replace(base, **changes))
+            return {
+                name: {(row.measure, row.subject): row for row in found if row.sampler == name} for name in samplers
+            }
+
+        return evaluated
+
+    def test_stands_beside_refined_samplers_and_no_others(self, rows: Any) -> None:
+        found = rows()
+        assert REFINED_SCRATCH not in {subject for _, subject in found["kde"]}
+        measures = [measure for measure, subject in found["kde+refined"] if subject == REFINED_SCRATCH]
+        assert measures == [accuracy_after(0), SPEARMAN, ERROR]
+        assert list(found["kde"]) == [key for key in found["kde+refined"] if key[1] != REFINED_SCRATCH]
+        assert found == rows()
+
+    def test_is_worth_what_its_steps_and_images_are(self, rows: Any) -> None:
+        def zero_shot(found: Any, subject: str) -> float:
+            return float(found["kde+refined"][accuracy_after(0), subject].value)
+
+        few, many = rows(), rows(steps=40, images=128)
+        assert zero_shot(few, SCRATCH) < zero_shot(few, REFINED_SCRATCH) < zero_shot(many, REFINED_SCRATCH)
+        none = rows(refined_learning_rate=1e-30)
+        assert zero_shot(none, REFINED_SCRATCH) == pytest.approx(zero_shot(none, SCRATCH), abs=0.01)
+
+    def test_steps_that_go_nowhere_are_refused(self) -> None:
+        with pytest.raises(SettingsError, match=r"refined_learning_rate: 0.0 is not positive; give more than 0"):
+            EvaluationSettings(refined_learning_rate=0.0)
 
 
 class TestNames:
@@ -201,7 +256,7 @@ class TestNames:
 
 
 class TestCommand:
-    def test_prints_and_keeps_the_proof(
+    def test_prints_and_keeps_the_comparison(
         self,
         tiny_zoo: Zoo,
         tiny_clip_joint: Path,
@@ -211,23 +266,23 @@ class TestCommand:
     ) -> None:
         words = ["evaluate-samples", tiny_zoo.path, "--model", tiny_clip_joint, "--prior", tiny_prior, "-n", 1]
         words += ["--sampler", "flow", "--datasets", 2, "--request", 0.3, "--epochs", 0]
-        assert main([*map(str, words), "--output", str(tmp_path / "proof.json")]) == 0
+        assert main([*map(str, words), "--output", str(tmp_path / "comparison.json")]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert lines[0] == "seen datasets: 2"
         assert lines[1].split() == ["measure", "of", "flow"]
         assert lines[2].split()[:5] == ["accuracy", "after", "0", "epochs", "samples"]
-        assert lines[-1] == f"proof: {tmp_path / 'proof.json'}"
-        kept = json.loads((tmp_path / "proof.json").read_text())
-        head = next(place for place, line in enumerate(lines) if line.split()[:2] == ["sampler", "bar"])
-        for line, bar in zip(lines[head + 1 : -1], kept["bars"], strict=True):
-            assert line.split()[0] == "flow" and f" {bar['outcome']} " in line
-            assert f"  {bar['measure']}  " in line and f"  {bar['subject']}  " in line
-            assert f"  {bar['value']:.3f} [{bar['low']:.3f}, {bar['high']:.3f}]" in line
-            assert line.endswith(f"{bar['holds']} of {bar['of']}")
+        assert lines[-1] == f"comparison: {tmp_path / 'comparison.json'}"
+        kept = json.loads((tmp_path / "comparison.json").read_text())
+        head = next(place for place, line in enumerate(lines) if line.split()[:2] == ["sampler", "criterion"])
+        for line, row in zip(lines[head + 1 : -1], kept["criteria"], strict=True):
+            assert line.split()[0] == "flow" and f" {row['outcome']} " in line
+            assert f"  {row['measure']}  " in line and f"  {row['subject']}  " in line
+            assert f"  {row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]" in line
+            assert line.endswith(f"{row['holds']} of {row['of']}")
         assert kept["rows"][0]["measure"] == accuracy_after(0)
         assert f"{kept['rows'][0]['value']:.3f}" in lines[2]
         assert kept["settings"]["requests"] == [0.3]
-        assert main([*map(str, words), "--output", str(tmp_path / "proof.json"), "--json"]) == 0
+        assert main([*map(str, words), "--output", str(tmp_path / "comparison.json"), "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["rows"] == kept["rows"]
 
     def test_codes_are_drawn_at_a_temperature(
@@ -239,7 +294,7 @@ class TestCommand:
         capsys: pytest.CaptureFixture[str],
     ) -> None:
         words = ["evaluate-samples", tiny_zoo.path, "--model", tiny_clip_joint, "--prior", tiny_code_prior, "-n", 2]
-        words += ["--datasets", 1, "--request", 0.3, "--epochs", 0, "--output", tmp_path / "proof.json"]
+        words += ["--datasets", 1, "--request", 0.3, "--epochs", 0, "--output", tmp_path / "comparison.json"]
         assert main([*map(str, words), "--sampler", "codes", "--temperature", "0", "--json"]) == 0
         record = json.loads(capsys.readouterr().out)
         assert record["samplers"]["codes"]["settings"]["codes"]["temperature"] == 0
@@ -251,7 +306,14 @@ class TestCommand:
     def test_names_what_is_missing(
         self, tiny_zoo: Zoo, tiny_clip_joint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        words = ["evaluate-samples", tiny_zoo.path, "--model", tiny_clip_joint, "--output", tmp_path / "proof.json"]
+        words = [
+            "evaluate-samples",
+            tiny_zoo.path,
+            "--model",
+            tiny_clip_joint,
+            "--output",
+            tmp_path / "comparison.json",
+        ]
         assert main([str(word) for word in words]) == 2
         assert "sampler kde: needs a trained autoencoder" in capsys.readouterr().err
-        assert not (tmp_path / "proof.json").exists()
+        assert not (tmp_path / "comparison.json").exists()
