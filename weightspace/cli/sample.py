@@ -99,7 +99,7 @@ def sample(
         name = f"{name}+refined"
     guidance = {"dataset_guidance": guidance_dataset, "result_guidance": guidance_result}
     selection = {"candidates": candidates, "images": images}
-    settings = {
+    settings: dict[str, dict[str, Any]] = {
         "flow": {**guidance, "steps": steps, "solver": solver},
         "codes": {**guidance, "temperature": temperature},
         "selected": selection,

@@ -124,8 +124,8 @@ class ComparisonRow:
         """Averages values over datasets; ``key`` holds the first four fields."""
         means = {dataset: float(np.mean(own)) for dataset, own in values.items()}
         mean = mean_estimate(np.array(list(means.values())), generator)
-        interval = (mean.low, mean.high) if len(means) > 1 else (None, None)
-        return cls(*key, mean.value, *interval, tuple(means.items()))
+        low, high = (mean.low, mean.high) if len(means) > 1 else (None, None)
+        return cls(*key, mean.value, low, high, tuple(means.items()))
 
     def minus(self, other: ComparisonRow, *, share: float = 1.0, seed: int = 0) -> ComparisonRow:
         """Subtracts another row's numbers dataset by dataset, where both have a number.

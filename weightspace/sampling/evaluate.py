@@ -159,7 +159,7 @@ def plan_conditions(
             {name: embed_dataset(joint.joint, open_dataset(name))[0] for name in part} for part in (unseen, seen)
         ]
         nearest = nearest_datasets(*queries)
-    results = [
+    results: list[tuple[WantedResult, ...]] = [
         (WantedResult(UNNAMED, value, value),) for value in settings.requests or bin_middles(joint, settings.bins)
     ] or [()]
     make = functools.cache(lambda config: Condition.from_config(config.to_dict()))

@@ -14,7 +14,7 @@ from typing import Any
 from weightspace.errors import SettingsError
 from weightspace.io.header import shown
 from weightspace.io.hub import HubOptions
-from weightspace.sampling.base import Sampler, SamplerStep
+from weightspace.sampling.base import Sampler
 from weightspace.sampling.codes import CodeSampler
 from weightspace.sampling.flow import FlowSampler
 from weightspace.sampling.kde import KdeSampler
@@ -26,7 +26,7 @@ from weightspace.sampling.sources import Sources, public_name
 KDE, SELECTED, BOOTSTRAPPED, REFINED = "kde", "selected", "bootstrapped", "refined"
 
 _SAMPLERS: dict[str, Any] = {"flow": FlowSampler, "codes": CodeSampler, KDE: KdeSampler}
-_STEPS: dict[str, type[SamplerStep]] = {
+_STEPS: dict[str, Any] = {
     SELECTED: SelectedSampler,
     BOOTSTRAPPED: BootstrappedSampler,
     REFINED: RefinedSampler,
