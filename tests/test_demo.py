@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from weightspace.cards import EncoderFacts
+from weightspace.cards.facts import EncoderFacts
 from weightspace.cards.record import read_record
 from weightspace.data.image_encoders import OFFLINE_ENCODER
 from weightspace.demo import DemoSettings, run_demo

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard import DatasetCard
 from loopback_hub import LoopbackHub
 
-from weightspace.cards import EncoderFacts, ZooFacts
+from weightspace.cards.facts import EncoderFacts, ZooFacts
 from weightspace.cards.record import CardRecord, card_digest, notes_of, parse_record, render_card, weights_digest
 
 FOLDER = Path(__file__).parent.parent / "model_cards"

@@ -17,8 +17,8 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard import DatasetCard
 from loopback_hub import LoopbackHub
 
-from weightspace.cards import EncoderFacts, Measurement, Score, write_card
-from weightspace.cards.record import BEGIN, END, known_facts
+from weightspace.cards.facts import EncoderFacts, Measurement, Score
+from weightspace.cards.record import BEGIN, END, known_facts, write_card
 from weightspace.errors import HubError, WeightspaceError
 from weightspace.io.checkpoint import open_checkpoint
 from weightspace.io.hub import HubOptions

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from weightspace.cards.encoder import EncoderFacts, Measurement
+from weightspace.cards.facts import EncoderFacts, Measurement
 from weightspace.cards.record import write_card
 from weightspace.data.image_encoders import OFFLINE_ENCODER, open_image_encoder
 from weightspace.encoder import Encoder, embed_zoo, load_encoder

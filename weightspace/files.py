@@ -1,12 +1,14 @@
-"""Atomic writes: a file is complete under its name, or absent."""
+"""Files and their content: atomic writes, where a file is complete under its name or absent, and values for JSON."""
 
 from __future__ import annotations
 
+import math
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -41,3 +43,16 @@ def atomic_write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8", newline="\n")
+
+
+def json_ready(value: Any) -> Any:
+    """Converts a value to what JSON can hold: NaN and infinities become null, arrays lists, and unknown types text."""
+    if isinstance(value, Mapping):
+        return {str(key): json_ready(item) for key, item in value.items()}
+    if hasattr(value, "tolist"):
+        return json_ready(value.tolist())
+    if isinstance(value, list | tuple):
+        return [json_ready(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else str(value)

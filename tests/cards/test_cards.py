@@ -9,9 +9,10 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard import DatasetCard
 from loopback_hub import LoopbackHub
 
-from weightspace.cards import (
+from weightspace.cards.facts import (
     ArchitectureCount,
     EncoderFacts,
+    Facts,
     LicenceCount,
     Measurement,
     ModelFacts,
@@ -20,10 +21,18 @@ from weightspace.cards import (
     Score,
     TrainingZoo,
     ZooFacts,
+)
+from weightspace.cards.record import (
+    BEGIN,
+    END,
+    card_digest,
+    is_edited,
+    known_facts,
+    notes_of,
+    read_record,
     render_card,
     write_card,
 )
-from weightspace.cards.record import BEGIN, END, Facts, card_digest, is_edited, known_facts, notes_of, read_record
 from weightspace.errors import WeightspaceError
 
 HOSTILE = "a | b\n---\n<script>alert(1)</script> ``` *x*"

@@ -15,8 +15,8 @@ from loopback_hub import LoopbackHub
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoProcessor
 
 import weightspace
-from weightspace.cards import EncoderFacts, Measurement, Score, write_card
-from weightspace.cards.record import known_facts
+from weightspace.cards.facts import EncoderFacts, Measurement, Score
+from weightspace.cards.record import known_facts, write_card
 from weightspace.io.hub import HubOptions
 from weightspace.models.autoencoder.configuration_autoencoder import WeightAutoencoderConfig
 from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor

@@ -9,32 +9,23 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from weightspace.cards.encoder import EncoderFacts, render_encoder
-from weightspace.cards.models import ModelsFacts, render_models
-from weightspace.cards.zoo import ZooFacts, render_zoo
+from weightspace.cards.facts import EncoderFacts, Facts, ModelsFacts, ZooFacts
+from weightspace.cards.rendering import render
 from weightspace.errors import WeightspaceError
-from weightspace.files import atomic_write_text
+from weightspace.files import atomic_write_text, json_ready
 from weightspace.settings import settings_from_mapping
 
 CARD, RECORD = "README.md", "card.json"
 BEGIN = "<!-- notes: what stands between these two lines stays when the card is rendered again -->"
 END = "<!-- end of notes -->"
 
-Facts = EncoderFacts | ZooFacts | ModelsFacts
-
+_EMPTY = f"{BEGIN}\n{END}"
 _NOTES = re.compile(f"{re.escape(BEGIN)}\n(.*?)\n?{re.escape(END)}", re.DOTALL)
-_KINDS: Mapping[str, tuple[type[Any], Callable[[Any], str]]] = {
-    "encoder": (EncoderFacts, render_encoder),
-    "zoo": (ZooFacts, render_zoo),
-    "models": (ModelsFacts, render_models),
-}
+_KINDS = {cls.kind: cls for cls in (EncoderFacts, ZooFacts, ModelsFacts)}
 _LARGEST = 16 * 2**20
 _LOG = logging.getLogger(__name__)
 
@@ -55,18 +46,13 @@ class CardRecord:
 
     def to_json(self) -> str:
         """Writes the file's content."""
-        kind = next(name for name, (cls, _) in _KINDS.items() if isinstance(self.facts, cls))
-        values = {"kind": kind, "weights": self.weights, "rendered": self.rendered, "facts": _plain(asdict(self.facts))}
-        return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+        values = {"kind": self.facts.kind, "weights": self.weights, "rendered": self.rendered}
+        return json.dumps({**values, "facts": json_ready(asdict(self.facts))}, indent=1, ensure_ascii=False) + "\n"
 
 
 def render_card(facts: Facts, notes: str = "") -> str:
     """Renders the card of facts, with notes that people wrote."""
-    render = next(render for cls, render in _KINDS.values() if isinstance(facts, cls))
-    return render(facts).replace(f"{BEGIN}\n{END}", f"{BEGIN}\n{notes.strip()}\n{END}" if notes.strip() else _EMPTY)
-
-
-_EMPTY = f"{BEGIN}\n{END}"
+    return render(facts).replace(_EMPTY, f"{BEGIN}\n{notes.strip()}\n{END}" if notes.strip() else _EMPTY)
 
 
 def notes_of(card: str) -> str:
@@ -102,9 +88,8 @@ def read_record(folder: Path) -> CardRecord | None:
     Raises:
         WeightspaceError: the file is not what this library writes.
     """
-    path = folder / RECORD
-    content = _content(path)
-    return None if content is None else parse_record(content, where=str(path))
+    content = read_text(folder / RECORD)
+    return None if content is None else parse_record(content, where=str(folder / RECORD))
 
 
 def parse_record(content: str, *, where: str) -> CardRecord:
@@ -117,8 +102,8 @@ def parse_record(content: str, *, where: str) -> CardRecord:
         if len(content) > _LARGEST:
             raise ValueError(f"{len(content)} characters")
         values = json.loads(content)
-        kind, weights = _KINDS[values["kind"]][0], values.get("weights")
-        facts = settings_from_mapping(kind, values["facts"], where="facts")
+        facts = settings_from_mapping(_KINDS[values["kind"]], values["facts"], where="facts")
+        weights = values.get("weights")
         return CardRecord(facts, str(values["rendered"]), None if weights is None else str(weights))
     except (ValueError, KeyError, TypeError, RecursionError, WeightspaceError) as error:
         raise WeightspaceError(
@@ -156,9 +141,9 @@ def write_card(folder: str | Path, facts: Facts) -> Path:
     """
     folder = Path(folder)
     path = folder / CARD
-    present = _content(path)
+    present = read_text(path)
     rendered = render_card(facts, notes_of(present or ""))
-    if present is not None and is_edited(present, _content(folder / RECORD)):
+    if present is not None and is_edited(present, read_text(folder / RECORD)):
         _LOG.warning("%s: changed by hand, left as it is; delete it to have it written from the recorded facts", path)
     else:
         _write(path, rendered)
@@ -177,24 +162,16 @@ def weights_digest(folder: Path) -> str | None:
     return digest.hexdigest() if files else None
 
 
-def _content(path: Path) -> str | None:
+def read_text(path: Path) -> str | None:
+    """Reads a text file; None if there is none.
+
+    Raises:
+        WeightspaceError: the file cannot be read.
+    """
     try:
         return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
     except OSError as error:
         raise WeightspaceError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
-
-
-def _plain(value: Any) -> Any:
-    """Makes JSON of facts: NaN and infinities become null, and what JSON does not know becomes text."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if is_dataclass(value) and not isinstance(value, type):
-        return _plain(asdict(value))
-    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
 
 
 def _write(path: Path, content: str) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import click
 
+from weightspace.files import json_ready
+
 
 def print_json(value: Any) -> None:
     """Prints ``value`` as JSON; NaN and infinities, which JSON lacks, become null."""
-    click.echo(json.dumps(_finite(value), indent=1, ensure_ascii=False))
+    click.echo(json.dumps(json_ready(value), indent=1, ensure_ascii=False))
 
 
 def printable(text: str) -> str:
@@ -49,11 +50,3 @@ def _text(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else printable(str(value))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -10,8 +10,8 @@ from typing import Any
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from weightspace.cards import EncoderFacts, write_card
-from weightspace.cards.record import CARD, RECORD, CardRecord, parse_record, weights_digest
+from weightspace.cards.facts import EncoderFacts
+from weightspace.cards.record import CARD, RECORD, CardRecord, parse_record, weights_digest, write_card
 
 _GENERAL = "This model card has been automatically generated"
 """Stands in the card that transformers makes where there is none."""

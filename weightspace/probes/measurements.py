@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from weightspace.cards.encoder import Measurement, Score
+from weightspace.cards.facts import Measurement, Score
 from weightspace.evaluation.retrieval import RetrievalRow
 from weightspace.probes.reconstruction import ALL_ARCHITECTURES, ReconstructionRow
 from weightspace.probes.rows import ProbeRow

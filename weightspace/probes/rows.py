@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from weightspace.files import json_ready
 from weightspace.stats.resampling import Estimate
 
 _PRINTED_LABELS = 12
@@ -129,13 +130,7 @@ def _record(row: ProbeRow) -> dict[str, Any]:
         score = row.scores.get(measure.name, Score(_NAN, _NAN, _NAN))
         named = {measure.name: score.value, measure.low: score.low, measure.high: score.high}
         record |= {**named, measure.permuted: score.permuted}
-    return {name: _plain(value) for name, value in record.items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return list(value) if isinstance(value, tuple) else value
+    return dict(json_ready(record))
 
 
 def format_table(rows: Sequence[ProbeRow]) -> str:

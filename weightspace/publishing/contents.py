@@ -15,8 +15,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from weightspace.cards import EncoderFacts, ModelFacts, ModelsFacts, TrainingZoo
-from weightspace.cards.record import CARD, RECORD, Facts, known_facts
+from weightspace.cards.facts import EncoderFacts, Facts, ModelFacts, ModelsFacts, TrainingZoo
+from weightspace.cards.record import CARD, RECORD, known_facts
 from weightspace.cards.rendering import count
 from weightspace.errors import WeightspaceError
 from weightspace.io.checkpoint import INDEX, Checkpoint, find_checkpoints, open_in

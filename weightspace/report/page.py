@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -16,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from weightspace.evaluation.retrieval import RetrievalRow
+from weightspace.files import json_ready
 from weightspace.probes.explain import Explanation
 from weightspace.probes.reconstruction import ALL_ARCHITECTURES, ReconstructionRow
 from weightspace.probes.rows import AUC, BALANCED_ACCURACY, R2, TAU
@@ -141,13 +141,13 @@ def write_report(report: Report, folder: str | Path) -> Path:
 
 
 def _records(report: Report, points: plots.MapPoints | None) -> dict[str, Any]:
-    probes, samples, sample_bars = (_plain(rows) for rows in (report.probes, report.samples, report.sample_bars))
+    probes, samples, sample_bars = (json_ready(rows) for rows in (report.probes, report.samples, report.sample_bars))
     reconstruction = [
-        _plain({**asdict(row), "compression": row.weights / row.latent_size if row.latent_size else None})
+        json_ready({**asdict(row), "compression": row.weights / row.latent_size if row.latent_size else None})
         for row in report.reconstruction
     ]
-    retrieval = [_plain(asdict(row)) for row in report.retrieval]
-    explanation = None if report.explanation is None else _plain(asdict(report.explanation))
+    retrieval = [json_ready(asdict(row)) for row in report.retrieval]
+    explanation = None if report.explanation is None else json_ready(asdict(report.explanation))
     if explanation is not None:
         explanation["answers"] = {
             "clusters": clustering_answers(explanation["clusters"]),
@@ -170,7 +170,7 @@ def _records(report: Report, points: plots.MapPoints | None) -> dict[str, Any]:
             "dataset": [report.zoo_map.datasets[row] or _UNKNOWN_DATASET for row in points.rows],
             "accuracy": np.asarray(report.zoo_map.accuracies, dtype=np.float64)[points.rows],
         }
-    records: dict[str, Any] = _plain(
+    records: dict[str, Any] = json_ready(
         {
             "title": report.title,
             "facts": report.facts,
@@ -193,19 +193,6 @@ def _records(report: Report, points: plots.MapPoints | None) -> dict[str, Any]:
         }
     )
     return records
-
-
-def _plain(value: Any) -> Any:
-    """Makes a value ready for JSON; what JSON does not know becomes text."""
-    if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist())
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 # --- page ------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from weightspace.cards import SamplingFacts
+from weightspace.cards.facts import SamplingFacts
 from weightspace.data.images import load_images
 from weightspace.encoder import Encoder
 from weightspace.errors import SettingsError

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weightspace.cards import ModelFacts, ModelsFacts, SamplingFacts, write_card
+from weightspace.cards.facts import ModelFacts, ModelsFacts, SamplingFacts
+from weightspace.cards.record import write_card
 from weightspace.errors import SettingsError, ZooError
 from weightspace.io.header import shown
 from weightspace.io.locations import is_repo_id

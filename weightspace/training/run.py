@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from transformers.configuration_utils import PreTrainedConfig
 
-from weightspace.cards import write_card
+from weightspace.cards.record import write_card
 from weightspace.errors import SettingsError, ZooError
 from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
 from weightspace.training.loop import Batches, Objective, clear_checkpoints, fit, is_main_process

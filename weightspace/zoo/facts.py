@@ -16,8 +16,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from weightspace.cards.encoder import TrainingZoo
-from weightspace.cards.zoo import ArchitectureCount, LicenceCount, ResultSummary, ZooFacts
+from weightspace.cards.facts import ArchitectureCount, LicenceCount, ResultSummary, TrainingZoo, ZooFacts
 from weightspace.io.locations import is_repo_id
 from weightspace.zoo.dataset import Zoo
 from weightspace.zoo.storage import read_skips

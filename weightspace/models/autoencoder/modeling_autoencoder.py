@@ -9,7 +9,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import ModelOutput
 
-from weightspace.cards import EncoderFacts
+from weightspace.cards.facts import EncoderFacts
 from weightspace.errors import SettingsError
 from weightspace.losses import masked_mse, nt_xent
 from weightspace.models.autoencoder.configuration_autoencoder import WeightAutoencoderConfig

@@ -11,7 +11,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import ModelOutput
 
-from weightspace.cards import EncoderFacts
+from weightspace.cards.facts import EncoderFacts
 from weightspace.errors import SettingsError
 from weightspace.losses import gather_rows, masked_mse, pairwise_nt_xent, pairwise_sigmoid
 from weightspace.models.card import PushedWithCard

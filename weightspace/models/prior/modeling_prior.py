@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.utils.generic import ModelOutput
 
-from weightspace.cards import EncoderFacts
+from weightspace.cards.facts import EncoderFacts
 from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel
 from weightspace.models.card import PushedWithCard
 from weightspace.models.layers import PositionEmbedding, TokenAttention, TokenConfig, initialize_linear
