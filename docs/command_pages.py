@@ -21,8 +21,8 @@ def pages() -> dict[str, str]:
     head = "# Commands\n\nThese pages are generated from `--help` by `docs/command_pages.py`.\n\n"
     texts = {"README.md": head + "\n".join(lines) + "\n"}
     for path, command in found.items():
-        context = click.Context(command, info_name=path, terminal_width=_WIDTH, max_content_width=_WIDTH)
-        context.show_default = True
+        sizes = {"terminal_width": _WIDTH, "max_content_width": _WIDTH}
+        context = click.Context(command, info_name=path, **program.context_settings, **sizes)
         texts[_file(path)] = f"# {path}\n\n```text\n{command.get_help(context).rstrip()}\n```\n"
     return texts
 
