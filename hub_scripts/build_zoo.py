@@ -16,5 +16,6 @@ from weightspace.cli.jobs import run_job
 
 if __name__ == "__main__":
     if sys.argv[1:2] not in (["train"], ["import"]):
-        sys.exit(f"{__doc__}\nerror: the first word is train or import")
+        print(f"{__doc__}\nerror: the first word is train or import", file=sys.stderr)
+        sys.exit(2)
     sys.exit(run_job(["zoo", sys.argv.pop(1)], __doc__))

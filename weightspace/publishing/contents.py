@@ -88,16 +88,11 @@ def kind_of(folder: Path) -> Kind:
         pickled = next((path for path in sorted(folder.rglob("*")) if path.suffix in _PICKLES), None)
         found = f"only pickles such as {pickled.name!r}" if pickled else "no zoo.json and no safetensors file"
         raise WeightspaceError(f"{folder}: nothing to publish ({found}); give the folder of an encoder, zoo or models")
-    config = LocalFolder(folder).read_json("config.json") or {}
-    return "encoder" if _is_registered(config.get("model_type")) else "models"
-
-
-def _is_registered(model_type: object) -> bool:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        return False
-    return CONFIG_MAPPING[model_type].__module__.startswith("weightspace.")
+    model_type = (LocalFolder(folder).read_json("config.json") or {}).get("model_type")
+    registered = isinstance(model_type, str) and model_type in CONFIG_MAPPING
+    return "encoder" if registered and CONFIG_MAPPING[model_type].__module__.startswith("weightspace.") else "models"
 
 
 def encoder_contents(folder: Path, repo_id: str, settings: PushSettings, options: HubOptions) -> Contents:

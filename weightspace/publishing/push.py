@@ -18,6 +18,7 @@ from weightspace.cards.record import (
     card_digest,
     is_edited,
     notes_of,
+    read_text,
     render_card,
     weights_digest,
 )
@@ -98,8 +99,8 @@ def _planned(folder: Path, repo_id: str, settings: PushSettings, options: HubOpt
     if card.published is not None:
         files.append(text_file(CARD, card.published))
     superseded = ("index/*.parquet", "weights/*.parquet") if kind == "zoo" else WEIGHTS
-    there = remote.repo.entries if remote else {}
-    removed = {path for path in there if any(fnmatchcase(path, pattern) for pattern in superseded)}
+    present = remote.repo.entries if remote else {}
+    removed = {path for path in present if any(fnmatchcase(path, pattern) for pattern in superseded)}
     return PushPlan(
         kind=kind,
         repo_id=repo_id,
@@ -172,7 +173,7 @@ def _card(folder: Path, contents: Contents, remote: _Remote | None, settings: Pu
 
     People's own cards win over rendered ones, and what they changed on the Hub over what lies here.
     """
-    own, record = _local(folder / CARD), _local(folder / RECORD)
+    own, record = read_text(folder / CARD), read_text(folder / RECORD)
     if own == README:  # what every zoo is made with says nothing
         own = None
     there, there_record = (remote.text(CARD), remote.text(RECORD)) if remote else (None, None)
@@ -186,10 +187,6 @@ def _card(folder: Path, contents: Contents, remote: _Remote | None, settings: Pu
         words = f"{CARD} was written or changed by hand and is published as it is; --replace-card renders it anew"
         return _Card(rendered, own, (words,))
     return _Card(rendered, rendered)
-
-
-def _local(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
 
 
 def _carry_out(plan: PushPlan, options: HubOptions) -> Published:
