@@ -91,8 +91,9 @@ def kind_of(folder: Path) -> Kind:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     model_type = (LocalFolder(folder).read_json("config.json") or {}).get("model_type")
-    registered = isinstance(model_type, str) and model_type in CONFIG_MAPPING
-    return "encoder" if registered and CONFIG_MAPPING[model_type].__module__.startswith("weightspace.") else "models"
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        return "models"
+    return "encoder" if CONFIG_MAPPING[model_type].__module__.startswith("weightspace.") else "models"
 
 
 def encoder_contents(folder: Path, repo_id: str, settings: PushSettings, options: HubOptions) -> Contents:
