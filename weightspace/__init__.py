@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from weightspace.models.joint.configuration_joint import JointConfig
     from weightspace.models.joint.feature_extraction_joint import JointFeatureExtractor
     from weightspace.models.joint.modeling_joint import JointModel
-    from weightspace.models.prior.configuration_code_prior import WeightCodePriorConfig
-    from weightspace.models.prior.configuration_prior import WeightPriorConfig
+    from weightspace.models.prior.configuration_prior import WeightCodePriorConfig, WeightPriorConfig
     from weightspace.models.prior.modeling_code_prior import WeightCodePriorModel
     from weightspace.models.prior.modeling_prior import WeightPriorModel
     from weightspace.networks.infer import infer_architecture
@@ -48,7 +47,7 @@ _HOMES = {
     "JointModel": "weightspace.models.joint.modeling_joint",
     "WeightAutoencoderConfig": "weightspace.models.autoencoder.configuration_autoencoder",
     "WeightAutoencoderModel": "weightspace.models.autoencoder.modeling_autoencoder",
-    "WeightCodePriorConfig": "weightspace.models.prior.configuration_code_prior",
+    "WeightCodePriorConfig": "weightspace.models.prior.configuration_prior",
     "WeightCodePriorModel": "weightspace.models.prior.modeling_code_prior",
     "WeightFeatureExtractor": "weightspace.models.autoencoder.feature_extraction_autoencoder",
     "WeightPriorConfig": "weightspace.models.prior.configuration_prior",

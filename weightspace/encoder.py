@@ -28,7 +28,7 @@ from weightspace.models.autoencoder.feature_extraction_autoencoder import Weight
 from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel
 from weightspace.models.codec import LatentCodec
 from weightspace.models.joint.modeling_joint import JointModel, unit
-from weightspace.models.loading import load_whole
+from weightspace.models.pretrained import load_complete
 from weightspace.schema import Architecture
 from weightspace.zoo.dataset import Zoo, load_zoo
 from weightspace.zoo.storage import replacing
@@ -157,7 +157,7 @@ def load_encoder(location: str | Path, options: HubOptions | None = None) -> Enc
     """
     path, name = saved_folder(location, options, kind="encoder")
     try:
-        model = load_whole(AutoModel, path)
+        model = load_complete(AutoModel, path)
         extractor = AutoFeatureExtractor.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise WeightspaceError(f"{location}: the encoder cannot be loaded: {str(error).splitlines()[0]}") from error

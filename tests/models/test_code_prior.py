@@ -13,7 +13,7 @@ from transformers import AutoModel
 
 from weightspace.errors import SettingsError
 from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
-from weightspace.models.prior.configuration_code_prior import WeightCodePriorConfig
+from weightspace.models.prior.configuration_prior import WeightCodePriorConfig
 from weightspace.models.prior.modeling_code_prior import WeightCodePriorModel, _drawn
 from weightspace.models.prior.modeling_prior import Guidance, PriorCondition
 from weightspace.networks.families import MLPConfig
@@ -85,8 +85,8 @@ def inputs(rows: int = 2, architecture: Architecture = SHALLOW) -> dict[str, Ten
     return {
         "latents": draw(*where["position_ids"].shape[:2], 4, seed=5).tanh(),
         **where,
-        "class_features": asked.dataset,
-        "result_embeds": asked.result,
+        "class_features": asked.class_features,
+        "result_embeds": asked.result_embeds,
         "activation": asked.activation,
     }
 
@@ -136,7 +136,11 @@ def test_chances_of_all_models_of_one_token_sum_to_one() -> None:
 @torch.no_grad()
 def test_samples_have_the_frequencies_of_the_model() -> None:
     model, asked = build(), condition(1)
-    parts = (asked.dataset.expand(4000, -1, -1), asked.result.expand(4000, -1), asked.activation.expand(4000))
+    parts = (
+        asked.class_features.expand(4000, -1, -1),
+        asked.result_embeds.expand(4000, -1),
+        asked.activation.expand(4000),
+    )
     many = PriorCondition(*parts)
     found = numbers(model, model.autoencoder.from_codes(sampled(model, many)))[:, 0]
     logits = model(**{**inputs(1), "known": torch.zeros(1, 1, dtype=torch.bool).expand(1, SHALLOW_TOKENS)}).logits

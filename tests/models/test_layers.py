@@ -3,15 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers.models.bert.modeling_bert import eager_attention_forward
 
 from weightspace.models.autoencoder.configuration_autoencoder import WeightAutoencoderConfig
-from weightspace.models.layers import (
-    PositionEmbedding,
-    TokenAttention,
-    TokenTransformer,
-    eager_attention,
-    initialize_linear,
-)
+from weightspace.models.layers import PositionEmbedding, TokenAttention, TokenTransformer, initialize, start_at
 
 
 def draw(seed: int, *shape: int) -> torch.Tensor:
@@ -30,7 +25,7 @@ class TestAttention:
         additive = torch.zeros(2, 1, 1, 5)
         additive[1, ..., 3:] = torch.finfo(torch.float32).min
         for mask in (None, additive):
-            mixed, weights = eager_attention(nn.Identity(), query, key, value, mask, scaling=8**-0.5)
+            mixed, weights = eager_attention_forward(nn.Identity(), query, key, value, mask, scaling=8**-0.5)
             fused = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
             torch.testing.assert_close(mixed, fused.transpose(1, 2))
             torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 5))
@@ -64,8 +59,8 @@ class TestPositions:
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_linear_layers_start_at_unit_gain(scale: float) -> None:
-    layer = nn.Linear(400, 300)
+    layer = start_at(scale, nn.Linear(400, 300))
     torch.manual_seed(0)
-    initialize_linear(layer, scale)
+    initialize(layer)
     assert float(layer.weight.detach().std()) == pytest.approx(scale * 400**-0.5, rel=0.02)
     assert not layer.bias.any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import AutoModel
 
 from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
 from weightspace.models.prior.configuration_prior import WeightPriorConfig
-from weightspace.models.prior.modeling_prior import Guidance, PriorCondition, WeightPriorModel
+from weightspace.models.prior.modeling_prior import Guidance, PriorCondition, WeightPriorModel, _at_outputs
 from weightspace.networks.families import MLPConfig
 from weightspace.sampling.base import Condition
 from weightspace.schema import Architecture
@@ -79,9 +80,7 @@ def inputs(rows: int = 2) -> dict[str, Tensor]:
     return {
         "latents": draw(*shape, seed=5),
         **where,
-        "class_features": asked.dataset,
-        "result_embeds": asked.result,
-        "activation": asked.activation,
+        **vars(asked),
         "noise": draw(*shape, seed=6),
         "times": torch.linspace(0.2, 0.8, rows),
     }
@@ -121,12 +120,11 @@ def test_samples_follow_from_the_generator_alone() -> None:
     assert not torch.equal(sampled(model, condition(), seed=1), sampled(model, condition(), seed=2))
 
 
-@pytest.mark.parametrize("part", ["dataset", "result", "activation"])
+@pytest.mark.parametrize("part", ["class_features", "result_embeds", "activation"])
 def test_every_part_of_the_condition_matters(part: str) -> None:
     model, asked = moving(), condition()
-    other = {"dataset": asked.dataset, "result": asked.result, "activation": asked.activation}
-    other[part] = asked.activation + 1 if part == "activation" else -other[part]
-    changed = sampled(model, PriorCondition(**other))
+    value = asked.activation + 1 if part == "activation" else -getattr(asked, part)
+    changed = sampled(model, replace(asked, **{part: value}))
     assert not torch.allclose(sampled(model, asked), changed, atol=1e-4)
 
 
@@ -143,7 +141,7 @@ def test_guidance_of_one_is_the_model_and_of_zero_leaves_the_condition_out() -> 
 
 def test_what_is_absent_in_a_row_does_not_touch_the_others() -> None:
     model, asked = moving(), condition()
-    mixed = PriorCondition(asked.dataset * torch.tensor([1.0, 0.0]).view(2, 1, 1), asked.result, asked.activation)
+    mixed = replace(asked, class_features=asked.class_features * torch.tensor([1.0, 0.0]).view(2, 1, 1))
     whole, part = sampled(model, asked), sampled(model, mixed)
     torch.testing.assert_close(whole[0], part[0])
     assert not torch.allclose(whole[1], part[1], atol=1e-4)
@@ -151,13 +149,16 @@ def test_what_is_absent_in_a_row_does_not_touch_the_others() -> None:
 
 def test_each_class_is_told_to_the_output_that_stands_for_it() -> None:
     model, asked, where = moving(), condition(), places(SHALLOW)
-    classes, tokens = model._classes(asked), torch.ones(2, len(where["position_ids"][0]), dtype=torch.bool)
-    told = model._at_outputs(classes, where["position_ids"], tokens)
+    classes, tokens = (
+        model.class_in(asked.class_features),
+        torch.ones(2, len(where["position_ids"][0]), dtype=torch.bool),
+    )
+    told = _at_outputs(classes, where["position_ids"], tokens)
     _, layer, channel = where["position_ids"][0].unbind(-1)
     for token in range(len(layer)):
         expected = classes[:, channel[token]] if layer[token] == 1 else torch.zeros(2, 16)
         assert torch.equal(told[:, token], expected)
-    fewer = model._at_outputs(classes[:, :3], where["position_ids"], tokens)
+    fewer = _at_outputs(classes[:, :3], where["position_ids"], tokens)
     assert torch.equal(fewer, told * (channel < 3)[:, None])
 
 
@@ -167,7 +168,7 @@ def test_without_layers_a_class_matters_to_its_own_output_and_in_the_mean_to_all
     for layer in model.layers:
         layer.modulation.weight.data.zero_()  # leaves every layer the identity
     noisy, times = draw(1, 9, 3), torch.full((1,), 0.5)
-    swapped = PriorCondition(asked.dataset[:, [1, 0, 2, 3]], asked.result, asked.activation)
+    swapped = replace(asked, class_features=asked.class_features[:, [1, 0, 2, 3]])
     one, other = (model.velocity(noisy, times, part, **where) for part in (asked, swapped))
     changed = (one - other).abs().amax(-1)[0] > 1e-5
     _, layer, channel = where["position_ids"][0].unbind(-1)
@@ -176,7 +177,7 @@ def test_without_layers_a_class_matters_to_its_own_output_and_in_the_mean_to_all
 
 def test_a_class_that_is_not_there_counts_for_nothing() -> None:
     model, asked = moving(), condition()
-    longer = PriorCondition(torch.nn.functional.pad(asked.dataset, (0, 0, 0, 3)), asked.result, asked.activation)
+    longer = replace(asked, class_features=torch.nn.functional.pad(asked.class_features, (0, 0, 0, 3)))
     torch.testing.assert_close(sampled(model, asked), sampled(model, longer))
 
 

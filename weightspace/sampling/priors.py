@@ -16,7 +16,7 @@ from weightspace.io.header import shown
 from weightspace.io.hub import HubOptions
 from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
 from weightspace.models.codec import LatentCodec
-from weightspace.models.loading import load_whole
+from weightspace.models.pretrained import load_complete
 from weightspace.models.prior.modeling_prior import ConditionedPrior, PriorCondition
 from weightspace.sampling.base import Condition
 from weightspace.sampling.sources import Sources, prior_type, public_name
@@ -78,7 +78,7 @@ class PriorSampler(Generic[P, S]):
         if (found := prior_type(folder)) != (wanted := cls._prior_type()):
             raise SettingsError(f"{folder}: holds a model of type {shown(found)}; give a prior of type {wanted}")
         try:
-            prior = load_whole(cls.prior_class, folder)
+            prior = load_complete(cls.prior_class, folder)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise WeightspaceError(f"{folder}: the prior cannot be loaded: {reason}; train it again") from error

@@ -18,8 +18,11 @@ from weightspace.models.autoencoder.feature_extraction_autoencoder import Weight
 from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel
 from weightspace.models.codec import LatentCodec
 from weightspace.models.joint.modeling_joint import JointModel
-from weightspace.models.prior.configuration_code_prior import WeightCodePriorConfig
-from weightspace.models.prior.configuration_prior import ConditionedPriorConfig, WeightPriorConfig
+from weightspace.models.prior.configuration_prior import (
+    ConditionedPriorConfig,
+    WeightCodePriorConfig,
+    WeightPriorConfig,
+)
 from weightspace.models.prior.modeling_code_prior import WeightCodePriorModel
 from weightspace.models.prior.modeling_prior import WeightPriorModel
 from weightspace.settings import Fraction, FractionBelowOne, Settings

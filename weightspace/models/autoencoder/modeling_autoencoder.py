@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import ModelOutput
 
@@ -14,11 +13,9 @@ from weightspace.errors import SettingsError
 from weightspace.losses import masked_mse, nt_xent
 from weightspace.models.autoencoder.configuration_autoencoder import WeightAutoencoderConfig
 from weightspace.models.autoencoder.quantization_autoencoder import ScalarQuantizer
-from weightspace.models.card import PushedWithCard
-from weightspace.models.layers import PositionEmbedding, TokenTransformer, initialize_linear
+from weightspace.models.layers import PositionEmbedding, TokenTransformer, in_windows, token_mask
 from weightspace.models.pooling import STATISTICS, depth_weights, entry_statistics, relative_depths, state_moments
-
-_WINDOWS_AT_ONCE = 512
+from weightspace.models.pretrained import WeightspaceModel
 
 
 @dataclass
@@ -40,25 +37,21 @@ class WeightAutoencoderOutput(ModelOutput):
     latents: Tensor | None = None
 
 
-class WeightAutoencoderModel(PushedWithCard):
+class WeightAutoencoderModel(WeightspaceModel):
     """Transformer autoencoder on weight tokens in the manner of SANE (Schürholt et al., 2024).
 
     Every token is compressed to `latent_size` numbers while it sees the other tokens of its window. The embedding of a
     model holds, for each of `depth_bins` parts of the network, moments of the latents and statistics of the weights
     themselves; see [`state_moments`] and [`entry_statistics`]. The contrastive loss acts on the moments of the latents.
 
-    With `code_levels` in its config the decoder sees latents rounded to codes, which [`to_codes`] tells; embeddings and
-    the contrastive loss see them as they are.
+    With `code_levels` in its config the decoder sees latents rounded to codes, see [`to_codes`]; embeddings and the
+    contrastive loss see them as they are.
     """
 
     config: WeightAutoencoderConfig
     base_model_prefix = "weight_autoencoder"
     main_input_name = "weight_values"
-    input_modalities = "weight"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["TokenLayer"]  # noqa: RUF012
-    _supports_sdpa = True
-    _supports_attention_backend = True
 
     def __init__(self, config: WeightAutoencoderConfig) -> None:
         super().__init__(config)
@@ -97,15 +90,6 @@ class WeightAutoencoderModel(PushedWithCard):
             facts = replace(facts, config={**facts.config, **codes})
         return replace(facts, embedding_size=self.embedding_size)
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        # Variance 1 / fan_in keeps signals of weight tokens, which carry no vocabulary-sized embedding, at unit scale.
-        if isinstance(module, nn.Linear):
-            initialize_linear(module, scale=getattr(module, "initial_scale", 1.0))
-        elif isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-
     def encode(
         self,
         weight_values: Float[Tensor, "batch n d"],
@@ -124,8 +108,9 @@ class WeightAutoencoderModel(PushedWithCard):
         values = weight_values.to(self.token_in.weight.dtype)
         hidden = self.token_in(torch.cat([values, weight_mask.to(values.dtype)], dim=-1))
         hidden = hidden + self.encoder_positions(position_ids)
-        latents = self.to_latent(self._in_windows(self.encoder, hidden, attention_mask))
-        return latents if self.quantizer is None else self.quantizer.bound(latents)
+        mask = token_mask(position_ids, attention_mask)
+        latents = self.to_latent(in_windows(self.encoder, self.config.window, hidden, mask))
+        return latents if self.quantizer is None else latents.tanh()
 
     def decode(
         self,
@@ -138,11 +123,11 @@ class WeightAutoencoderModel(PushedWithCard):
 
         Latents are rounded to codes first if the model has them; gradients pass through.
         """
-        mask = weight_mask.to(latents.dtype)
+        entries = weight_mask.to(latents.dtype)
         latents = latents if self.quantizer is None else self.quantizer.round(latents)
-        hidden = self.from_latent(latents) + self.mask_in(mask) + self.decoder_positions(position_ids)
-        hidden = self._in_windows(self.decoder, hidden, attention_mask)
-        return self.token_out(hidden) * mask
+        hidden = self.from_latent(latents) + self.mask_in(entries) + self.decoder_positions(position_ids)
+        hidden = in_windows(self.decoder, self.config.window, hidden, token_mask(position_ids, attention_mask))
+        return self.token_out(hidden) * entries
 
     @property
     def codes_per_token(self) -> int:
@@ -154,18 +139,13 @@ class WeightAutoencoderModel(PushedWithCard):
         return int(self.config.latent_size // len(self._codes().levels))
 
     def to_codes(self, latents: Float[Tensor, "batch n latent"]) -> Int[Tensor, "batch n codes"]:
-        """Rounds latents to codes; those of padding mean nothing.
-
-        Raises:
-            SettingsError: the model has no codes.
-        """
+        """Rounds latents to codes, those of padding to any; raises like `codes_per_token`."""
         return self._codes().encode(latents)
 
     def from_codes(self, codes: Int[Tensor, "batch n codes"]) -> Float[Tensor, "batch n latent"]:
-        """Looks up the latents that codes stand for. `to_codes` gives the same codes back, `decode` the weights.
+        """Looks up the latents that codes stand for, the inverse of `to_codes`; raises like it.
 
         Raises:
-            SettingsError: the model has no codes.
             TokenError: a code is not in the codebook.
         """
         return self._codes().decode(codes).to(self.from_latent.weight.dtype)
@@ -185,13 +165,8 @@ class WeightAutoencoderModel(PushedWithCard):
     ) -> BaseModelOutputWithPooling:
         """Embeds whole models.
 
-        Args:
-            weight_values: as in `encode`.
-            weight_mask: as in `encode`.
-            position_ids: as in `encode`.
-            attention_mask: as in `encode`.
-            depths: relative depth of each token's layer, 0 to 1; derived from ``position_ids`` if left out, which is
-                right for sequences that hold a whole model.
+        Arguments are those of `encode`. ``depths``, the relative depth of each token's layer, 0 to 1, has to be given
+        for sequences that hold a part of a model; by default it is derived from ``position_ids``.
 
         Returns:
             Latents as ``last_hidden_state`` and one embedding a model as ``pooler_output``.
@@ -217,16 +192,9 @@ class WeightAutoencoderModel(PushedWithCard):
     ) -> WeightAutoencoderOutput:
         """Encodes, decodes and scores tokens.
 
-        Args:
-            weight_values: as in `encode`; possibly erased or noisy.
-            weight_mask: as in `encode`.
-            position_ids: as in `encode`.
-            attention_mask: as in `encode`.
-            depths: as in `get_weight_features`.
-            labels: tokens to reconstruct; ``weight_values`` if left out.
-            views: 2 if the second half of the batch holds other views of the models of the first half, in the same
-                order; the contrastive loss needs them.
-            return_loss: leave out the losses if false.
+        Tokens are given as to `get_weight_features`. The target is ``labels`` if ``weight_values`` are erased or noisy.
+        With ``views`` of 2, the second half of the batch holds other views of the models of the first half, in the same
+        order, for the contrastive loss.
         """
         latents = self.encode(weight_values, weight_mask, position_ids, attention_mask)
         reconstruction = self.decode(latents, weight_mask, position_ids, attention_mask)
@@ -245,25 +213,9 @@ class WeightAutoencoderModel(PushedWithCard):
     def _parts(
         self, position_ids: Tensor, attention_mask: Tensor | None, depths: Tensor | None
     ) -> Float[Tensor, "batch bins n"]:
-        mask = (
-            torch.ones_like(position_ids[..., 0], dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        )
+        mask = token_mask(position_ids, attention_mask)
         depths = relative_depths(position_ids, mask) if depths is None else depths.float()
         return depth_weights(depths, mask, self.config.depth_bins)
-
-    def _in_windows(self, stack: TokenTransformer, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Runs ``stack`` on windows of the sequence, so that cost grows with its length and not with the square."""
-        batch, length, width = hidden.shape
-        mask = hidden.new_ones(batch, length, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        window = self.config.window
-        if length <= window:
-            return stack(hidden, mask)
-        missing = -length % window
-        hidden = nn.functional.pad(hidden, (0, 0, 0, missing)).view(-1, window, width)
-        mask = nn.functional.pad(mask, (0, missing)).view(-1, window)
-        # What a layer holds at once would otherwise grow with the model that is embedded.
-        parts = zip(hidden.split(_WINDOWS_AT_ONCE), mask.split(_WINDOWS_AT_ONCE), strict=True)
-        return torch.cat([stack(*part) for part in parts]).view(batch, -1, width)[:, :length]
 
 
 __all__ = ["WeightAutoencoderModel", "WeightAutoencoderOutput"]

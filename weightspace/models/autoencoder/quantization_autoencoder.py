@@ -17,8 +17,8 @@ class ScalarQuantizer:
     """Rounds every number of a latent to one of a few levels (finite scalar quantisation, Mentzer et al., 2023).
 
     The interval from -1 to 1 is cut into as many equal parts as there are levels, and a number is rounded to the
-    middle of its part. A code is the joint level of neighbouring numbers. There are no codebook vectors that could
-    fall out of use, no further losses and no parameters.
+    middle of its part. A code is the joint level of neighbouring numbers. There are no codebook vectors that could fall
+    out of use, no further losses and no parameters.
 
     Attributes:
         levels: levels of each of the numbers that one code stands for.
@@ -30,10 +30,6 @@ class ScalarQuantizer:
     def codebook_size(self) -> int:
         """Number of different codes."""
         return math.prod(self.levels)
-
-    def bound(self, latents: Float[Tensor, "*batch latent"]) -> Float[Tensor, "*batch latent"]:
-        """Squeezes numbers of any size into the interval that is cut into levels."""
-        return latents.tanh()
 
     def round(self, latents: Float[Tensor, "*batch latent"]) -> Float[Tensor, "*batch latent"]:
         """Rounds to the nearest level; gradients pass as if nothing were rounded (Bengio et al., 2013)."""

@@ -4,18 +4,16 @@ from dataclasses import field
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+from transformers.configuration_utils import SubConfigSpec
 
 from weightspace.models.autoencoder.configuration_autoencoder import WeightAutoencoderConfig
+from weightspace.models.configuration import ModelConfig
 
 PAIRS = ("dataset_weight", "weight_result", "dataset_result")
-LOSSES = ("nt_xent", "sigmoid")
-POSITIVES = ("all", "diagonal")
-RESULT_KINDS = ("bins", "regression")
 
 
 @strict
-class DatasetTowerConfig(PreTrainedConfig):
+class DatasetTowerConfig(ModelConfig):
     r"""Configures the tower of datasets, a set encoder on features of a frozen image encoder.
 
     Args:
@@ -43,18 +41,9 @@ class DatasetTowerConfig(PreTrainedConfig):
     position_size: int = 32
     dropout: float | int = 0.1
 
-    def validate_architecture(self) -> None:
-        """Part of `@strict`-powered validation: refuses sizes that cannot be."""
-        _check(self)
-        if min(self.feature_size, self.components, self.sample) < 1:
-            raise ValueError(
-                f"feature_size {self.feature_size}, components {self.components} and sample {self.sample} must be at "
-                "least 1"
-            )
-
 
 @strict
-class WeightTowerConfig(PreTrainedConfig):
+class WeightTowerConfig(ModelConfig):
     r"""Configures the tower of weights: the encoder of a weight autoencoder, and what pools its tokens.
 
     Args:
@@ -82,15 +71,9 @@ class WeightTowerConfig(PreTrainedConfig):
     position_size: int = 32
     dropout: float | int = 0.1
 
-    def validate_architecture(self) -> None:
-        """Part of `@strict`-powered validation: refuses sizes that cannot be."""
-        _check(self)
-        if self.hops < 1 or self.depth_bins < 1:
-            raise ValueError(f"hops {self.hops} and depth_bins {self.depth_bins} must be at least 1")
-
 
 @strict
-class ResultTowerConfig(PreTrainedConfig):
+class ResultTowerConfig(ModelConfig):
     r"""Configures the tower of results, an embedding table of bins whose edges the model owns.
 
     Args:
@@ -115,20 +98,14 @@ class ResultTowerConfig(PreTrainedConfig):
     hidden_size: int = 64
 
     def validate_architecture(self) -> None:
-        """Part of `@strict`-powered validation: refuses sizes that cannot be."""
+        """Part of `@strict`-powered validation: refuses values out of bounds."""
+        super().validate_architecture()
         if not self.results or len(set(self.results)) != len(self.results):
             raise ValueError(f"results {self.results} must be one or more different names")
-        if self.kind not in RESULT_KINDS:
-            raise ValueError(f"kind {self.kind!r}: choose one of {', '.join(RESULT_KINDS)}")
-        if self.bins < 2 or self.hidden_size < 1 or self.smoothing < 0:
-            raise ValueError(
-                f"bins {self.bins} must be at least 2, hidden_size {self.hidden_size} at least 1, "
-                f"smoothing {self.smoothing} at least 0"
-            )
 
 
 @strict
-class JointConfig(PreTrainedConfig):
+class JointConfig(ModelConfig):
     r"""Configures a [`JointModel`].
 
     Args:
@@ -160,40 +137,14 @@ class JointConfig(PreTrainedConfig):
     positives: str = "all"
     reconstruction_weight: float | int = 0.0
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        """Asks for written-out attention where the caller asks for nothing, as the autoencoder does."""
-        if kwargs.get("attn_implementation") is None:
-            kwargs["attn_implementation"] = "eager"
-        super().__post_init__(**kwargs)
-
     def validate_architecture(self) -> None:
-        """Part of `@strict`-powered validation: refuses unknown names and impossible numbers."""
-        unknown = [pair for pair in self.pairs if pair not in PAIRS]
-        if unknown or not self.pairs:
+        """Part of `@strict`-powered validation: refuses values out of bounds."""
+        super().validate_architecture()
+        if not self.pairs or not set(self.pairs) <= set(PAIRS):
             raise ValueError(f"pairs {self.pairs}: choose one or more of {', '.join(PAIRS)}")
-        if self.loss not in LOSSES:
-            raise ValueError(f"loss {self.loss!r}: choose one of {', '.join(LOSSES)}")
-        if self.positives not in POSITIVES:
-            raise ValueError(f"positives {self.positives!r}: choose one of {', '.join(POSITIVES)}")
-        if self.projection_dim < 1 or self.reconstruction_weight < 0:
-            raise ValueError(
-                f"projection_dim {self.projection_dim} must be at least 1 and reconstruction_weight "
-                f"{self.reconstruction_weight} at least 0"
-            )
         assert isinstance(self.weight_config, WeightTowerConfig)
         if self.reconstruction_weight and not self.weight_config.last_layer:
             raise ValueError("last_layer False: what is not encoded cannot be decoded; set reconstruction_weight to 0")
-
-
-def _check(config: Any) -> None:
-    if config.position_size % 2 != 0:
-        raise ValueError(f"position_size {config.position_size} is odd; sines and cosines come in pairs")
-    if config.hidden_size < 1 or config.pooling_heads < 1:
-        raise ValueError(
-            f"hidden_size {config.hidden_size} and pooling_heads {config.pooling_heads} must be at least 1"
-        )
-    if not 0 <= config.dropout < 1:
-        raise ValueError(f"dropout {config.dropout} is not between 0 and below 1")
 
 
 __all__ = ["DatasetTowerConfig", "JointConfig", "ResultTowerConfig", "WeightTowerConfig"]

@@ -7,14 +7,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import ModelOutput
 
 from weightspace.cards.facts import EncoderFacts
 from weightspace.errors import SettingsError
 from weightspace.losses import gather_rows, masked_mse, pairwise_nt_xent, pairwise_sigmoid
-from weightspace.models.card import PushedWithCard
 from weightspace.models.joint.configuration_joint import (
     PAIRS,
     DatasetTowerConfig,
@@ -23,7 +21,7 @@ from weightspace.models.joint.configuration_joint import (
     WeightTowerConfig,
 )
 from weightspace.models.joint.towers import DatasetTower, ResultTower, WeightTower
-from weightspace.models.layers import initialize_linear
+from weightspace.models.pretrained import WeightspaceModel
 
 _LARGEST_LOGIT_SCALE = 4.6052
 """Logarithm of 100, as in CLIP."""
@@ -66,7 +64,7 @@ class JointOutput(ModelOutput):
     result_model_output: BaseModelOutputWithPooling | None = None
 
 
-class JointModel(PushedWithCard):
+class JointModel(WeightspaceModel):
     """Three towers in the manner of CLIP (Radford et al., 2021), contrasted pair by pair.
 
     Row i of a batch is a triplet of a model's weights W, the dataset D it was trained on, and results R it is said to
@@ -84,12 +82,8 @@ class JointModel(PushedWithCard):
     config: JointConfig
     base_model_prefix = "joint"
     main_input_name = "weight_values"
-    input_modalities = "weight"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["TokenLayer"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = ["standardizer", "principal_axes", "edges"]  # noqa: RUF012
-    _supports_sdpa = True
-    _supports_attention_backend = True
 
     def __init__(self, config: JointConfig) -> None:
         super().__init__(config)
@@ -118,16 +112,6 @@ class JointModel(PushedWithCard):
         """Returns what the model itself knows."""
         decodes = bool(self.config.reconstruction_weight)
         return replace(super().card_facts(), embedding_size=self.embedding_size, decodes=decodes)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
-            initialize_linear(module, scale=getattr(module, "initial_scale", 1.0))
-        elif isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight)
 
     def ensure_image_encoder(self, name: str, digest: str) -> None:
         """Refuses dataset features of another image encoder than the one that the model was trained with.

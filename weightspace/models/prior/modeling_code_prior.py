@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from transformers.utils.generic import ModelOutput
 
 from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel
-from weightspace.models.layers import PositionEmbedding
-from weightspace.models.prior.configuration_code_prior import WeightCodePriorConfig
+from weightspace.models.layers import PositionEmbedding, token_mask
+from weightspace.models.prior.configuration_prior import WeightCodePriorConfig
 from weightspace.models.prior.modeling_prior import ConditionedPrior, Guidance, PriorCondition
 
 
@@ -41,20 +41,14 @@ class WeightCodePriorModel(ConditionedPrior):
 
     .. math:: p(c \mid D, R) = \prod_t \prod_j p(c_{tj} \mid c_{<t}, c_{t,<j}, D, R)
 
-    Datasets and results are told, dropped in training and guided as in [`WeightPriorModel`]; what is guided are the
-    logits. In training, codes of some tokens may be kept from the model: then it has to say what the condition alone
-    asks for, as it must for the first tokens of a sample.
+    Conditions enter, are dropped in training and guided as in [`WeightPriorModel`]; the logits are guided. In training,
+    codes of some tokens may be hidden: the model then has to predict from the condition alone, as it must for the first
+    tokens of a sample.
     """
 
     config: WeightCodePriorConfig
     base_model_prefix = "code_prior"
-    main_input_name = "latents"
-    input_modalities = "weight"
     causal = True
-    supports_gradient_checkpointing = False
-    _no_split_modules = ["ConditionedLayer"]  # noqa: RUF012
-    _supports_sdpa = True
-    _supports_attention_backend = True
 
     def __init__(self, config: WeightCodePriorConfig) -> None:
         super().__init__(config)
@@ -88,28 +82,17 @@ class WeightCodePriorModel(ConditionedPrior):
     ) -> WeightCodePriorOutput:
         """Scores the codes of models.
 
-        Args:
-            latents: of the autoencoder; rounded to codes here.
-            weight_mask: true where an entry of a token is a weight.
-            position_ids: columns token, layer, channel.
-            class_features: as `PriorCondition.dataset`.
-            result_embeds: as in `PriorCondition`.
-            activation: as in `PriorCondition`.
-            known: tokens whose codes later tokens, and later numbers of the same token, may look at; all if left out.
-            attention_mask: true where there is a token, all padding at the end; all true if left out.
-            decode: also decode the latents that are expected.
-            return_loss: leave out the loss if false.
+        ``latents`` are the autoencoder's, and are rounded to codes here. Tokens are those of `sample`, the parts of the
+        condition those of `PriorCondition`. Later tokens, and later numbers of the same token, see the codes of the
+        ``known`` tokens, all by default. With ``decode`` the expected latents are decoded, too.
         """
-        tokens = torch.ones_like(position_ids[..., 0], dtype=torch.bool)
-        tokens = tokens if attention_mask is None else attention_mask.bool()
+        tokens = token_mask(position_ids, attention_mask)
         known = torch.ones_like(tokens) if known is None else known
         numbers = self.autoencoder.from_codes(self.autoencoder.to_codes(latents))
         condition = PriorCondition(class_features, result_embeds, activation)
-        classes = self._classes(condition)
-        asked = self._asked(condition, classes)
-        hidden = self._entered(numbers, known, weight_mask, position_ids)
-        hidden = hidden + self._at_outputs(classes, position_ids, tokens)
-        states = self.norm(self._in_windows(hidden, asked, tokens))
+        modulation, at_outputs = self._modulation(condition, position_ids, tokens)
+        hidden = self._entered(self._before(numbers, known), weight_mask, position_ids) + at_outputs
+        states = self._states(hidden, tokens, modulation)
         logits = self._possible(self._logits(states, numbers * known.unsqueeze(-1)).float())
         output = WeightCodePriorOutput(logits=logits, expected=self._expected(logits))
         if decode:
@@ -132,36 +115,34 @@ class WeightCodePriorModel(ConditionedPrior):
         """Draws the codes of whole models, token by token and number by number.
 
         Args:
-            condition: what is asked for, a row a sample.
-            weight_mask: as in `forward`.
-            position_ids: as in `forward`.
+            condition: one row a sample.
+            weight_mask: true where an entry of a token is a weight.
+            position_ids: columns token, layer, channel.
             generator: draws, on the CPU; the same one gives the same samples.
-            attention_mask: as in `forward`.
-            guidance: see `Guidance`; 1 and 1 if left out.
-            temperature: share that is kept of what a draw differs by from the expected number: 1 samples the model as
-                it is, 0 takes what is expected. (Most of a model is noise of its initialisation, so that the likeliest
-                of many levels says little, while levels are in order and have a mean.)
+            attention_mask: true where there is a token, all padding at the end; all true by default.
+            guidance: see `Guidance`; none by default.
+            temperature: share that is kept of the difference between a draw and the expected number: 1 samples the
+                model as it is, 0 takes what is expected. (Most of a model is noise of its initialisation, so that the
+                mode of many levels means little, while levels are in order and have a mean.)
 
         Raises:
             ValueError: the temperature is negative.
         """
         if temperature < 0:
             raise ValueError(f"temperature {temperature} is negative; give 0 or more")
-        tokens = torch.ones_like(position_ids[..., 0], dtype=torch.bool)
-        tokens = tokens if attention_mask is None else attention_mask.bool()
-        told = [(share, part, self._classes(part)) for share, part in _parts(condition, guidance or Guidance())]
-        asked = [
-            (share, self._asked(part, classes), self._at_outputs(classes, position_ids, tokens))
-            for share, part, classes in told
+        tokens = token_mask(position_ids, attention_mask)
+        parts = [
+            (share, *self._modulation(part, position_ids, tokens))
+            for share, part in _guided_parts(condition, guidance or Guidance())
         ]
         kind = self.latent_in.weight.dtype
         numbers = torch.zeros(*tokens.shape, len(self.levels), dtype=kind, device=self.device)
         for place in range(tokens.shape[1]):
             window = slice(place - place % self.autoencoder.config.window, place + 1)
-            hidden = self._entered(numbers, torch.ones_like(tokens), weight_mask, position_ids)[:, window]
+            hidden = self._entered(self._before(numbers, torch.ones_like(tokens)), weight_mask, position_ids)
             states = [
-                (share, self.norm(self._in_windows(hidden + outputs[:, window], part, tokens[:, window])[:, -1:]))
-                for share, part, outputs in asked
+                (share, self._states((hidden + at_outputs)[:, window], tokens[:, window], modulation)[:, -1:])
+                for share, modulation, at_outputs in parts
             ]
             for number, middles in enumerate(self._middles()):
                 given = numbers[:, place : place + 1]
@@ -170,15 +151,10 @@ class WeightCodePriorModel(ConditionedPrior):
                 numbers[:, place, number] = _drawn(chances, middles, temperature, generator).to(kind)
         return self.autoencoder.to_codes(numbers)
 
-    def _entered(
-        self, numbers: Tensor, known: Tensor, weight_mask: Tensor, position_ids: Tensor
-    ) -> Float[Tensor, "batch n width"]:
-        """What the layers see at each token: the token before it if that is known, and its own place and shape."""
-        kind = self.latent_in.weight.dtype
-        before, known = F.pad(numbers[:, :-1], (0, 0, 1, 0)), F.pad(known[:, :-1], (1, 0))
-        entered = torch.where(known.unsqueeze(-1), self.latent_in(before), self.unknown.weight)
-        hidden: Tensor = entered + self.positions(position_ids) + self.mask_in(weight_mask.to(kind))
-        return hidden
+    def _before(self, numbers: Tensor, known: Tensor) -> Float[Tensor, "batch n width"]:
+        """What each token sees of the token before it."""
+        numbers, known = F.pad(numbers[:, :-1], (0, 0, 1, 0)), F.pad(known[:, :-1], (1, 0))
+        return torch.where(known.unsqueeze(-1), self.latent_in(numbers), self.unknown.weight)
 
     def _logits(
         self, states: Float[Tensor, "batch n width"], numbers: Float[Tensor, "batch n latent"]
@@ -208,7 +184,7 @@ class WeightCodePriorModel(ConditionedPrior):
         return ((2 * levels + 1) / counts - 1).masked_fill(levels >= counts, torch.nan)
 
 
-def _parts(condition: PriorCondition, guidance: Guidance) -> list[tuple[float, PriorCondition]]:
+def _guided_parts(condition: PriorCondition, guidance: Guidance) -> list[tuple[float, PriorCondition]]:
     """What guided logits are a sum of; see `WeightPriorModel`."""
     parts = [
         (guidance.result, condition),

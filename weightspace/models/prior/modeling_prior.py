@@ -7,14 +7,12 @@ from itertools import pairwise
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import initialization as init
 from transformers.utils.generic import ModelOutput
 
 from weightspace.cards.facts import EncoderFacts
 from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel
-from weightspace.models.card import PushedWithCard
-from weightspace.models.layers import PositionEmbedding, TokenAttention, TokenConfig, initialize_linear
+from weightspace.models.layers import PositionEmbedding, TokenLayer, additive_mask, in_windows, start_at, token_mask
+from weightspace.models.pretrained import WeightspaceModel
 from weightspace.models.prior.configuration_prior import ConditionedPriorConfig, WeightPriorConfig
 
 _FASTEST = 100.0
@@ -41,31 +39,31 @@ class WeightPriorOutput(ModelOutput):
 
 @dataclass(frozen=True, eq=False)
 class PriorCondition:
-    """What is asked of a sample; every part may be absent, for a row or for all.
+    """The condition of each row of a batch; every part may be absent, for a row or for all.
 
     Attributes:
-        dataset: what a joint model sees of the images of each class (see `JointModel.get_dataset_features`), class c
-            for output c of the networks. Zeros where there is no class; zeros alone ask for no dataset.
-        result: embeddings of results in the joint space, of length 1; a row of zeros asks for none.
-        activation: 1 + place of a model's activation in the config's list; 0 for any other, or none.
+        class_features: what a joint model sees of the images of each class (`JointModel.get_dataset_features`), class c
+            for output c of the networks. Zeros where there is no class; zeros alone for no dataset.
+        result_embeds: embeddings of results in the joint space, of length 1; a row of zeros for none.
+        activation: 1 + index of a network's activation in the config's list; 0 for any other, or none.
     """
 
-    dataset: Float[Tensor, "batch classes features"]
-    result: Float[Tensor, "batch size"]
+    class_features: Float[Tensor, "batch classes features"]
+    result_embeds: Float[Tensor, "batch size"]
     activation: Int[Tensor, " batch"]
 
     def without(self, *, dataset: bool = False, result: bool = False) -> "PriorCondition":
         """Returns the same condition with a part left out."""
         return PriorCondition(
-            torch.zeros_like(self.dataset) if dataset else self.dataset,
-            torch.zeros_like(self.result) if result else self.result,
+            torch.zeros_like(self.class_features) if dataset else self.class_features,
+            torch.zeros_like(self.result_embeds) if result else self.result_embeds,
             self.activation,
         )
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """How much more than the model says a condition counts; 1 takes the model as it is, 0 leaves the condition out.
+    """Scales of classifier-free guidance; 1 samples the model as it is, 0 drops the condition, more than 1 stresses it.
 
     Attributes:
         dataset: of the dataset.
@@ -76,92 +74,75 @@ class Guidance:
     result: float = 1.0
 
 
-class ConditionedPrior(PushedWithCard):
-    """What priors of weights share: a frozen autoencoder, and what datasets, results and activations are told as.
+class ConditionedPrior(WeightspaceModel):
+    """What priors of weights share: a frozen autoencoder, and conditioning on datasets, results and activations.
 
-    A dataset is told as its classes, each at the output that stands for it, and their mean to all tokens: with classes
-    in another order, outputs in that order are asked for.
+    The classes of a dataset enter at the outputs that stand for them, and their mean at all tokens: with the classes in
+    another order, networks with their outputs in that order are sampled.
     """
 
     autoencoder: WeightAutoencoderModel
+    mask_in: nn.Linear
+    positions: PositionEmbedding
+    main_input_name = "latents"
     causal = False
+    supports_gradient_checkpointing = False
 
     def _add_conditioned_layers(self, config: ConditionedPriorConfig) -> None:
-        """Makes what conditions go through, and the layers that they modulate."""
         width, eps = config.hidden_size, config.layer_norm_eps
         self.class_in = nn.Sequential(nn.LayerNorm(config.class_size, eps=eps), nn.Linear(config.class_size, width))
         self.result_in = nn.Linear(config.result_size, width, bias=False)
         self.absent = nn.Embedding(2, width)
         self.activation = nn.Embedding(1 + len(config.activations), width)
         self.mix = nn.Sequential(nn.GELU(), nn.Linear(width, width), nn.GELU())
-        self.layers = nn.ModuleList(ConditionedLayer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(TokenLayer(config, conditioned=True) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(width, eps=eps)
 
     def card_facts(self) -> EncoderFacts:
         """Returns what the model itself knows."""
         return replace(super().card_facts(), samples=True)
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
-            initialize_linear(module, scale=getattr(module, "initial_scale", 1.0))
-        elif isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight)
-
     def activation_number(self, activation: str | None) -> int:
         """Number of an activation in a `PriorCondition`; 0 for one that the model does not know."""
         known = self.config.activations
         return 1 + known.index(activation) if activation in known else 0
 
-    def _asked(
-        self, condition: PriorCondition, classes: Float[Tensor, "batch classes width"], besides: Tensor | None = None
-    ) -> Float[Tensor, "batch width"]:
-        """Mixes the parts of a condition, and what else is told of each row, to what the layers are modulated by."""
-        count, result = condition.dataset.any(-1).sum(1, keepdim=True), condition.result
+    def _modulation(
+        self,
+        condition: PriorCondition,
+        position_ids: Int[Tensor, "batch n 3"],
+        tokens: Bool[Tensor, "batch n"],
+        time: Float[Tensor, "batch width"] | None = None,
+    ) -> tuple[Float[Tensor, "batch width"], Float[Tensor, "batch n width"]]:
+        """Returns what modulates the layers of each row, and what is added at the tokens of the outputs."""
+        features, result = condition.class_features, condition.result_embeds
+        present = features.any(-1)
+        classes = self.class_in(features.to(self.result_in.weight.dtype)) * present.unsqueeze(-1)
+        count = present.sum(1, keepdim=True)
         # Entries of embeddings of length 1 are small: at this scale the layer starts with outputs of variance 1.
         scaled = result.to(classes.dtype) * result.shape[-1] ** 0.5
-        told = (classes.sum(1) / count.clamp(min=1), self.result_in(scaled))
-        asked = self.activation(condition.activation)
-        asked = asked if besides is None else besides + asked
-        for number, (part, known) in enumerate(zip(told, (count > 0, result.any(-1, keepdim=True)), strict=True)):
-            asked = asked + torch.where(known, part, self.absent.weight[number])
-        mixed: Tensor = self.mix(asked)
-        return mixed
+        parts = (classes.sum(1) / count.clamp(min=1), self.result_in(scaled))
+        total = self.activation(condition.activation)
+        total = total if time is None else time + total
+        for number, (part, known) in enumerate(zip(parts, (count > 0, result.any(-1, keepdim=True)), strict=True)):
+            total = total + torch.where(known, part, self.absent.weight[number])
+        return self.mix(total), _at_outputs(classes, position_ids, tokens)
 
-    def _classes(self, condition: PriorCondition) -> Float[Tensor, "batch classes width"]:
-        """What is told of each class; zeros where there is none."""
-        told: Tensor = self.class_in(condition.dataset.to(self.result_in.weight.dtype))
-        return told * condition.dataset.any(-1, keepdim=True)
-
-    def _at_outputs(
-        self,
-        classes: Float[Tensor, "batch classes width"],
-        position_ids: Int[Tensor, "batch n 3"],
-        attention_mask: Bool[Tensor, "batch n"],
+    def _entered(
+        self, entered: Float[Tensor, "batch n width"], weight_mask: Tensor, position_ids: Tensor
     ) -> Float[Tensor, "batch n width"]:
-        """Puts what is told of each class where the output is that stands for it, a channel of the last layer."""
-        _, layers, channels = position_ids.masked_fill(~attention_mask.unsqueeze(-1), -1).unbind(-1)
-        outputs = (layers == layers.amax(1, keepdim=True)) & (channels >= 0) & (channels < classes.shape[1])
-        places = torch.where(outputs, channels, 0).unsqueeze(-1).expand(-1, -1, classes.shape[-1])
-        return classes.gather(1, places) * outputs.unsqueeze(-1)
+        """Adds to what enters at each token its position and its shape."""
+        return entered + self.positions(position_ids) + self.mask_in(weight_mask.to(entered.dtype))
 
-    def _in_windows(self, hidden: Tensor, asked: Tensor, attention_mask: Tensor) -> Tensor:
-        """Runs the layers on the windows that the autoencoder sees, so that cost grows with the sequence's length."""
-        batch, length, width = hidden.shape
-        window = min(length, self.autoencoder.config.window)
-        missing = -length % window
-        hidden = F.pad(hidden, (0, 0, 0, missing)).view(-1, window, width)
-        blocked = ~F.pad(attention_mask, (0, missing)).view(-1, 1, 1, window)
-        if self.causal:
-            blocked = blocked | torch.ones(window, window, dtype=torch.bool, device=blocked.device).triu(1)
-        additive = torch.zeros_like(blocked, dtype=hidden.dtype).masked_fill(blocked, torch.finfo(hidden.dtype).min)
-        asked = asked.repeat_interleave(len(hidden) // batch, 0)
+    def _states(self, hidden: Tensor, tokens: Tensor, modulation: Tensor) -> Float[Tensor, "batch n width"]:
+        """Runs the layers on the windows of the autoencoder."""
+        return self.norm(in_windows(self._run_layers, self.autoencoder.config.window, hidden, tokens, modulation))
+
+    def _run_layers(self, hidden: Tensor, tokens: Tensor, modulation: Tensor) -> Tensor:
+        additive = additive_mask(tokens, hidden.dtype, causal=self.causal)
         for layer in self.layers:
-            hidden = layer(hidden, asked, additive)
-        return hidden.view(batch, -1, width)[:, :length]
+            hidden = layer(hidden, additive, modulation)
+        return hidden
 
 
 class WeightPriorModel(ConditionedPrior):
@@ -175,19 +156,13 @@ class WeightPriorModel(ConditionedPrior):
 
     .. math:: v = v(\cdot) + g_D (v(D) - v(\cdot)) + g_R (v(D, R) - v(D))
 
-    The autoencoder is a part of the model, frozen. Models are sampled token by token with their positions, so that any
-    architecture can be asked for whose tokens the autoencoder can decode.
+    The autoencoder is a frozen part of the model. Tokens are sampled with their positions, so that any architecture can
+    be sampled whose tokens the autoencoder can decode.
     """
 
     config: WeightPriorConfig
     base_model_prefix = "prior"
-    main_input_name = "latents"
-    input_modalities = "weight"
-    supports_gradient_checkpointing = False
-    _no_split_modules = ["ConditionedLayer"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = ["scaler"]  # noqa: RUF012
-    _supports_sdpa = True
-    _supports_attention_backend = True
 
     def __init__(self, config: WeightPriorConfig) -> None:
         super().__init__(config)
@@ -200,8 +175,7 @@ class WeightPriorModel(ConditionedPrior):
         self.positions = PositionEmbedding(config)
         self.time_in = nn.Linear(config.time_size, width)
         self._add_conditioned_layers(config)
-        self.velocity_out = nn.Linear(width, latent)
-        _start_at_zero(self.velocity_out)  # the first guess is no motion
+        self.velocity_out = start_at(0.0, nn.Linear(width, latent))  # the first guess is no motion
         self.post_init()
         self.autoencoder.requires_grad_(False)
 
@@ -214,7 +188,7 @@ class WeightPriorModel(ConditionedPrior):
         position_ids: Int[Tensor, "batch n 3"],
         attention_mask: Bool[Tensor, "batch n"],
     ) -> Float[Tensor, "batch n latent"]:
-        """Says where noisy latents move to at a time.
+        """Returns the velocity of noisy latents.
 
         Args:
             noisy: standardised latents with noise.
@@ -224,12 +198,11 @@ class WeightPriorModel(ConditionedPrior):
             position_ids: columns token, layer, channel.
             attention_mask: true where there is a token.
         """
-        kind, classes = self.latent_in.weight.dtype, self._classes(condition)
-        asked = self._asked(condition, classes, self.time_in(_waves(times, self.config.time_size).to(kind)))
-        hidden = self.latent_in(noisy.to(kind)) + self.positions(position_ids) + self.mask_in(weight_mask.to(kind))
-        hidden = hidden + self._at_outputs(classes, position_ids, attention_mask)
-        hidden = self._in_windows(hidden, asked, attention_mask)
-        velocity: Tensor = self.velocity_out(self.norm(hidden))
+        kind = self.latent_in.weight.dtype
+        time = self.time_in(_waves(times, self.config.time_size).to(kind))
+        modulation, at_outputs = self._modulation(condition, position_ids, attention_mask, time)
+        hidden = self._entered(self.latent_in(noisy.to(kind)), weight_mask, position_ids) + at_outputs
+        velocity: Tensor = self.velocity_out(self._states(hidden, attention_mask, modulation))
         return velocity * attention_mask.unsqueeze(-1)
 
     def forward(
@@ -248,21 +221,11 @@ class WeightPriorModel(ConditionedPrior):
     ) -> WeightPriorOutput:
         """Scores the velocity at given noise and times.
 
-        Args:
-            latents: of the autoencoder, in its own units.
-            weight_mask: as in `velocity`.
-            position_ids: as in `velocity`.
-            class_features: as `PriorCondition.dataset`.
-            result_embeds: as in `PriorCondition`.
-            activation: as in `PriorCondition`.
-            noise: standard normal.
-            times: 0 to 1.
-            attention_mask: true where there is a token; all true if left out.
-            decode: also decode the latents that are guessed.
-            return_loss: leave out the loss if false.
+        ``latents`` are the autoencoder's, in its own units, and ``noise`` of their shape is standard normal. Times and
+        tokens are those of `velocity`, the parts of the condition those of `PriorCondition`. With ``decode`` the
+        denoised latents are decoded, too.
         """
-        tokens = torch.ones_like(position_ids[..., 0], dtype=torch.bool)
-        tokens = tokens if attention_mask is None else attention_mask.bool()
+        tokens = token_mask(position_ids, attention_mask)
         goal, share = self.scaler(latents.float()), times.view(-1, 1, 1)
         noisy = (1 - share) * noise + share * goal
         condition = PriorCondition(class_features, result_embeds, activation)
@@ -293,15 +256,15 @@ class WeightPriorModel(ConditionedPrior):
         """Carries noise to latents of the autoencoder.
 
         Args:
-            condition: what is asked for, a row a sample.
-            weight_mask: as in `velocity`.
-            position_ids: as in `velocity`.
+            condition: one row a sample.
+            weight_mask: see `velocity`.
+            position_ids: see `velocity`.
             generator: draws the noise, on the CPU; the same one gives the same samples.
-            attention_mask: true where there is a token; all true if left out.
-            guidance: see `Guidance`; 1 and 1 if left out.
+            attention_mask: true where there is a token; all true by default.
+            guidance: see `Guidance`; none by default.
             steps: of the solver.
-            solver: ``"euler"``, or ``"heun"``, which looks twice a step.
-            latents: of models to start from; noise alone if left out.
+            solver: ``"euler"``, or ``"heun"``, which evaluates the velocity twice a step.
+            latents: of models to start from; noise alone by default.
             begin: time to start at, 0 (noise alone) to 1 (the latents as they are).
 
         Raises:
@@ -309,19 +272,18 @@ class WeightPriorModel(ConditionedPrior):
         """
         if solver not in ("euler", "heun") or steps < 1:
             raise ValueError(f"solver {solver!r} with {steps} steps: choose euler or heun, with 1 step or more")
-        tokens = torch.ones_like(position_ids[..., 0], dtype=torch.bool)
-        tokens = tokens if attention_mask is None else attention_mask.bool()
+        tokens = token_mask(position_ids, attention_mask)
         shape = (*position_ids.shape[:2], self.autoencoder.config.latent_size)
         noise = torch.randn(shape, generator=generator).to(self.device) * tokens.unsqueeze(-1)
         state = noise if latents is None else (1 - begin) * noise + begin * self.scaler(latents.float())
-        where = (weight_mask, position_ids, tokens)
+        layout = (weight_mask, position_ids, tokens)
         guidance = Guidance() if guidance is None else guidance
         times = torch.linspace(begin, 1, steps + 1).tolist()
         for time, after in pairwise(times):
             step = after - time
-            velocity = self._guided(state, time, condition, guidance, where)
+            velocity = self._guided(state, time, condition, guidance, layout)
             if solver == "heun" and after < times[-1]:
-                later = self._guided(state + step * velocity, after, condition, guidance, where)
+                later = self._guided(state + step * velocity, after, condition, guidance, layout)
                 velocity = (velocity + later) / 2
             state = state + step * velocity
         return self.scaler.inverse(state)
@@ -332,14 +294,14 @@ class WeightPriorModel(ConditionedPrior):
         time: float,
         condition: PriorCondition,
         guidance: Guidance,
-        where: tuple[Tensor, Tensor, Tensor],
+        layout: tuple[Tensor, Tensor, Tensor],
     ) -> Tensor:
         times = torch.full((len(state),), time, device=state.device)
-        both = self.velocity(state, times, condition, *where).float()
+        both = self.velocity(state, times, condition, *layout).float()
         if guidance == Guidance():
             return both
-        dataset = self.velocity(state, times, condition.without(result=True), *where).float()
-        neither = self.velocity(state, times, condition.without(dataset=True, result=True), *where).float()
+        dataset = self.velocity(state, times, condition.without(result=True), *layout).float()
+        neither = self.velocity(state, times, condition.without(dataset=True, result=True), *layout).float()
         return neither + guidance.dataset * (dataset - neither) + guidance.result * (both - dataset)
 
 
@@ -370,34 +332,16 @@ class LatentScaler(nn.Module):
         return values * self.scale + self.centre
 
 
-class ConditionedLayer(nn.Module):
-    """Transformer layer whose norms are scaled and shifted by the condition (adaLN-Zero, Peebles and Xie, 2023)."""
-
-    def __init__(self, config: TokenConfig) -> None:
-        super().__init__()
-        width, eps = config.hidden_size, config.layer_norm_eps
-        self.attention_norm = nn.LayerNorm(width, eps=eps, elementwise_affine=False)
-        self.attention = TokenAttention(config)
-        self.feed_forward_norm = nn.LayerNorm(width, eps=eps, elementwise_affine=False)
-        self.feed_forward_in = nn.Linear(width, config.intermediate_size)
-        self.feed_forward_out = nn.Linear(config.intermediate_size, width)
-        self.modulation = nn.Linear(width, 6 * width)
-        _start_at_zero(self.modulation)  # every layer starts as the identity
-
-    def forward(
-        self, hidden: Float[Tensor, "batch n width"], asked: Float[Tensor, "batch width"], attention_mask: Tensor
-    ) -> Float[Tensor, "batch n width"]:
-        """Attention, then a feed-forward network, each gated by the condition and added to its input."""
-        scale, shift, gate, inner_scale, inner_shift, inner_gate = self.modulation(asked).unsqueeze(1).chunk(6, -1)
-        seen = self.attention_norm(hidden) * (1 + scale) + shift
-        hidden = hidden + gate * self.attention(seen, attention_mask)
-        seen = self.feed_forward_norm(hidden) * (1 + inner_scale) + inner_shift
-        return hidden + inner_gate * self.feed_forward_out(F.gelu(self.feed_forward_in(seen)))
-
-
-def _start_at_zero(*layers: nn.Module) -> None:
-    for layer in layers:
-        layer.initial_scale = 0.0  # type: ignore[assignment]  # read by `_init_weights`
+def _at_outputs(
+    classes: Float[Tensor, "batch classes width"],
+    position_ids: Int[Tensor, "batch n 3"],
+    tokens: Bool[Tensor, "batch n"],
+) -> Float[Tensor, "batch n width"]:
+    """Puts each class at the output that stands for it: the channel of the last layer with its number."""
+    _, layers, channels = position_ids.masked_fill(~tokens.unsqueeze(-1), -1).unbind(-1)
+    outputs = (layers == layers.amax(1, keepdim=True)) & (channels >= 0) & (channels < classes.shape[1])
+    index = torch.where(outputs, channels, 0).unsqueeze(-1).expand(-1, -1, classes.shape[-1])
+    return classes.gather(1, index) * outputs.unsqueeze(-1)
 
 
 def _waves(times: Float[Tensor, " batch"], size: int) -> Float[Tensor, "batch size"]:
