@@ -96,8 +96,9 @@ class Encoder:
         Raises:
             WeightspaceError: the model cannot be read, or ``max_bytes`` is less than a window.
         """
-        sample = self.extractor.sample(model, window=self.autoencoder.config.window, max_bytes=max_bytes, seed=seed)
-        return self._features(sample.inputs)[0], sample.share
+        window = self.autoencoder.config.window
+        inputs, share = self.extractor.sample(model, window=window, max_bytes=max_bytes, seed=seed)
+        return self._features(inputs)[0], share
 
     def _features(self, inputs: BatchFeature) -> Tensor:
         features = self.model.get_weight_features(**inputs).pooler_output

@@ -20,8 +20,7 @@ from weightspace.errors import SettingsError, TokenError
 from weightspace.losses import masked_mse, nt_xent
 from weightspace.models.autoencoder.configuration_autoencoder import WeightAutoencoderConfig
 from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
-from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel
-from weightspace.models.autoencoder.quantization_autoencoder import ScalarQuantizer
+from weightspace.models.autoencoder.modeling_autoencoder import ScalarQuantizer, WeightAutoencoderModel
 from weightspace.models.layers import TokenLayer
 from weightspace.models.pooling import depth_weights, relative_depths, state_moments
 from weightspace.schema import Architecture, LayerSpec, TensorSpec

@@ -72,7 +72,7 @@ def condition(rows: int = 2, seed: int = 1) -> PriorCondition:
 
 
 def places(architecture: Architecture, rows: int = 2) -> dict[str, Tensor]:
-    return WeightFeatureExtractor("channel", 8).places(architecture, rows)
+    return WeightFeatureExtractor("channel", 8).layout(architecture, rows)
 
 
 def sampled(model: WeightCodePriorModel, asked: PriorCondition, seed: int = 0, **options: Any) -> Tensor:

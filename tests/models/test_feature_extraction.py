@@ -70,7 +70,7 @@ class TestInputs:
         each = extractor([{k: v.clone() for k, v in unflatten(row, architecture).items()} for row in flat])
         for key, value in batch.items():
             torch.testing.assert_close(each[key], value)
-        assert torch.equal(batch["weight_mask"][0], extractor.mask(architecture))
+        assert torch.equal(batch["weight_mask"][0], extractor.layout(architecture, 1)["weight_mask"][0])
 
     def test_weights_come_back(self, name: str) -> None:
         extractor, (flat, architecture) = EXTRACTORS[name], population(LARGE, 3)
@@ -79,7 +79,9 @@ class TestInputs:
         torch.testing.assert_close(restored, flat)
         restored.sum().backward()
         assert tokens.grad is not None
-        torch.testing.assert_close(tokens.grad, extractor.mask(architecture).expand(tokens.shape) * extractor.std)
+        torch.testing.assert_close(
+            tokens.grad, extractor.layout(architecture, len(tokens))["weight_mask"] * extractor.std
+        )
 
     def test_entries_are_standardised_and_padding_is_zero(self, name: str) -> None:
         extractor, (flat, architecture) = EXTRACTORS[name], population(SMALL, 2)

@@ -42,6 +42,6 @@ class LatentCodec:
         """Expands latents to flat weight vectors, of this architecture whatever it is; differentiable."""
         parts = []
         for part in latents.split(_CHUNK):
-            tokens = self.model.decode(part, **self.extractor.places(architecture, len(part)))
+            tokens = self.model.decode(part, **self.extractor.layout(architecture, len(part)))
             parts.append(self.extractor.restore(tokens.float(), architecture))
         return torch.cat(parts)

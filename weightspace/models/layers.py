@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert.modeling_bert import eager_attention_forward
 
 from weightspace.models.configuration import TransformerConfig
+from weightspace.models.shapes import Hidden, Positions, TokenMask
 
 _WINDOWS_AT_ONCE = 512
 
@@ -32,9 +33,7 @@ class TokenAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.out = start_at(residual_scale, nn.Linear(config.hidden_size, config.hidden_size))
 
-    def forward(
-        self, hidden: Float[Tensor, "batch n width"], attention_mask: Tensor | None
-    ) -> Float[Tensor, "batch n width"]:
+    def forward(self, hidden: Hidden, attention_mask: Tensor | None) -> Hidden:
         """Mixes the tokens of each sequence; ``attention_mask`` is additive, ``(batch, 1, 1 or n, n)``."""
         batch, length, _ = hidden.shape
         query, key, value = self.qkv(hidden).view(batch, length, 3, -1, self.head_size).permute(2, 0, 3, 1, 4)
@@ -65,11 +64,8 @@ class TokenLayer(GradientCheckpointingLayer):
         self.modulation = start_at(0.0, nn.Linear(width, 6 * width)) if conditioned else None
 
     def forward(
-        self,
-        hidden: Float[Tensor, "batch n width"],
-        attention_mask: Tensor | None,
-        condition: Float[Tensor, "batch width"] | None = None,
-    ) -> Float[Tensor, "batch n width"]:
+        self, hidden: Hidden, attention_mask: Tensor | None, condition: Float[Tensor, "batch width"] | None = None
+    ) -> Hidden:
         """Attention, then a feed-forward network, each added to its input."""
         if self.modulation is None:
             hidden = hidden + self.attention(self.attention_norm(hidden), attention_mask)
@@ -94,9 +90,7 @@ class TokenTransformer(nn.Module):
         self.layers = nn.ModuleList(TokenLayer(config, residual_scale=scale) for _ in range(layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(
-        self, hidden: Float[Tensor, "batch n width"], attention_mask: Bool[Tensor, "batch n"]
-    ) -> Float[Tensor, "batch n width"]:
+    def forward(self, hidden: Hidden, attention_mask: TokenMask) -> Hidden:
         """Runs all layers; no token attends to one whose ``attention_mask`` is false."""
         additive = additive_mask(attention_mask, hidden.dtype)
         for layer in self.layers:
@@ -104,13 +98,13 @@ class TokenTransformer(nn.Module):
         return self.norm(hidden)
 
 
-def token_mask(position_ids: Int[Tensor, "batch n 3"], attention_mask: Tensor | None) -> Bool[Tensor, "batch n"]:
+def token_mask(position_ids: Positions, attention_mask: Tensor | None) -> TokenMask:
     """Returns the attention mask; all true if there is none."""
     return torch.ones_like(position_ids[..., 0], dtype=torch.bool) if attention_mask is None else attention_mask.bool()
 
 
 def additive_mask(
-    attention_mask: Bool[Tensor, "batch n"], dtype: torch.dtype, *, causal: bool = False
+    attention_mask: TokenMask, dtype: torch.dtype, *, causal: bool = False
 ) -> Float[Tensor, "batch 1 _ n"] | None:
     """Returns what to add to attention scores; None where every token may attend to every other."""
     blocked = ~attention_mask[:, None, None, :]
@@ -121,9 +115,7 @@ def additive_mask(
     return torch.zeros_like(blocked, dtype=dtype).masked_fill(blocked, torch.finfo(dtype).min)
 
 
-def in_windows(
-    run: Callable[..., Tensor], window: int, hidden: Float[Tensor, "batch n width"], *rows: Tensor
-) -> Float[Tensor, "batch n width"]:
+def in_windows(run: Callable[..., Tensor], window: int, hidden: Hidden, *rows: Tensor) -> Hidden:
     """Runs layers on windows of the sequence, so that cost grows with its length and not with the square.
 
     Args:
@@ -155,7 +147,7 @@ class PositionEmbedding(nn.Module):
         self.pairs = config.position_size // 2
         self.mix = nn.Linear(3 * config.position_size, config.hidden_size)
 
-    def forward(self, position_ids: Int[Tensor, "batch n 3"]) -> Float[Tensor, "batch n width"]:
+    def forward(self, position_ids: Positions) -> Hidden:
         """One vector a token."""
         # Wavelengths from 2 pi to about 6,000 positions: neighbours differ, and so do the ends of long networks.
         features = sinusoids(position_ids.float(), self.pairs, 1000.0).flatten(2)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
+
+from weightspace.models.shapes import Depths, Entries, EntryMask, Hidden, Positions, TokenMask
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 _MOMENTS, _TOKEN_STATISTICS = 5, 7
@@ -12,17 +14,13 @@ STATISTICS = _MOMENTS + 2 * _TOKEN_STATISTICS + len(QUANTILES)
 """Numbers a part that `entry_statistics` gives."""
 
 
-def relative_depths(
-    position_ids: Int[Tensor, "batch n 3"], attention_mask: Bool[Tensor, "batch n"]
-) -> Float[Tensor, "batch n"]:
+def relative_depths(position_ids: Positions, attention_mask: TokenMask) -> Depths:
     """Layer of each token over the last layer of its sequence: 0 at the input of a network, 1 at its output."""
     layers = position_ids[..., 1].float()
     return layers / (layers * attention_mask).amax(1, keepdim=True).clamp(min=1)
 
 
-def depth_weights(
-    depths: Float[Tensor, "batch n"], attention_mask: Bool[Tensor, "batch n"], bins: int
-) -> Float[Tensor, "batch bins n"]:
+def depth_weights(depths: Depths, attention_mask: TokenMask, bins: int) -> Float[Tensor, "batch bins n"]:
     """Says how much each token belongs to each part of a network, from input to output.
 
     The parts are triangles around ``bins`` centres, evenly spaced over the relative depth, so that networks of any
@@ -41,9 +39,7 @@ def depth_weights(
     return weights * attention_mask.unsqueeze(1)
 
 
-def state_moments(
-    states: Float[Tensor, "batch n width"], parts: Float[Tensor, "batch bins n"]
-) -> Float[Tensor, "batch features"]:
+def state_moments(states: Hidden, parts: Float[Tensor, "batch bins n"]) -> Float[Tensor, "batch features"]:
     """Mean and standard deviation of token states in each part of a network; zero for a part without tokens."""
     total = parts.sum(-1, keepdim=True)
     shares = parts / total.clamp(min=1e-6)
@@ -53,7 +49,7 @@ def state_moments(
 
 
 def entry_statistics(
-    values: Float[Tensor, "batch n d"], mask: Bool[Tensor, "batch n d"], parts: Float[Tensor, "batch bins n"]
+    values: Entries, mask: EntryMask, parts: Float[Tensor, "batch bins n"]
 ) -> Float[Tensor, "batch features"]:
     """How the weights themselves are distributed in each part of a network: ``STATISTICS`` numbers a part.
 

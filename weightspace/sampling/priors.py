@@ -124,7 +124,7 @@ class PriorSampler(Generic[P, S]):
         expanded = dataset.expand(count, -1, -1), result.expand(count, -1), torch.full((count,), activation)
         return {
             "condition": PriorCondition(*expanded),
-            **self.codec.extractor.places(condition.architecture, count),
+            **self.codec.extractor.layout(condition.architecture, count),
         }
 
 

@@ -105,7 +105,7 @@ class AlignedModels:
             inside = torch.from_numpy(places[where] - (ends[number] - len(part.flat)))
             flat, latents = part.renumbered(inside, orders[where], self.codec)
             target = torch.from_numpy(where)
-            shared = self.codec.extractor.places(part.architecture, len(where))
+            shared = self.codec.extractor.layout(part.architecture, len(where))
             pieces.append((target, {"latents": latents, **shared}))
             parts.append(BatchPart(part.architecture, self.rows[places[where]], target, flat))
         return padded(pieces, len(places)), parts

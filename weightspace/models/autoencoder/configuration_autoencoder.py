@@ -58,6 +58,3 @@ class WeightAutoencoderConfig(TransformerConfig):
             )
         if self.latent_size % len(levels) != 0:
             raise ValueError(f"latent_size {self.latent_size} is not a multiple of the {len(levels)} code_levels")
-
-
-__all__ = ["WeightAutoencoderConfig"]

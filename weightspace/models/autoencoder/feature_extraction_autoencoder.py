@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from transformers.feature_extraction_utils import BatchFeature, FeatureExtractionMixin
 
@@ -17,7 +18,7 @@ from weightspace.io.checkpoint import Checkpoint, open_checkpoint
 from weightspace.io.header import byte_count
 from weightspace.networks.infer import infer_architecture
 from weightspace.schema import Architecture, ModelRef, TensorSpec
-from weightspace.tokenizers import TokenWindow, get_tokenizer
+from weightspace.tokenizers import get_tokenizer
 from weightspace.tokenizers.normalization import TokenNormalizer
 from weightspace.tokenizers.sampling import sample_windows
 
@@ -26,19 +27,6 @@ Weights = str | Path | ModelRef | Checkpoint | Mapping[str, Tensor]
 
 LARGEST_WHOLE = 4 * 2**30
 """Most bytes of weights that are read whole: their tokens and what is computed of them take several times as much."""
-
-
-@dataclass(frozen=True)
-class SampledInputs:
-    """Inputs of a weight encoder that hold part of a model.
-
-    Attributes:
-        inputs: one sequence of whole windows, with the relative depth of each token's layer as ``depths``.
-        share: share of the model's bytes that is in it.
-    """
-
-    inputs: BatchFeature
-    share: float
 
 
 class WeightFeatureExtractor(FeatureExtractionMixin):
@@ -91,18 +79,11 @@ class WeightFeatureExtractor(FeatureExtractionMixin):
             raise TokenError("no models given; pass at least one location, checkpoint or state dict")
         batches = []
         for item in items:
-            architecture, tensors = _opened(item)
+            architecture, tensors = _read(item)
             tokens = self._tokenizer.tokenize(tensors, architecture)
-            values = self._normalizer.normalize(tokens.tokens.float(), tokens.mask)
-            batches.append(
-                {
-                    "weight_values": values,
-                    "weight_mask": tokens.mask,
-                    "position_ids": tokens.positions,
-                    "attention_mask": torch.ones(len(values), dtype=torch.bool),
-                    **self.wiring(architecture),
-                }
-            )
+            every = torch.ones(len(tokens.mask), dtype=torch.bool)
+            inputs = self._inputs(tokens.tokens, tokens.mask, tokens.positions, every)
+            batches.append({**inputs, **self.links(architecture)})
         longest = max(len(inputs["weight_values"]) for inputs in batches)
         return BatchFeature(
             {name: torch.stack([_padded(inputs[name], longest) for inputs in batches]) for name in batches[0]}
@@ -110,14 +91,18 @@ class WeightFeatureExtractor(FeatureExtractionMixin):
 
     def sample(
         self, model: str | Path | ModelRef | Checkpoint, *, window: int, max_bytes: int, seed: int = 0
-    ) -> SampledInputs:
-        """Builds the input of one model of any size from a stratified sample of its token windows.
+    ) -> tuple[BatchFeature, float]:
+        """Builds the inputs of one model of any size from a stratified sample of its token windows.
 
         Args:
             model: a location or an open checkpoint.
             window: tokens that the encoder sees at once; its config's ``window``.
             max_bytes: most bytes of weights to read; a smaller model is taken whole.
             seed: draws the sample.
+
+        Returns:
+            Inputs of whole windows, with the relative depth of each token's layer as ``depths``; and the share of the
+            model's bytes that they hold.
 
         Raises:
             WeightspaceError: the model cannot be read or holds entries that are not finite, or ``max_bytes`` is less
@@ -130,18 +115,19 @@ class WeightFeatureExtractor(FeatureExtractionMixin):
         if not chosen.runs:
             raise TokenError(f"{checkpoint.where}: no floating point tensor; there is nothing to encode")
         runs = self._tokenizer.tokenize_windows(checkpoint.entries, architecture, chosen.runs)
-        parts = [_in_whole_windows(run, window) for run in runs]
-        mask = torch.cat([part.mask for part in parts])
-        values = self._normalizer.normalize(torch.cat([part.tokens for part in parts]).float(), mask)
-        positions = torch.cat([part.positions for part in parts])
+        columns = zip(*((run.tokens, run.mask, run.positions) for run in runs), strict=True)
+        values, mask, positions = (
+            torch.cat([_padded(part, math.ceil(len(part) / window) * window) for part in column]) for column in columns
+        )
         inputs = {
-            "weight_values": values,
-            "weight_mask": mask,
-            "position_ids": positions,
-            "attention_mask": mask.any(-1),
+            **self._inputs(values, mask, positions, mask.any(-1)),
             "depths": positions[:, 1] / max(1, len(architecture.layers) - 1),
         }
-        return SampledInputs(BatchFeature({name: value.unsqueeze(0) for name, value in inputs.items()}), chosen.share)
+        return BatchFeature({name: value.unsqueeze(0) for name, value in inputs.items()}), chosen.share
+
+    def _inputs(self, values: Tensor, mask: Tensor, positions: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+        normalized = self._normalizer.normalize(values.float(), mask)
+        return dict(zip(WeightFeatureExtractor.model_input_names, (normalized, mask, positions, tokens), strict=True))
 
     def batch(self, flat: Float[Tensor, "models params"], architecture: Architecture) -> BatchFeature:
         """Builds the batch of many models of one architecture from their flat weight vectors.
@@ -150,16 +136,17 @@ class WeightFeatureExtractor(FeatureExtractionMixin):
             ArchitectureError: the vectors have another length than the architecture.
         """
         values = self._tokenizer.tokenize_batch(flat.float(), architecture)
+        mask = self._tokenizer.layout(architecture).mask
         return BatchFeature(
             {
-                "weight_values": self._normalizer.normalize(values, self.mask(architecture)),
-                **self.places(architecture, len(flat)),
-                **{name: value.expand(len(flat), -1, -1) for name, value in self.wiring(architecture).items()},
+                "weight_values": self._normalizer.normalize(values, mask),
+                **self.layout(architecture, len(flat)),
+                **{name: value.expand(len(flat), -1, -1) for name, value in self.links(architecture).items()},
             }
         )
 
-    def places(self, architecture: Architecture, models: int) -> dict[str, Tensor]:
-        """Returns ``weight_mask``, ``position_ids`` and ``attention_mask``: what is known before the weights are."""
+    def layout(self, architecture: Architecture, models: int) -> dict[str, Tensor]:
+        """Returns ``weight_mask``, ``position_ids`` and ``attention_mask``: the inputs that need no weights."""
         layout = self._tokenizer.layout(architecture)
         return {
             "weight_mask": layout.mask.expand(models, -1, -1),
@@ -167,13 +154,9 @@ class WeightFeatureExtractor(FeatureExtractionMixin):
             "attention_mask": torch.ones(models, len(layout.positions), dtype=torch.bool),
         }
 
-    def wiring(self, architecture: Architecture) -> dict[str, Tensor]:
-        """Further inputs ``(n, ...)`` that follow from the architecture alone; zero stands for padding. None here."""
+    def links(self, architecture: Architecture) -> dict[str, Tensor]:
+        """Further inputs ``(n, ...)`` that follow from the architecture; zero in the padding. None here."""
         return {}
-
-    def mask(self, architecture: Architecture) -> Bool[Tensor, "n d"]:
-        """True where a token entry of this architecture is a weight."""
-        return self._tokenizer.layout(architecture).mask
 
     def token_count(self, architecture: Architecture) -> int:
         """Number of tokens of a model of this architecture."""
@@ -187,7 +170,7 @@ class WeightFeatureExtractor(FeatureExtractionMixin):
         Raises:
             TokenError: the tokens have another shape than the architecture gives.
         """
-        mask = self.mask(architecture)
+        mask = self._tokenizer.layout(architecture).mask
         if reconstruction.shape[1:] != mask.shape:
             raise TokenError(
                 f"decoded tokens: expected {tuple(mask.shape)} a model, found {tuple(reconstruction.shape[1:])}; "
@@ -197,7 +180,7 @@ class WeightFeatureExtractor(FeatureExtractionMixin):
         return self._tokenizer.detokenize_batch(tokens, architecture)
 
 
-def _opened(model: Weights) -> tuple[Architecture, Mapping[str, Tensor]]:
+def _read(model: Weights) -> tuple[Architecture, Mapping[str, Tensor]]:
     if isinstance(model, Mapping):
         specs = [TensorSpec(name, tuple(value.shape), dtype_name(value.dtype)) for name, value in model.items()]
         return infer_architecture(specs), model
@@ -218,13 +201,5 @@ def _architecture_of(checkpoint: Checkpoint) -> Architecture:
     return replace(checkpoint.architecture, exclusions=())
 
 
-def _in_whole_windows(run: TokenWindow, window: int) -> TokenWindow:
-    missing = -len(run.tokens) % window
-    return TokenWindow(*(_padded(part, len(part) + missing) for part in (run.tokens, run.mask, run.positions)))
-
-
 def _padded(values: Tensor, length: int) -> Tensor:
     return torch.cat([values, values.new_zeros(length - len(values), *values.shape[1:])])
-
-
-__all__ = ["WeightFeatureExtractor"]

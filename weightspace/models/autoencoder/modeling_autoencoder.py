@@ -1,21 +1,82 @@
 """The weight autoencoder: weight tokens to latents, latents back to weight tokens, and one embedding a model."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import ModelOutput
 
 from weightspace.cards.facts import EncoderFacts
-from weightspace.errors import SettingsError
+from weightspace.errors import SettingsError, TokenError
 from weightspace.losses import masked_mse, nt_xent
 from weightspace.models.autoencoder.configuration_autoencoder import WeightAutoencoderConfig
-from weightspace.models.autoencoder.quantization_autoencoder import ScalarQuantizer
 from weightspace.models.layers import PositionEmbedding, TokenTransformer, in_windows, token_mask
 from weightspace.models.pooling import STATISTICS, depth_weights, entry_statistics, relative_depths, state_moments
 from weightspace.models.pretrained import WeightspaceModel
+from weightspace.models.shapes import Depths, Entries, EntryMask, Latents, Positions, TokenMask
+
+
+@dataclass(frozen=True)
+class ScalarQuantizer:
+    """Rounds every number of a latent to one of a few levels (finite scalar quantisation, Mentzer et al., 2023).
+
+    The interval from -1 to 1 is cut into as many equal parts as there are levels, and a number is rounded to the
+    middle of its part. A code is the joint level of neighbouring numbers. There are no codebook vectors that could fall
+    out of use, no further losses and no parameters.
+
+    Attributes:
+        levels: levels of each of the numbers that one code stands for.
+    """
+
+    levels: tuple[int, ...]
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of different codes."""
+        return math.prod(self.levels)
+
+    def round(self, latents: Float[Tensor, "*batch latent"]) -> Float[Tensor, "*batch latent"]:
+        """Rounds to the nearest level; gradients pass as if nothing were rounded (Bengio et al., 2013)."""
+        rounded = self._middles(self.encode(latents)).to(latents.dtype)
+        return rounded + (latents - latents.detach())
+
+    @torch.no_grad()
+    def encode(self, latents: Float[Tensor, "*batch latent"]) -> Int[Tensor, "*batch codes"]:
+        """Numbers the nearest levels; what lies outside of -1 to 1 gets the outermost.
+
+        Args:
+            latents: as many numbers as ``levels`` has for each code.
+        """
+        levels = torch.tensor(self.levels, device=latents.device)
+        parts = latents.float().unflatten(-1, (-1, len(self.levels)))
+        chosen = ((parts + 1) / 2 * levels).floor().long().clamp(min=0).minimum(levels - 1)
+        return (chosen * self._strides(latents.device)).sum(-1)
+
+    def decode(self, codes: Int[Tensor, "*batch codes"]) -> Float[Tensor, "*batch latent"]:
+        """Looks up the levels that codes stand for, in float32.
+
+        Raises:
+            TokenError: a code is not in the codebook.
+        """
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.codebook_size:
+            raise TokenError(
+                f"codes from {int(codes.min())} to {int(codes.max())} are not all in the codebook; it has "
+                f"{self.codebook_size}, counted from 0"
+            )
+        return self._middles(codes)
+
+    def _middles(self, codes: Tensor) -> Tensor:
+        levels = torch.tensor(self.levels, device=codes.device)
+        chosen = codes.unsqueeze(-1) // self._strides(codes.device) % levels
+        return ((2 * chosen + 1) / levels - 1).flatten(-2)
+
+    def _strides(self, device: torch.device) -> Int[Tensor, " numbers"]:
+        """What a step of one level adds to a code."""
+        sizes = [math.prod(self.levels[:place]) for place in range(len(self.levels))]
+        return torch.tensor(sizes, device=device)
 
 
 @dataclass
@@ -92,19 +153,12 @@ class WeightAutoencoderModel(WeightspaceModel):
 
     def encode(
         self,
-        weight_values: Float[Tensor, "batch n d"],
-        weight_mask: Bool[Tensor, "batch n d"],
-        position_ids: Int[Tensor, "batch n 3"],
-        attention_mask: Bool[Tensor, "batch n"] | None = None,
-    ) -> Float[Tensor, "batch n latent"]:
-        """Compresses tokens to latents.
-
-        Args:
-            weight_values: normalised token entries, zero in the padding.
-            weight_mask: true where an entry is a weight.
-            position_ids: columns token, layer, channel.
-            attention_mask: true where there is a token; all true if left out.
-        """
+        weight_values: Entries,
+        weight_mask: EntryMask,
+        position_ids: Positions,
+        attention_mask: TokenMask | None = None,
+    ) -> Latents:
+        """Compresses tokens to latents; see `weightspace.models.shapes` for the tensors."""
         values = weight_values.to(self.token_in.weight.dtype)
         hidden = self.token_in(torch.cat([values, weight_mask.to(values.dtype)], dim=-1))
         hidden = hidden + self.encoder_positions(position_ids)
@@ -113,12 +167,8 @@ class WeightAutoencoderModel(WeightspaceModel):
         return latents if self.quantizer is None else latents.tanh()
 
     def decode(
-        self,
-        latents: Float[Tensor, "batch n latent"],
-        weight_mask: Bool[Tensor, "batch n d"],
-        position_ids: Int[Tensor, "batch n 3"],
-        attention_mask: Bool[Tensor, "batch n"] | None = None,
-    ) -> Float[Tensor, "batch n d"]:
+        self, latents: Latents, weight_mask: EntryMask, position_ids: Positions, attention_mask: TokenMask | None = None
+    ) -> Entries:
         """Expands latents to normalised tokens; ``weight_mask`` says which entries exist, all others are zero.
 
         Latents are rounded to codes first if the model has them; gradients pass through.
@@ -138,11 +188,11 @@ class WeightAutoencoderModel(WeightspaceModel):
         """
         return int(self.config.latent_size // len(self._codes().levels))
 
-    def to_codes(self, latents: Float[Tensor, "batch n latent"]) -> Int[Tensor, "batch n codes"]:
+    def to_codes(self, latents: Latents) -> Int[Tensor, "batch n codes"]:
         """Rounds latents to codes, those of padding to any; raises like `codes_per_token`."""
         return self._codes().encode(latents)
 
-    def from_codes(self, codes: Int[Tensor, "batch n codes"]) -> Float[Tensor, "batch n latent"]:
+    def from_codes(self, codes: Int[Tensor, "batch n codes"]) -> Latents:
         """Looks up the latents that codes stand for, the inverse of `to_codes`; raises like it.
 
         Raises:
@@ -157,20 +207,13 @@ class WeightAutoencoderModel(WeightspaceModel):
 
     def get_weight_features(
         self,
-        weight_values: Float[Tensor, "batch n d"],
-        weight_mask: Bool[Tensor, "batch n d"],
-        position_ids: Int[Tensor, "batch n 3"],
-        attention_mask: Bool[Tensor, "batch n"] | None = None,
-        depths: Float[Tensor, "batch n"] | None = None,
+        weight_values: Entries,
+        weight_mask: EntryMask,
+        position_ids: Positions,
+        attention_mask: TokenMask | None = None,
+        depths: Depths | None = None,
     ) -> BaseModelOutputWithPooling:
-        """Embeds whole models.
-
-        Arguments are those of `encode`. ``depths``, the relative depth of each token's layer, 0 to 1, has to be given
-        for sequences that hold a part of a model; by default it is derived from ``position_ids``.
-
-        Returns:
-            Latents as ``last_hidden_state`` and one embedding a model as ``pooler_output``.
-        """
+        """Embeds whole models: latents as ``last_hidden_state``, one embedding a model as ``pooler_output``."""
         latents = self.encode(weight_values, weight_mask, position_ids, attention_mask)
         parts = self._parts(position_ids, attention_mask, depths)
         moments = state_moments(latents.float(), parts)
@@ -181,20 +224,19 @@ class WeightAutoencoderModel(WeightspaceModel):
 
     def forward(
         self,
-        weight_values: Float[Tensor, "batch n d"],
-        weight_mask: Bool[Tensor, "batch n d"],
-        position_ids: Int[Tensor, "batch n 3"],
-        attention_mask: Bool[Tensor, "batch n"] | None = None,
-        depths: Float[Tensor, "batch n"] | None = None,
-        labels: Float[Tensor, "batch n d"] | None = None,
+        weight_values: Entries,
+        weight_mask: EntryMask,
+        position_ids: Positions,
+        attention_mask: TokenMask | None = None,
+        depths: Depths | None = None,
+        labels: Entries | None = None,
         views: int = 1,
         return_loss: bool = True,
     ) -> WeightAutoencoderOutput:
         """Encodes, decodes and scores tokens.
 
-        Tokens are given as to `get_weight_features`. The target is ``labels`` if ``weight_values`` are erased or noisy.
-        With ``views`` of 2, the second half of the batch holds other views of the models of the first half, in the same
-        order, for the contrastive loss.
+        The target is ``labels`` if ``weight_values`` are erased or noisy. With ``views`` of 2, the second half of the
+        batch holds other views of the models of the first half, in the same order, for the contrastive loss.
         """
         latents = self.encode(weight_values, weight_mask, position_ids, attention_mask)
         reconstruction = self.decode(latents, weight_mask, position_ids, attention_mask)
@@ -216,6 +258,3 @@ class WeightAutoencoderModel(WeightspaceModel):
         mask = token_mask(position_ids, attention_mask)
         depths = relative_depths(position_ids, mask) if depths is None else depths.float()
         return depth_weights(depths, mask, self.config.depth_bins)
-
-
-__all__ = ["WeightAutoencoderModel", "WeightAutoencoderOutput"]

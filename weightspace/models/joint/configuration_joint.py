@@ -145,6 +145,3 @@ class JointConfig(ModelConfig):
         assert isinstance(self.weight_config, WeightTowerConfig)
         if self.reconstruction_weight and not self.weight_config.last_layer:
             raise ValueError("last_layer False: what is not encoded cannot be decoded; set reconstruction_weight to 0")
-
-
-__all__ = ["DatasetTowerConfig", "JointConfig", "ResultTowerConfig", "WeightTowerConfig"]

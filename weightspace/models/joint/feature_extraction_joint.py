@@ -17,9 +17,6 @@ class JointFeatureExtractor(WeightFeatureExtractor):
 
     model_input_names = [*WeightFeatureExtractor.model_input_names, "weight_links"]  # noqa: RUF012
 
-    def wiring(self, architecture: Architecture) -> dict[str, Tensor]:
-        """Returns the links of the tokens."""
+    def links(self, architecture: Architecture) -> dict[str, Tensor]:
+        """Returns which token each entry reads."""
         return {"weight_links": token_links(self._tokenizer, architecture)}
-
-
-__all__ = ["JointFeatureExtractor"]

@@ -22,6 +22,7 @@ from weightspace.models.joint.configuration_joint import (
 )
 from weightspace.models.joint.towers import DatasetTower, ResultTower, WeightTower
 from weightspace.models.pretrained import WeightspaceModel
+from weightspace.models.shapes import Depths, Entries, EntryMask, Links, Positions, TokenMask
 
 _LARGEST_LOGIT_SCALE = 4.6052
 """Logarithm of 100, as in CLIP."""
@@ -29,23 +30,12 @@ _LARGEST_LOGIT_SCALE = 4.6052
 
 @dataclass
 class JointOutput(ModelOutput):
-    """What [`JointModel`] returns; what was not given is None.
+    """What [`JointModel`] returns; None for what was not given.
 
-    Attributes:
-        loss: sum of the losses of the pairs, and of the weighted reconstruction loss.
-        dataset_weight_loss: of the pair of these towers.
-        weight_result_loss: of the pair of these towers.
-        dataset_result_loss: of the pair of these towers.
-        reconstruction_loss: of the autoencoder, in units of the weights' variance.
-        logits_dataset_weight: `(datasets, batch)` scaled cosine similarities.
-        logits_weight_result: `(batch, batch)` scaled cosine similarities.
-        logits_dataset_result: `(datasets, batch)` scaled cosine similarities.
-        dataset_embeds: `(datasets, projection_dim)` of length 1.
-        weight_embeds: `(batch, projection_dim)` of length 1.
-        result_embeds: `(batch, projection_dim)` of length 1.
-        dataset_model_output: as `get_dataset_features` returns it.
-        weight_model_output: as `get_weight_features` returns it.
-        result_model_output: as `get_result_features` returns it.
+    `loss` is the sum of the losses of the pairs of towers and of the weighted `reconstruction_loss`, which is in units
+    of the weights' variance. Logits are scaled cosine similarities, a row for each embedding of the first tower and a
+    column for each of the second. Embeddings have length 1, and the outputs of the towers are those of
+    `get_dataset_features`, `get_weight_features` and `get_result_features`.
     """
 
     loss: Tensor | None = None
@@ -119,12 +109,11 @@ class JointModel(WeightspaceModel):
         Raises:
             SettingsError: the digests differ.
         """
-        own = self.config.dataset_config
-        assert isinstance(own, DatasetTowerConfig)
-        if own.image_encoder_digest is not None and own.image_encoder_digest != digest:
+        trained = self.dataset_model.config
+        if trained.image_encoder_digest is not None and trained.image_encoder_digest != digest:
             raise SettingsError(
-                f"image encoder {name} ({digest[:12]}): the joint model was trained with {own.image_encoder} "
-                f"({own.image_encoder_digest[:12]}); open that one"
+                f"image encoder {name} ({digest[:12]}): the joint model was trained with {trained.image_encoder} "
+                f"({trained.image_encoder_digest[:12]}); open that one"
             )
 
     def get_dataset_features(
@@ -150,23 +139,14 @@ class JointModel(WeightspaceModel):
 
     def get_weight_features(
         self,
-        weight_values: Float[Tensor, "batch n d"],
-        weight_mask: Bool[Tensor, "batch n d"],
-        position_ids: Int[Tensor, "batch n 3"],
-        attention_mask: Bool[Tensor, "batch n"] | None = None,
-        depths: Float[Tensor, "batch n"] | None = None,
-        weight_links: Int[Tensor, "batch n d"] | None = None,
+        weight_values: Entries,
+        weight_mask: EntryMask,
+        position_ids: Positions,
+        attention_mask: TokenMask | None = None,
+        depths: Depths | None = None,
+        weight_links: Links | None = None,
     ) -> BaseModelOutputWithPooling:
-        """Embeds whole models, of any mix of architectures.
-
-        Args:
-            weight_values: normalised token entries, zero in the padding.
-            weight_mask: true where an entry is a weight.
-            position_ids: columns token, layer, channel.
-            attention_mask: true where there is a token; all true if left out.
-            depths: relative depth of each token's layer, 0 to 1; derived from ``position_ids`` if left out, which is
-                right for sequences that hold a whole model.
-            weight_links: which token each entry reads, see `token_links`; nothing is known of it if left out.
+        """Embeds whole models, of any mix of architectures; see `weightspace.models.shapes` for the tensors.
 
         Returns:
             Latents as ``last_hidden_state`` and the projected embedding, of any length, as ``pooler_output``.
@@ -194,12 +174,12 @@ class JointModel(WeightspaceModel):
 
     def forward(
         self,
-        weight_values: Float[Tensor, "batch n d"] | None = None,
-        weight_mask: Bool[Tensor, "batch n d"] | None = None,
-        position_ids: Int[Tensor, "batch n 3"] | None = None,
-        attention_mask: Bool[Tensor, "batch n"] | None = None,
-        depths: Float[Tensor, "batch n"] | None = None,
-        weight_links: Int[Tensor, "batch n d"] | None = None,
+        weight_values: Entries | None = None,
+        weight_mask: EntryMask | None = None,
+        position_ids: Positions | None = None,
+        attention_mask: TokenMask | None = None,
+        depths: Depths | None = None,
+        weight_links: Links | None = None,
         dataset_features: Float[Tensor, "datasets images features"] | None = None,
         dataset_labels: Int[Tensor, "datasets images"] | None = None,
         dataset_mask: Bool[Tensor, "datasets images"] | None = None,
@@ -207,30 +187,19 @@ class JointModel(WeightspaceModel):
         stated: Bool[Tensor, "batch results"] | None = None,
         dataset_index: Int[Tensor, " batch"] | None = None,
         dataset_ids: Int[Tensor, " datasets"] | None = None,
-        labels: Float[Tensor, "batch n d"] | None = None,
+        labels: Entries | None = None,
         return_loss: bool = False,
     ) -> JointOutput:
-        """Embeds what is given, compares it, and scores it if asked to.
+        """Embeds what is given, compares it, and computes the losses if wanted.
 
-        With several processes the losses of the pairs are those of all their rows together; see `gather_rows`.
+        Arguments are those of `get_weight_features`, `get_dataset_features` and `get_result_features`; leave out all of
+        a tower to leave it out. The losses, for which all three are needed, take the results of the models, and
 
-        Args:
-            weight_values: as in `get_weight_features`; leave out for no weights.
-            weight_mask: as in `get_weight_features`.
-            position_ids: as in `get_weight_features`.
-            attention_mask: as in `get_weight_features`.
-            depths: as in `get_weight_features`.
-            weight_links: as in `get_weight_features`.
-            dataset_features: as in `get_dataset_features`; leave out for no datasets.
-            dataset_labels: as in `get_dataset_features`.
-            dataset_mask: as in `get_dataset_features`.
-            results: as in `get_result_features`; leave out for no results. For the loss, the results of the models.
-            stated: as in `get_result_features`.
-            dataset_index: which of the datasets a model was trained on, -1 if that is not known; for the loss. Model i
-                and dataset i belong together if left out.
-            dataset_ids: the same number for the same dataset, on all processes; all datasets differ if left out.
-            labels: tokens to reconstruct; ``weight_values`` if left out.
-            return_loss: whether to compute losses, for which all three are needed.
+        - ``dataset_index``: the dataset of each model, -1 if unknown; by default, model i belongs to dataset i;
+        - ``dataset_ids``: the same number for the same dataset on all processes; by default, all datasets differ;
+        - ``labels``: tokens to reconstruct; ``weight_values`` by default.
+
+        With several processes, the losses of the pairs are those of all their rows together; see `gather_rows`.
         """
         output = JointOutput()
         if dataset_features is not None:
@@ -263,7 +232,7 @@ class JointModel(WeightspaceModel):
         return output
 
     def scale(self, pair: str) -> float:
-        """What cosines of a pair of towers, one of ``PAIRS``, are multiplied with."""
+        """Returns the factor of the cosines of a pair of towers, one of ``PAIRS``."""
         return float(self._scale(PAIRS.index(pair)).detach())
 
     def _scale(self, number: int) -> Tensor:
@@ -287,8 +256,8 @@ class JointModel(WeightspaceModel):
         ids = torch.full((len(weights),), -1, device=weights.device)
         if "dataset_embeds" in output:
             index = _count(weights) if dataset_index is None else dataset_index
-            own = _count(output["dataset_embeds"]) if dataset_ids is None else dataset_ids
-            ids = torch.where(index < 0, -1, own[index.clamp(min=0)])
+            given = _count(output["dataset_embeds"]) if dataset_ids is None else dataset_ids
+            ids = torch.where(index < 0, -1, given[index.clamp(min=0)])
             rows["dataset"] = output["dataset_embeds"][index.clamp(min=0)]
         if results is None or stated is None:
             results = weights.new_zeros(len(weights), len(self.result_model.edges))
@@ -323,12 +292,12 @@ class JointModel(WeightspaceModel):
         Returns:
             One loss a pair. 0 where nothing relates its towers.
         """
-        there = {
+        present = {
             "weight": torch.ones_like(dataset_ids, dtype=torch.bool),
             "dataset": dataset_ids >= 0,
             "result": stated.any(1),
         }
-        same = ((dataset_ids.unsqueeze(1) == dataset_ids) & there["dataset"]).float()
+        same = ((dataset_ids.unsqueeze(1) == dataset_ids) & present["dataset"]).float()
         true_of = self.result_model.agreement(results, stated).float()
         positives = {"dataset_weight": same, "weight_result": true_of.T, "dataset_result": same @ true_of.T}
         if self.config.positives == "diagonal":
@@ -337,8 +306,8 @@ class JointModel(WeightspaceModel):
         losses = {}
         for pair in self.config.pairs:
             one, other = pair.split("_")
-            logits = self._logits(PAIRS.index(pair), embeds[one][there[one]], embeds[other][there[other]])
-            losses[pair] = score(logits, positives[pair][there[one]][:, there[other]])
+            logits = self._logits(PAIRS.index(pair), embeds[one][present[one]], embeds[other][present[other]])
+            losses[pair] = score(logits, positives[pair][present[one]][:, present[other]])
         return losses
 
 
@@ -350,6 +319,3 @@ def unit(output: BaseModelOutputWithPooling) -> Float[Tensor, "rows size"]:
     """Scales the embeddings of an output to length 1."""
     assert output.pooler_output is not None
     return F.normalize(output.pooler_output.float(), dim=-1)
-
-
-__all__ = ["JointModel", "JointOutput"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -11,15 +9,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel
 from weightspace.models.joint.configuration_joint import DatasetTowerConfig, ResultTowerConfig, WeightTowerConfig
+from weightspace.models.layers import sinusoids, token_mask
 from weightspace.models.pooling import STATISTICS, depth_weights, entry_statistics, relative_depths, state_moments
+from weightspace.models.shapes import Depths, Entries, EntryMask, Links, Positions, TokenMask
 
 _ROWS_AT_ONCE = 1024
 _FARTHEST = 5.0
 
 
-def linked_paths(
-    values: Float[Tensor, "batch n d"], links: Int[Tensor, "batch n d"], hops: int
-) -> Float[Tensor, "batch n d"]:
+def linked_paths(values: Entries, links: Links, hops: int) -> Entries:
     """Follows weights back through the layers to what the network reads.
 
     A row of the first layer is a map of the inputs. What a row of a later layer makes of the inputs is, without biases
@@ -41,7 +39,7 @@ def linked_paths(
     return paths
 
 
-def path_ends(links: Int[Tensor, "batch n d"]) -> Bool[Tensor, "batch n"]:
+def path_ends(links: Links) -> TokenMask:
     """True for tokens that read others and that none reads: the outputs of a network whose wiring is known."""
     batch, n, _ = links.shape
     read = torch.zeros(batch, n + 1, dtype=torch.bool, device=links.device)
@@ -79,16 +77,11 @@ class PlacePooling(nn.Module):
         self.size = config.pooling_heads * width
 
     def forward(
-        self,
-        members: Float[Tensor, "batch n features"],
-        places: Int[Tensor, "batch n"],
-        mask: Bool[Tensor, "batch n"],
+        self, members: Float[Tensor, "batch n features"], places: Int[Tensor, "batch n"], mask: TokenMask
     ) -> Float[Tensor, "batch pooled"]:
         """Weighted means of the members, one a head; zero for a set without members."""
-        exponents = torch.arange(self.pairs, device=places.device, dtype=torch.float32) / self.pairs
         # Wavelengths of about 3 to 100 places: neighbours have to be far apart, for they are different classes.
-        angles = 2 * places.unsqueeze(-1).float() * torch.exp(-math.log(30.0) * exponents)
-        waves = torch.cat([angles.sin(), angles.cos()], dim=-1).to(members.dtype)
+        waves = sinusoids(2 * places.float(), self.pairs, 30.0).to(members.dtype)
         states = nn.functional.gelu(self.enter(self.dropout(members)) + self.place(waves))
         states = nn.functional.gelu(self.mix(states))
         scores = self.attention(states).float().masked_fill(~mask.unsqueeze(-1), torch.finfo(torch.float32).min)
@@ -221,12 +214,12 @@ class WeightTower(nn.Module):
 
     def forward(
         self,
-        values: Float[Tensor, "batch n d"],
-        mask: Bool[Tensor, "batch n d"],
-        positions: Int[Tensor, "batch n 3"],
-        attention_mask: Bool[Tensor, "batch n"] | None = None,
-        depths: Float[Tensor, "batch n"] | None = None,
-        links: Int[Tensor, "batch n d"] | None = None,
+        values: Entries,
+        mask: EntryMask,
+        positions: Positions,
+        attention_mask: TokenMask | None = None,
+        depths: Depths | None = None,
+        links: Links | None = None,
     ) -> BaseModelOutputWithPooling:
         """Latents as ``last_hidden_state``, one vector a model as ``pooler_output``."""
         tokens, parts = self._seen(positions, attention_mask, depths)
@@ -239,11 +232,7 @@ class WeightTower(nn.Module):
         return BaseModelOutputWithPooling(last_hidden_state=latents, pooler_output=self.dropout(pooled))
 
     def statistics(
-        self,
-        values: Float[Tensor, "batch n d"],
-        mask: Bool[Tensor, "batch n d"],
-        positions: Int[Tensor, "batch n 3"],
-        attention_mask: Bool[Tensor, "batch n"] | None = None,
+        self, values: Entries, mask: EntryMask, positions: Positions, attention_mask: TokenMask | None = None
     ) -> Float[Tensor, "batch statistics"]:
         """Returns the statistics of whole models that the standardizer has to be fitted on."""
         tokens, parts = self._seen(positions, attention_mask, None)
@@ -251,10 +240,9 @@ class WeightTower(nn.Module):
 
     def _seen(
         self, positions: Tensor, attention_mask: Tensor | None, depths: Tensor | None
-    ) -> tuple[Bool[Tensor, "batch n"], Float[Tensor, "batch bins n"]]:
+    ) -> tuple[TokenMask, Float[Tensor, "batch bins n"]]:
         """Says which tokens are looked at, and to which parts of the network they belong."""
-        tokens = torch.ones_like(positions[..., 0], dtype=torch.bool)
-        tokens = tokens if attention_mask is None else attention_mask.bool()
+        tokens = token_mask(positions, attention_mask)
         depths = relative_depths(positions, tokens) if depths is None else depths.float()
         if not self.config.last_layer:
             tokens = tokens & (depths < 1)

@@ -60,6 +60,3 @@ class WeightCodePriorConfig(ConditionedPriorConfig):
     model_type = "weight_code_prior"
 
     number_size: int = 32
-
-
-__all__ = ["WeightCodePriorConfig", "WeightPriorConfig"]

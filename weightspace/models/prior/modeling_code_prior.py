@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils.generic import ModelOutput
@@ -12,6 +12,7 @@ from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencode
 from weightspace.models.layers import PositionEmbedding, token_mask
 from weightspace.models.prior.configuration_prior import WeightCodePriorConfig
 from weightspace.models.prior.modeling_prior import ConditionedPrior, Guidance, PriorCondition
+from weightspace.models.shapes import EntryMask, Hidden, Latents, Positions, TokenMask
 
 
 @dataclass
@@ -69,22 +70,22 @@ class WeightCodePriorModel(ConditionedPrior):
 
     def forward(
         self,
-        latents: Float[Tensor, "batch n latent"],
-        weight_mask: Bool[Tensor, "batch n d"],
-        position_ids: Int[Tensor, "batch n 3"],
+        latents: Latents,
+        weight_mask: EntryMask,
+        position_ids: Positions,
         class_features: Float[Tensor, "batch classes features"],
         result_embeds: Float[Tensor, "batch size"],
         activation: Int[Tensor, " batch"],
-        known: Bool[Tensor, "batch n"] | None = None,
-        attention_mask: Bool[Tensor, "batch n"] | None = None,
+        known: TokenMask | None = None,
+        attention_mask: TokenMask | None = None,
         decode: bool = False,
         return_loss: bool = True,
     ) -> WeightCodePriorOutput:
         """Scores the codes of models.
 
-        ``latents`` are the autoencoder's, and are rounded to codes here. Tokens are those of `sample`, the parts of the
-        condition those of `PriorCondition`. Later tokens, and later numbers of the same token, see the codes of the
-        ``known`` tokens, all by default. With ``decode`` the expected latents are decoded, too.
+        Latents are rounded to codes here. The parts of the condition are those of `PriorCondition`. Later tokens, and
+        later numbers of the same token, see the codes of the ``known`` tokens, by default all. With ``decode`` the
+        expected latents are decoded, too.
         """
         tokens = token_mask(position_ids, attention_mask)
         known = torch.ones_like(tokens) if known is None else known
@@ -105,10 +106,10 @@ class WeightCodePriorModel(ConditionedPrior):
     def sample(
         self,
         condition: PriorCondition,
-        weight_mask: Bool[Tensor, "batch n d"],
-        position_ids: Int[Tensor, "batch n 3"],
+        weight_mask: EntryMask,
+        position_ids: Positions,
         generator: torch.Generator,
-        attention_mask: Bool[Tensor, "batch n"] | None = None,
+        attention_mask: TokenMask | None = None,
         guidance: Guidance | None = None,
         temperature: float = 1.0,
     ) -> Int[Tensor, "batch n codes"]:
@@ -116,10 +117,10 @@ class WeightCodePriorModel(ConditionedPrior):
 
         Args:
             condition: one row a sample.
-            weight_mask: true where an entry of a token is a weight.
-            position_ids: columns token, layer, channel.
+            weight_mask: of the tokens to sample.
+            position_ids: of the tokens to sample.
             generator: draws, on the CPU; the same one gives the same samples.
-            attention_mask: true where there is a token, all padding at the end; all true by default.
+            attention_mask: of the tokens to sample; all padding is at the end.
             guidance: see `Guidance`; none by default.
             temperature: share that is kept of the difference between a draw and the expected number: 1 samples the
                 model as it is, 0 takes what is expected. (Most of a model is noise of its initialisation, so that the
@@ -151,14 +152,12 @@ class WeightCodePriorModel(ConditionedPrior):
                 numbers[:, place, number] = _drawn(chances, middles, temperature, generator).to(kind)
         return self.autoencoder.to_codes(numbers)
 
-    def _before(self, numbers: Tensor, known: Tensor) -> Float[Tensor, "batch n width"]:
+    def _before(self, numbers: Tensor, known: Tensor) -> Hidden:
         """What each token sees of the token before it."""
         numbers, known = F.pad(numbers[:, :-1], (0, 0, 1, 0)), F.pad(known[:, :-1], (1, 0))
         return torch.where(known.unsqueeze(-1), self.latent_in(numbers), self.unknown.weight)
 
-    def _logits(
-        self, states: Float[Tensor, "batch n width"], numbers: Float[Tensor, "batch n latent"]
-    ) -> Float[Tensor, "batch n latent levels"]:
+    def _logits(self, states: Hidden, numbers: Latents) -> Float[Tensor, "batch n latent levels"]:
         """Scores the levels of every number of tokens given the numbers before it."""
         count = len(self.levels)
         before = torch.ones(count, count, device=numbers.device).tril(-1)
@@ -171,7 +170,7 @@ class WeightCodePriorModel(ConditionedPrior):
         """Rules out levels that a number does not have."""
         return logits.masked_fill(self._middles().isnan(), torch.finfo(logits.dtype).min)
 
-    def _expected(self, logits: Float[Tensor, "batch n latent levels"]) -> Float[Tensor, "batch n latent"]:
+    def _expected(self, logits: Float[Tensor, "batch n latent levels"]) -> Latents:
         return (logits.softmax(-1) * self._middles().nan_to_num()).sum(-1)
 
     def _levels_of(self, numbers: Float[Tensor, "*batch latent"]) -> Int[Tensor, "*batch latent"]:
@@ -205,6 +204,3 @@ def _drawn(
     expected = (chances * middles.nan_to_num()).sum(-1, keepdim=True)
     moved = expected + temperature * (middles[chosen] - expected)
     return middles[(moved - middles).abs().nan_to_num(nan=torch.inf).argmin(-1)]
-
-
-__all__ = ["WeightCodePriorModel", "WeightCodePriorOutput"]

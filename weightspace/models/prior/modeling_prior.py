@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
@@ -14,6 +14,7 @@ from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencode
 from weightspace.models.layers import PositionEmbedding, TokenLayer, additive_mask, in_windows, start_at, token_mask
 from weightspace.models.pretrained import WeightspaceModel
 from weightspace.models.prior.configuration_prior import ConditionedPriorConfig, WeightPriorConfig
+from weightspace.models.shapes import EntryMask, Hidden, Latents, Positions, TokenMask
 
 _FASTEST = 100.0
 
@@ -110,10 +111,10 @@ class ConditionedPrior(WeightspaceModel):
     def _modulation(
         self,
         condition: PriorCondition,
-        position_ids: Int[Tensor, "batch n 3"],
-        tokens: Bool[Tensor, "batch n"],
+        position_ids: Positions,
+        tokens: TokenMask,
         time: Float[Tensor, "batch width"] | None = None,
-    ) -> tuple[Float[Tensor, "batch width"], Float[Tensor, "batch n width"]]:
+    ) -> tuple[Float[Tensor, "batch width"], Hidden]:
         """Returns what modulates the layers of each row, and what is added at the tokens of the outputs."""
         features, result = condition.class_features, condition.result_embeds
         present = features.any(-1)
@@ -128,13 +129,11 @@ class ConditionedPrior(WeightspaceModel):
             total = total + torch.where(known, part, self.absent.weight[number])
         return self.mix(total), _at_outputs(classes, position_ids, tokens)
 
-    def _entered(
-        self, entered: Float[Tensor, "batch n width"], weight_mask: Tensor, position_ids: Tensor
-    ) -> Float[Tensor, "batch n width"]:
+    def _entered(self, entered: Hidden, weight_mask: Tensor, position_ids: Tensor) -> Hidden:
         """Adds to what enters at each token its position and its shape."""
         return entered + self.positions(position_ids) + self.mask_in(weight_mask.to(entered.dtype))
 
-    def _states(self, hidden: Tensor, tokens: Tensor, modulation: Tensor) -> Float[Tensor, "batch n width"]:
+    def _states(self, hidden: Tensor, tokens: Tensor, modulation: Tensor) -> Hidden:
         """Runs the layers on the windows of the autoencoder."""
         return self.norm(in_windows(self._run_layers, self.autoencoder.config.window, hidden, tokens, modulation))
 
@@ -181,23 +180,14 @@ class WeightPriorModel(ConditionedPrior):
 
     def velocity(
         self,
-        noisy: Float[Tensor, "batch n latent"],
+        noisy: Latents,
         times: Float[Tensor, " batch"],
         condition: PriorCondition,
-        weight_mask: Bool[Tensor, "batch n d"],
-        position_ids: Int[Tensor, "batch n 3"],
-        attention_mask: Bool[Tensor, "batch n"],
-    ) -> Float[Tensor, "batch n latent"]:
-        """Returns the velocity of noisy latents.
-
-        Args:
-            noisy: standardised latents with noise.
-            times: 0 (noise) to 1 (latents).
-            condition: see `PriorCondition`.
-            weight_mask: true where an entry of a token is a weight.
-            position_ids: columns token, layer, channel.
-            attention_mask: true where there is a token.
-        """
+        weight_mask: EntryMask,
+        position_ids: Positions,
+        attention_mask: TokenMask,
+    ) -> Latents:
+        """Returns the velocity of standardised latents with noise, at times from 0 (noise) to 1 (latents)."""
         kind = self.latent_in.weight.dtype
         time = self.time_in(_waves(times, self.config.time_size).to(kind))
         modulation, at_outputs = self._modulation(condition, position_ids, attention_mask, time)
@@ -207,23 +197,21 @@ class WeightPriorModel(ConditionedPrior):
 
     def forward(
         self,
-        latents: Float[Tensor, "batch n latent"],
-        weight_mask: Bool[Tensor, "batch n d"],
-        position_ids: Int[Tensor, "batch n 3"],
+        latents: Latents,
+        weight_mask: EntryMask,
+        position_ids: Positions,
         class_features: Float[Tensor, "batch classes features"],
         result_embeds: Float[Tensor, "batch size"],
         activation: Int[Tensor, " batch"],
-        noise: Float[Tensor, "batch n latent"],
+        noise: Latents,
         times: Float[Tensor, " batch"],
-        attention_mask: Bool[Tensor, "batch n"] | None = None,
+        attention_mask: TokenMask | None = None,
         decode: bool = False,
         return_loss: bool = True,
     ) -> WeightPriorOutput:
-        """Scores the velocity at given noise and times.
+        """Scores the velocity at given times and standard normal noise.
 
-        ``latents`` are the autoencoder's, in its own units, and ``noise`` of their shape is standard normal. Times and
-        tokens are those of `velocity`, the parts of the condition those of `PriorCondition`. With ``decode`` the
-        denoised latents are decoded, too.
+        The parts of the condition are those of `PriorCondition`. With ``decode`` the denoised latents are decoded, too.
         """
         tokens = token_mask(position_ids, attention_mask)
         goal, share = self.scaler(latents.float()), times.view(-1, 1, 1)
@@ -243,24 +231,24 @@ class WeightPriorModel(ConditionedPrior):
     def sample(
         self,
         condition: PriorCondition,
-        weight_mask: Bool[Tensor, "batch n d"],
-        position_ids: Int[Tensor, "batch n 3"],
+        weight_mask: EntryMask,
+        position_ids: Positions,
         generator: torch.Generator,
-        attention_mask: Bool[Tensor, "batch n"] | None = None,
+        attention_mask: TokenMask | None = None,
         guidance: Guidance | None = None,
         steps: int = 20,
         solver: str = "heun",
-        latents: Float[Tensor, "batch n latent"] | None = None,
+        latents: Latents | None = None,
         begin: float = 0.0,
-    ) -> Float[Tensor, "batch n latent"]:
+    ) -> Latents:
         """Carries noise to latents of the autoencoder.
 
         Args:
             condition: one row a sample.
-            weight_mask: see `velocity`.
-            position_ids: see `velocity`.
+            weight_mask: of the tokens to sample.
+            position_ids: of the tokens to sample.
             generator: draws the noise, on the CPU; the same one gives the same samples.
-            attention_mask: true where there is a token; all true by default.
+            attention_mask: of the tokens to sample.
             guidance: see `Guidance`; none by default.
             steps: of the solver.
             solver: ``"euler"``, or ``"heun"``, which evaluates the velocity twice a step.
@@ -332,11 +320,7 @@ class LatentScaler(nn.Module):
         return values * self.scale + self.centre
 
 
-def _at_outputs(
-    classes: Float[Tensor, "batch classes width"],
-    position_ids: Int[Tensor, "batch n 3"],
-    tokens: Bool[Tensor, "batch n"],
-) -> Float[Tensor, "batch n width"]:
+def _at_outputs(classes: Float[Tensor, "batch classes width"], position_ids: Positions, tokens: TokenMask) -> Hidden:
     """Puts each class at the output that stands for it: the channel of the last layer with its number."""
     _, layers, channels = position_ids.masked_fill(~tokens.unsqueeze(-1), -1).unbind(-1)
     outputs = (layers == layers.amax(1, keepdim=True)) & (channels >= 0) & (channels < classes.shape[1])
@@ -348,6 +332,3 @@ def _waves(times: Float[Tensor, " batch"], size: int) -> Float[Tensor, "batch si
     speeds = torch.exp(torch.linspace(0, math.log(_FASTEST), size // 2, device=times.device))
     angles = times.float().unsqueeze(-1) * speeds
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
-
-
-__all__ = ["ConditionedPrior", "Guidance", "PriorCondition", "WeightPriorModel", "WeightPriorOutput"]
