@@ -218,13 +218,13 @@ class TestResultTower:
         torch.testing.assert_close(tower.edges[0], torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]).square())
         values = torch.tensor([[-1.0], [0.0], [0.25**2], [0.6**2], [1.0], [2.0]])
         expected = torch.tensor([0, 0, 1, 2 + (0.36 - 0.25) / (0.5625 - 0.25), 4, 4])
-        torch.testing.assert_close(tower.places(values)[:, 0], expected)
-        assert tower.places(torch.tensor([[NAN]])).isnan().all()
+        torch.testing.assert_close(tower.bin_positions(values)[:, 0], expected)
+        assert tower.bin_positions(torch.tensor([[NAN]])).isnan().all()
 
     def test_many_equal_results_are_one_place(self) -> None:
         tower = self.tower()
         tower.fit(torch.cat([torch.zeros(10), torch.ones(90)]).unsqueeze(1))
-        places = tower.places(torch.tensor([[0.0], [1.0], [1.0]]))
+        places = tower.bin_positions(torch.tensor([[0.0], [1.0], [1.0]]))
         assert places[0] < places[1] == places[2]
 
     def test_a_value_is_embedded_between_the_bins_around_it(self) -> None:
@@ -281,7 +281,7 @@ class TestResultTower:
     def test_smoothing_counts_what_is_near_by_so_much_less(self) -> None:
         tower = self.tower(smoothing=2.0)
         values = torch.tensor([0.125, 0.375, 0.5]).square().unsqueeze(1)
-        places = tower.places(values)
+        places = tower.bin_positions(values)
         expected = torch.exp(-0.5 * ((places - places.T) / 2.0).square())
         torch.testing.assert_close(tower.agreement(values, torch.ones(3, 1, dtype=torch.bool)), expected)
 

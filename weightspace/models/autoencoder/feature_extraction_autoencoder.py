@@ -108,9 +108,7 @@ class WeightFeatureExtractor(FeatureExtractionMixin):
             WeightspaceError: the model cannot be read or holds entries that are not finite, or ``max_bytes`` is less
                 than a window.
         """
-        checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
-        checkpoint.ensure_weights()
-        architecture = _architecture_of(checkpoint)
+        checkpoint, architecture = _opened(model)
         chosen = sample_windows(self._tokenizer, architecture, window=window, max_bytes=max_bytes, seed=seed)
         if not chosen.runs:
             raise TokenError(f"{checkpoint.where}: no floating point tensor; there is nothing to encode")
@@ -184,9 +182,7 @@ def _read(model: Weights) -> tuple[Architecture, Mapping[str, Tensor]]:
     if isinstance(model, Mapping):
         specs = [TensorSpec(name, tuple(value.shape), dtype_name(value.dtype)) for name, value in model.items()]
         return infer_architecture(specs), model
-    checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
-    checkpoint.ensure_weights()
-    architecture = _architecture_of(checkpoint)
+    checkpoint, architecture = _opened(model)
     size = sum(byte_count(spec, checkpoint.where) for spec in architecture.tensors)
     if size > LARGEST_WHOLE:
         raise TokenError(
@@ -196,9 +192,11 @@ def _read(model: Weights) -> tuple[Architecture, Mapping[str, Tensor]]:
     return architecture, checkpoint.tensors([spec.name for spec in architecture.tensors])
 
 
-def _architecture_of(checkpoint: Checkpoint) -> Architecture:
-    """The architecture without what never becomes tokens, so that it need not be read."""
-    return replace(checkpoint.architecture, exclusions=())
+def _opened(model: str | Path | ModelRef | Checkpoint) -> tuple[Checkpoint, Architecture]:
+    """Opens a checkpoint. Its architecture is without what never becomes tokens, so that this need not be read."""
+    checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    checkpoint.ensure_weights()
+    return checkpoint, replace(checkpoint.architecture, exclusions=())
 
 
 def _padded(values: Tensor, length: int) -> Tensor:

@@ -58,11 +58,11 @@ def _linked_sum(values: Tensor, links: Tensor, states: Tensor) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-class PlacePooling(nn.Module):
-    """Pools a set whose members stand in numbered places: the outputs of a network, the classes of a dataset.
+class IndexedPooling(nn.Module):
+    """Pools a set of any number of indexed members: the outputs of a network, the classes of a dataset.
 
-    The number of a member is added before two nonlinear layers, so that the sum over members knows who brought what:
-    output k of a network answers to class k of its dataset. Members are as many as there are.
+    The index of a member is added before two nonlinear layers, so that the pooled vector tells members apart: output k
+    of a network stands for class k of its dataset.
     """
 
     def __init__(self, features: int, config: DatasetTowerConfig | WeightTowerConfig) -> None:
@@ -77,11 +77,11 @@ class PlacePooling(nn.Module):
         self.size = config.pooling_heads * width
 
     def forward(
-        self, members: Float[Tensor, "batch n features"], places: Int[Tensor, "batch n"], mask: TokenMask
+        self, members: Float[Tensor, "batch n features"], indices: Int[Tensor, "batch n"], mask: TokenMask
     ) -> Float[Tensor, "batch pooled"]:
         """Weighted means of the members, one a head; zero for a set without members."""
-        # Wavelengths of about 3 to 100 places: neighbours have to be far apart, for they are different classes.
-        waves = sinusoids(2 * places.float(), self.pairs, 30.0).to(members.dtype)
+        # Wavelengths from about 3 to 100: neighbours have to be far apart, for they are different classes.
+        waves = sinusoids(2 * indices.float(), self.pairs, 30.0).to(members.dtype)
         states = nn.functional.gelu(self.enter(self.dropout(members)) + self.place(waves))
         states = nn.functional.gelu(self.mix(states))
         scores = self.attention(states).float().masked_fill(~mask.unsqueeze(-1), torch.finfo(torch.float32).min)
@@ -154,7 +154,7 @@ class DatasetTower(nn.Module):
         self.class_size = 2 * config.hidden_size
         self.principal_axes = PrincipalAxes(config.feature_size, config.components)
         self.image_in = nn.Linear(config.components, config.hidden_size)
-        self.pooling = PlacePooling(self.class_size, config)
+        self.pooling = IndexedPooling(self.class_size, config)
         self.out = nn.Sequential(
             nn.LayerNorm(self.pooling.size), nn.Linear(self.pooling.size, 2 * config.hidden_size), nn.GELU()
         )
@@ -165,11 +165,11 @@ class DatasetTower(nn.Module):
         labels: Int[Tensor, "datasets images"],
         mask: Bool[Tensor, "datasets images"] | None,
     ) -> BaseModelOutputWithPooling:
-        """Moments of the images of each class, then `PlacePooling` of the classes."""
+        """Moments of the images of each class, then `IndexedPooling` of the classes."""
         shares = torch.ones_like(labels, dtype=torch.float32) if mask is None else mask.float()
         moments = self.class_moments(self.image_states(features), labels, shares)
-        places = torch.arange(moments.shape[1], device=labels.device).expand(len(labels), -1)
-        pooled = self.pooling(moments.to(self.image_in.weight.dtype), places, moments.any(-1))
+        classes = torch.arange(moments.shape[1], device=labels.device).expand(len(labels), -1)
+        pooled = self.pooling(moments.to(self.image_in.weight.dtype), classes, moments.any(-1))
         return BaseModelOutputWithPooling(last_hidden_state=moments, pooler_output=self.out(pooled))
 
     def image_states(
@@ -205,7 +205,7 @@ class WeightTower(nn.Module):
         self.encoder = WeightAutoencoderModel._from_config(config.encoder_config)
         self.encoder.projection = nn.Identity()  # contrasts two views of a model, which is not done here
         latent, width = self.encoder.config.latent_size, config.hidden_size
-        self.pooling = PlacePooling(self.encoder.config.token_size + latent, config)
+        self.pooling = IndexedPooling(self.encoder.config.token_size + latent, config)
         learned = self.pooling.size + 2 * config.depth_bins * latent
         self.norm = nn.LayerNorm(learned)
         self.standardizer = Standardizer(config.depth_bins * STATISTICS)
@@ -256,12 +256,12 @@ class WeightTower(nn.Module):
         ends = path_ends(links) & tokens
         chosen = torch.where(ends.any(1, keepdim=True), ends, tokens)
         # Outputs have a fixed order; that of hidden channels means nothing.
-        places = (positions[..., 2] + 1) * ends
+        indices = (positions[..., 2] + 1) * ends
         # Relative to the model: how large its weights are is in the statistics.
         energy = (paths.square() * chosen.unsqueeze(-1)).sum((1, 2), keepdim=True)
         count = chosen.sum(1).view(-1, 1, 1) * paths.shape[-1]
         paths = paths * (count / energy.clamp(min=1e-12)).sqrt()
-        return self.pooling(torch.cat([paths.to(latents.dtype), latents], dim=-1), places, chosen)
+        return self.pooling(torch.cat([paths.to(latents.dtype), latents], dim=-1), indices, chosen)
 
 
 class ResultTower(nn.Module):
@@ -295,8 +295,8 @@ class ResultTower(nn.Module):
             if len(known):
                 edges.copy_(known.quantile(points))
 
-    def places(self, results: Float[Tensor, "batch results"]) -> Float[Tensor, "batch results"]:
-        """Where values stand among the bins: 0 (least) to ``bins``, its whole part the number of the bin; NaN stays."""
+    def bin_positions(self, results: Float[Tensor, "batch results"]) -> Float[Tensor, "batch results"]:
+        """Positions of values on the scale of the bins, 0 to ``bins``, whose whole part is the bin; NaN stays."""
         values = results.T.contiguous().to(self.edges.dtype)
         above = torch.searchsorted(self.edges, values.nan_to_num(), right=True).clamp(1, self.config.bins)
         low, high = self.edges.gather(1, above - 1), self.edges.gather(1, above)
@@ -311,11 +311,10 @@ class ResultTower(nn.Module):
 
         Positives are not the diagonal: a row that states an accuracy alone is true of every model of this accuracy.
         """
-        places = self.places(results)
-        places = places if self.config.smoothing else places.clamp(max=self.config.bins - 1e-3).floor()
-        apart = places.unsqueeze(1) - places.unsqueeze(0)
-        width = self.config.smoothing
-        agree = torch.exp(-0.5 * (apart / width).square()) if width else (apart == 0).to(places.dtype)
+        positions, width = self.bin_positions(results), self.config.smoothing
+        positions = positions if width else positions.clamp(max=self.config.bins - 1e-3).floor()
+        apart = positions.unsqueeze(1) - positions.unsqueeze(0)
+        agree = torch.exp(-0.5 * (apart / width).square()) if width else (apart == 0).to(positions.dtype)
         agree = torch.where(apart.isnan(), 0.0, agree)
         return torch.where(stated.unsqueeze(1), agree, 1.0).prod(-1)
 
@@ -330,7 +329,7 @@ class ResultTower(nn.Module):
     def _looked_up(self, results: Float[Tensor, "batch results"]) -> Float[Tensor, "batch results size"]:
         bins = self.config.bins
         # Bin b has its own embedding in its middle, at b + 1/2.
-        middles = (self.places(results).nan_to_num() - 0.5).clamp(0, bins - 1)
+        middles = (self.bin_positions(results).nan_to_num() - 0.5).clamp(0, bins - 1)
         middles = middles if self.config.interpolate else (middles + 0.5).floor().clamp(max=bins - 1)
         low = middles.floor().long().clamp(max=bins - 2)
         share = (middles - low).unsqueeze(-1).to(self.table.weight.dtype)

@@ -138,18 +138,18 @@ class WeightCodePriorModel(ConditionedPrior):
         ]
         kind = self.latent_in.weight.dtype
         numbers = torch.zeros(*tokens.shape, len(self.levels), dtype=kind, device=self.device)
-        for place in range(tokens.shape[1]):
-            window = slice(place - place % self.autoencoder.config.window, place + 1)
+        for index in range(tokens.shape[1]):
+            window = slice(index - index % self.autoencoder.config.window, index + 1)
             hidden = self._entered(self._before(numbers, torch.ones_like(tokens)), weight_mask, position_ids)
             states = [
                 (share, self._states((hidden + at_outputs)[:, window], tokens[:, window], modulation)[:, -1:])
                 for share, modulation, at_outputs in parts
             ]
             for number, middles in enumerate(self._middles()):
-                given = numbers[:, place : place + 1]
+                given = numbers[:, index : index + 1]
                 logits = torch.stack([share * self._logits(state, given)[:, 0].float() for share, state in states])
                 chances = self._possible(logits.sum(0))[:, number].softmax(-1)
-                numbers[:, place, number] = _drawn(chances, middles, temperature, generator).to(kind)
+                numbers[:, index, number] = _drawn(chances, middles, temperature, generator).to(kind)
         return self.autoencoder.to_codes(numbers)
 
     def _before(self, numbers: Tensor, known: Tensor) -> Hidden:
@@ -174,7 +174,7 @@ class WeightCodePriorModel(ConditionedPrior):
         return (logits.softmax(-1) * self._middles().nan_to_num()).sum(-1)
 
     def _levels_of(self, numbers: Float[Tensor, "*batch latent"]) -> Int[Tensor, "*batch latent"]:
-        return (numbers.float().unsqueeze(-1) - self._middles()).abs().nan_to_num(nan=torch.inf).argmin(-1)
+        return _nearest(numbers.float().unsqueeze(-1), self._middles())
 
     def _middles(self) -> Float[Tensor, "latent levels"]:
         """The number that each level stands for; NaN where a number has fewer levels than the longest."""
@@ -184,7 +184,7 @@ class WeightCodePriorModel(ConditionedPrior):
 
 
 def _guided_parts(condition: PriorCondition, guidance: Guidance) -> list[tuple[float, PriorCondition]]:
-    """What guided logits are a sum of; see `WeightPriorModel`."""
+    """Conditions whose logits, each times its share, add up to the guided logits; see `WeightPriorModel`."""
     parts = [
         (guidance.result, condition),
         (guidance.dataset - guidance.result, condition.without(result=True)),
@@ -203,4 +203,8 @@ def _drawn(
     chosen = torch.multinomial(chances.cpu(), 1, generator=generator).to(middles.device)
     expected = (chances * middles.nan_to_num()).sum(-1, keepdim=True)
     moved = expected + temperature * (middles[chosen] - expected)
-    return middles[(moved - middles).abs().nan_to_num(nan=torch.inf).argmin(-1)]
+    return middles[_nearest(moved, middles)]
+
+
+def _nearest(numbers: Float[Tensor, "*batch 1"], middles: Float[Tensor, "*batch levels"]) -> Int[Tensor, "*batch"]:
+    return (numbers - middles).abs().nan_to_num(nan=torch.inf).argmin(-1)
