@@ -206,5 +206,6 @@ def _drawn(
     return middles[_nearest(moved, middles)]
 
 
-def _nearest(numbers: Float[Tensor, "*batch 1"], middles: Float[Tensor, "*batch levels"]) -> Int[Tensor, "*batch"]:
+def _nearest(numbers: Tensor, middles: Tensor) -> Tensor:
+    """Returns which of the middles along the last axis is nearest."""
     return (numbers - middles).abs().nan_to_num(nan=torch.inf).argmin(-1)
