@@ -376,7 +376,7 @@ def test_a_failed_write_leaves_what_was_there(
 
 def test_a_full_disk_is_an_error_of_one_line(tmp_path: Path) -> None:
     program = (
-        "import resource, torch; from weightspace.io.checkpoint import save_checkpoint\n"
+        "import resource, torch; from weightspace.io.writing import save_checkpoint\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
         "try: save_checkpoint({'w': torch.zeros(50_000)}, 'm.safetensors')\n"
         "except Exception as error: print(type(error).__name__, error)"
