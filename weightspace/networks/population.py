@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -133,10 +133,12 @@ def train_population(
     optimizer = _PopulationAdamW(recipes, initial, device)
     batches = (_passes if in_passes else _drawn)(train.sizes, batch_size, generator)
     due = _checkpoint_steps(recipes, checkpoints)
-    numbers = torch.arange(len(recipes)).unsqueeze(1)
+    ends = torch.tensor([recipe.steps for recipe in recipes])
+    training = torch.arange(len(recipes))
     for step in range(max(due) + 1):
         if members := due.get(step):
-            chosen = {name: value.detach()[members] for name, value in optimizer.parameters.items()}
+            rows = torch.searchsorted(training, torch.tensor(members))
+            chosen = {name: value.detach()[rows] for name, value in optimizer.parameters.items()}
             results: dict[str, Tensor] = {}
             for split, examples in (("test", test), ("train", train)):
                 accuracy, loss = _evaluate(config, chosen, images, examples, members)
@@ -145,7 +147,10 @@ def train_population(
             yield Snapshot(members, [step] * len(members), stored, results)
         if step == max(due):
             return
-        draws = next(batches)
+        if (kept := ends[training] > step).logical_not().any():  # finished runs leave the population
+            training = training[kept]
+            optimizer.keep(kept)
+        numbers, draws = training.unsqueeze(1), next(batches)[training]
         rows, labels = train.rows[numbers, draws].to(device), train.labels[numbers, draws].to(device)
         # Whole images are copied, where indexing would go entry by entry.
         batch = images.index_select(0, rows.flatten()).unflatten(0, rows.shape)
@@ -170,6 +175,14 @@ class _PopulationAdamW:
         self._decays = torch.tensor([recipe.weight_decay for recipe in recipes], device=device)
         self._steps = torch.tensor([recipe.steps for recipe in recipes], device=device)
         self._step = 0
+
+    def keep(self, models: Bool[Tensor, " models"]) -> None:
+        """Goes on with some of the models."""
+        chosen = models.to(self._steps.device)
+        self.parameters = {n: p.detach()[chosen].requires_grad_() for n, p in self.parameters.items()}
+        self._moments = {n: (mean[chosen], square[chosen]) for n, (mean, square) in self._moments.items()}
+        self._learning_rates, self._decays = self._learning_rates[chosen], self._decays[chosen]
+        self._steps = self._steps[chosen]
 
     @torch.no_grad()
     def step(self) -> None:

@@ -179,7 +179,7 @@ def _shards(recipes: Sequence[Recipe]) -> Iterator[list[Recipe]]:
     for recipe in recipes:
         populations.setdefault(recipe.config, []).append(recipe)
     for members in populations.values():
-        # Runs of similar length train together, so that few wait for the slowest of the population.
+        # A population takes as many steps as its longest run, so runs of similar length train together.
         ordered = sorted(members, key=lambda recipe: (recipe.steps, recipe.run_id))
         yield from (ordered[start : start + _RUNS_TOGETHER] for start in range(0, len(ordered), _RUNS_TOGETHER))
 
