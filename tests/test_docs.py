@@ -59,6 +59,7 @@ def test_snippets_are_found() -> None:
     assert [page for page, _ in snippets()] == ["README.md", "concepts.md", "concepts.md"]
 
 
+@pytest.mark.slow
 def test_commands_run_one_after_another(
     tmp_path: Path,
     tiny_zoo: Any,

@@ -33,6 +33,7 @@ def test_every_example_is_tested_here() -> None:
         assert f'"examples/{path.name}"' in source, path.name
 
 
+@pytest.mark.slow
 def test_train_and_probe(tmp_path: Path) -> None:
     printed = run("examples/train_and_probe.py", "--output", tmp_path, "--runs", "24", "--steps", "3")
     assert "48 models of 2 headers" in printed
@@ -41,6 +42,7 @@ def test_train_and_probe(tmp_path: Path) -> None:
     assert (tmp_path / "encoder" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_your_own_models(tmp_path: Path) -> None:
     printed = run("examples/your_own_models.py", "--output", tmp_path, "--models", "12", "--steps", "3")
     assert "6 normalised networks of 146 parameters" in printed

@@ -49,6 +49,7 @@ def test_a_job_runner_learns_what_to_install(script: Path) -> None:
     assert tomllib.loads(head) == {"requires-python": ">=3.11", "dependencies": [f"{DISTRIBUTION} @ git+{REPOSITORY}"]}
 
 
+@pytest.mark.slow
 def test_training_script_equals_the_command(tmp_path: Path, tiny_zoo: Any) -> None:
     settings = tmp_path / "train.yaml"
     settings.write_text(

@@ -47,10 +47,10 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
     "imports",
     [
         "import weightspace, transformers",
-        "import transformers; transformers.AutoModel; import weightspace",
+        pytest.param("import transformers; transformers.AutoModel; import weightspace", marks=pytest.mark.slow),
         # modeling_layers imports the auto classes before it has defined anything.
-        "import weightspace, transformers.modeling_layers",
-        "import weightspace.models.layers, transformers",
+        pytest.param("import weightspace, transformers.modeling_layers", marks=pytest.mark.slow),
+        pytest.param("import weightspace.models.layers, transformers", marks=pytest.mark.slow),
     ],
 )
 def test_auto_classes_know_our_models_in_either_order(imports: str, tmp_path: Path) -> None:

@@ -140,6 +140,7 @@ def test_many_datasets_give_the_bits_of_each_alone(offline_encoder: ImageEncoder
     torch.testing.assert_close(alone.features, together[2].features, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_features_tell_orientation_and_polarity_of_unseen_images(offline_encoder: ImageEncoder) -> None:
     """Every set of test images lies nearest to the training images of its own variant, whatever the digits."""
     names = variants("digits", [(0, 1, 2, 3, 4), (5, 6, 7, 8, 9)], [0, 90], ["normal", "inverted"])

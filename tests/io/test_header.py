@@ -176,6 +176,7 @@ def test_long_values_do_not_flood_the_error() -> None:
         assert len(str(caught.value)) < 600
 
 
+@pytest.mark.slow
 def test_tensor_count_is_bounded() -> None:
     def content(count: int) -> dict[str, Any]:
         return {f"layers.{i}.weight": entry("U8", [1], [i, i + 1]) for i in range(count)}

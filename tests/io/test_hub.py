@@ -404,6 +404,7 @@ def test_a_header_that_claims_everything(hub: LoopbackHub) -> None:
         open_checkpoint("org/model")
 
 
+@pytest.mark.slow
 def test_twenty_thousand_tensors(hub: LoopbackHub) -> None:
     content = {f"layers.{number}.weight": torch.zeros(1) for number in range(20_000)}
     hub.create("org/model", {"model.safetensors": checkpoint_bytes(content)})

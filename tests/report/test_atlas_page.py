@@ -310,6 +310,7 @@ def test_small_zoos_can_be_used_too(browser: Chromium, tmp_path: Path, models: i
     assert browser.complaints == []
 
 
+@pytest.mark.slow
 def test_20_000_models_are_drawn_and_found(browser: Chromium, tmp_path: Path) -> None:
     models = 20_000
     rng = np.random.default_rng(0)

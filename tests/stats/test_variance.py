@@ -70,6 +70,7 @@ def test_known_shares_lie_in_their_intervals() -> None:
     assert min(inside.values()) >= 33  # of 40; fewer at 95 % coverage has probability 0.2 %
 
 
+@pytest.mark.slow
 def test_a_factor_that_does_nothing_reaches_small_p_values_as_seldom_as_it_should() -> None:
     p_values, shares = [], []
     for seed in range(80):

@@ -155,6 +155,7 @@ class TestTraining:
         assert equal(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
         assert read_history(tmp_path / "killed") == read_history(tmp_path / "whole")
 
+    @pytest.mark.slow
     def test_bf16_leaves_weights_of_full_precision(
         self, tiny_zoo: Zoo, settings: JointSettings, tmp_path: Path
     ) -> None:
