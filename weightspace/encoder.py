@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoFeatureExtractor, AutoModel, BatchFeature
+from transformers import BatchFeature
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from weightspace.data.features import DatasetFeatures
@@ -28,14 +28,14 @@ from weightspace.models.autoencoder.feature_extraction_autoencoder import Weight
 from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel
 from weightspace.models.codec import LatentCodec
 from weightspace.models.joint.modeling_joint import JointModel, unit
-from weightspace.models.pretrained import load_complete
+from weightspace.models.loading import CONFIG, EXTRACTOR, autoencoder_of, load_trained
+from weightspace.models.pretrained import weight_files
 from weightspace.schema import Architecture
 from weightspace.zoo.dataset import Zoo, load_zoo
 from weightspace.zoo.storage import replacing
 
 _CHUNK = 256
-_DECISIVE_FILES = ("config.json", "preprocessor_config.json", "model.safetensors")
-_ENCODER_FILES = (*_DECISIVE_FILES, "training.json")
+_DESCRIPTIONS = (CONFIG, EXTRACTOR)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +58,7 @@ class Encoder:
     def digest(self) -> str:
         """Sha256 of the files that its embeddings depend on; equal digests embed alike."""
         digest = hashlib.sha256()
-        for file in _DECISIVE_FILES:
+        for file in (*_DESCRIPTIONS, *weight_files(LocalFolder(self.path))):
             with (self.path / file).open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
         return digest.hexdigest()
@@ -108,7 +108,7 @@ class Encoder:
     @property
     def autoencoder(self) -> WeightAutoencoderModel:
         """The model, or the part of a joint model that encodes to latents and decodes them."""
-        return self.model.weight_model.encoder if isinstance(self.model, JointModel) else self.model
+        return autoencoder_of(self.model)
 
     @property
     def joint(self) -> JointModel:
@@ -157,14 +157,11 @@ def load_encoder(location: str | Path, options: HubOptions | None = None) -> Enc
         WeightspaceError: there is no encoder, or it cannot be loaded.
     """
     path, name = saved_folder(location, options, kind="encoder")
+    kinds: tuple[type[WeightAutoencoderModel | JointModel], ...] = (WeightAutoencoderModel, JointModel)
     try:
-        model = load_complete(AutoModel, path)
-        extractor = AutoFeatureExtractor.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise WeightspaceError(f"{location}: the encoder cannot be loaded: {str(error).splitlines()[0]}") from error
-    if not isinstance(model, WeightAutoencoderModel | JointModel):
-        raise WeightspaceError(f"{location}: a {type(model).__name__} is no weight encoder; give one of this library")
-    return Encoder(path, model, extractor, name)
+        return Encoder(path, *load_trained(path, *kinds), name)
+    except WeightspaceError as error:
+        raise type(error)(f"{location}: the encoder cannot be loaded: {error}") from error
 
 
 def saved_folder(location: str | Path, options: HubOptions | None = None, *, kind: str) -> tuple[Path, str]:
@@ -184,9 +181,11 @@ def saved_folder(location: str | Path, options: HubOptions | None = None, *, kin
     folder, file = locate(str(location), options) or (None, None)
     if folder is None or file is not None or not folder.has("config.json"):
         raise WeightspaceError(f"{location}: no {kind} (there is no config.json); train one or check the path")
-    paths = [folder.local_path(name) for name in _ENCODER_FILES if folder.has(name)]
+    is_local = isinstance(folder, LocalFolder)
+    names = [name for name in (*_DESCRIPTIONS, "training.json") if folder.has(name)]
+    paths = [folder.local_path(name) for name in (*names, *(() if is_local else weight_files(folder)))]
     path = paths[0].parent
-    return path, str(path.absolute() if isinstance(folder, LocalFolder) else folder.ref())
+    return path, str(path.absolute() if is_local else folder.ref())
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from transformers.models.bert.modeling_bert import eager_attention_forward
 from weightspace.models.configuration import TransformerConfig
 from weightspace.models.shapes import Hidden, Positions, TokenMask
 
-_WINDOWS_AT_ONCE = 512
+_WINDOWS_AT_ONCE, _SCORES_AT_ONCE = 512, 2**25
 
 
 class TokenAttention(nn.Module):
@@ -132,7 +132,8 @@ def in_windows(run: Callable[..., Tensor], window: int, hidden: Hidden, *rows: T
     others = [row.repeat_interleave(len(hidden) // batch, 0) for row in others]
     # What a layer holds at once would otherwise grow with the size of the models.
     inputs = (hidden, F.pad(mask, (0, missing)).view(-1, window), *others)
-    parts = zip(*(part.split(_WINDOWS_AT_ONCE) for part in inputs), strict=True)
+    at_once = min(_WINDOWS_AT_ONCE, max(1, _SCORES_AT_ONCE // window**2))
+    parts = zip(*(part.split(at_once) for part in inputs), strict=True)
     return torch.cat([run(*part) for part in parts]).view(batch, -1, width)[:, :length]
 
 

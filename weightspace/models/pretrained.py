@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import math
+import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from weightspace.cards.facts import EncoderFacts
 from weightspace.cards.record import CARD, RECORD, CardRecord, parse_record, weights_digest, write_card
+from weightspace.errors import CheckpointError
+from weightspace.io.checkpoint import MAX_SHARDS, Checkpoint, open_checkpoint
+from weightspace.io.folders import Folder, LocalFolder
+from weightspace.io.header import shown
+from weightspace.models.configuration import FIX
 from weightspace.models.layers import initialize
 
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+
+_SHARD = re.compile(r"[\w.-]+\.safetensors")
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+_OURS = ("_from_auto", "_from_pipeline", "adapter_kwargs", "trust_remote_code", "use_safetensors", "weights_only")
+"""Options of transformers that the models of this library leave no choice in."""
 _GENERATED = "This model card has been automatically generated"
 """Part of the card that transformers writes where there is none."""
 
@@ -30,6 +48,49 @@ class WeightspaceModel(PreTrainedModel):
     _no_split_modules = ["TokenLayer"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_attention_backend = True
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *model_args: Any,
+        config: Any = None,
+        complete: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Loads what `save_pretrained` wrote, which may be anyone's.
+
+        Weights are read from safetensors alone, after their names and shapes were compared with what the config
+        describes. Adapters, code and weights in other formats beside them are not looked at. As in transformers,
+        missing tensors are drawn with a warning, but never more than are stored; with ``complete`` they are refused.
+
+        Raises:
+            SettingsError: the config has an unknown field or an impossible value.
+            CheckpointError: the weights are missing, damaged or those of another config.
+            OSError: there is no such folder or repository.
+        """
+        location = str(pretrained_model_name_or_path)
+        hub = {name: kwargs.pop(name) for name in _HUB if name in kwargs}
+        for name in _OURS:
+            kwargs.pop(name, None)
+        if not isinstance(config, PreTrainedConfig):
+            assert cls.config_class is not None
+            kinds = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
+            config, kwargs = cls.config_class.from_pretrained(
+                config or location, return_unused_kwargs=True, **hub, **kwargs
+            )
+            kwargs |= kinds
+        checkpoint = _open_weights(location, hub)
+        _ensure_fits(cls, config, checkpoint, complete)
+        tensors = {name: value.clone() for name, value in checkpoint.tensors().items()}
+        for name, value in tensors.items():
+            if not value.isfinite().all():
+                raise CheckpointError(f"{checkpoint.where}: tensor {name} holds numbers that are not finite; {FIX}")
+        # Without a location, transformers cannot look for anything beside the weights.
+        loaded = super().from_pretrained(None, *model_args, config=config, state_dict=tensors, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.name_or_path = model.config.name_or_path = location
+        return loaded
 
     def card_facts(self) -> EncoderFacts:
         """Returns what the model itself knows."""
@@ -71,21 +132,66 @@ def _cached_record(location: str, **options: Any) -> Path | None:
     return None if path is None else Path(path)
 
 
-def load_complete(kind: Any, folder: str | Path) -> Any:
-    """Loads a model in evaluation mode, and refuses a file without all of its weights.
-
-    transformers only warns of missing weights and draws them at random: the model would then be used as if it had been
-    trained.
-
-    Args:
-        kind: the class whose ``from_pretrained`` loads it, a model's own or ``AutoModel``.
-        folder: what ``save_pretrained`` wrote.
+def weight_files(folder: Folder) -> tuple[str, ...]:
+    """Lists the files that hold the weights of a model: one, or an index and its shards.
 
     Raises:
-        OSError: there is no model.
-        ValueError: its file lacks weights, or its config is invalid.
+        CheckpointError: there are none, or the index names what is no shard.
     """
-    model, report = kind.from_pretrained(folder, output_loading_info=True)
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"its file lacks {len(missing)} of the tensors that its config asks for, e.g. {missing[0]}")
-    return model.eval()
+    if folder.has(WEIGHTS):
+        return (WEIGHTS,)
+    files = (folder.read_json(WEIGHTS_INDEX) or {}).get("weight_map", {})
+    shards = sorted(set(map(str, files.values()))) if isinstance(files, dict) else []
+    if not shards:
+        raise CheckpointError(f"{folder.where}: no {WEIGHTS}; {FIX}")
+    if len(shards) > MAX_SHARDS or (strange := [name for name in shards if not _SHARD.fullmatch(name)]):
+        raise CheckpointError(f"{folder.where}: {WEIGHTS_INDEX} names {shown(strange or len(shards))} as shards; {FIX}")
+    return (WEIGHTS_INDEX, *shards)
+
+
+def _open_weights(location: str, hub: Mapping[str, Any]) -> Checkpoint:
+    """Opens the weights of a folder or a repository, after they are fetched.
+
+    Raises:
+        CheckpointError: there are none, or they are damaged.
+        OSError: the repository cannot be had.
+    """
+    find = partial(cached_file, location, **hub, _raise_exceptions_for_missing_entries=False)
+    file = find(WEIGHTS) or find(WEIGHTS_INDEX)
+    if file is None:
+        raise CheckpointError(f"{location}: no {WEIGHTS}; {FIX}")
+    for name in weight_files(LocalFolder(Path(file).parent))[1:]:
+        find(name)
+    return open_checkpoint(Path(file))
+
+
+def _ensure_fits(cls: type[PreTrainedModel], config: PreTrainedConfig, checkpoint: Checkpoint, complete: bool) -> None:
+    """Refuses weights of other names, shapes or kinds than a config describes, before anything of it is allocated.
+
+    Raises:
+        CheckpointError: naming the first tensor that does not fit.
+    """
+    where = checkpoint.where
+    with torch.device("meta"):
+        expected = {name: tuple(value.shape) for name, value in cls(config).state_dict().items()}
+    missing = sorted(expected.keys() - checkpoint.specs.keys())
+    lacking, stored = (
+        sum(math.prod(expected[name]) for name in missing),
+        sum(s.numel for s in checkpoint.specs.values()),
+    )
+    if missing and (complete or lacking > stored):
+        raise CheckpointError(
+            f"{where}: its file lacks {len(missing)} of the tensors that its config asks for, e.g. {missing[0]}; {FIX}"
+        )
+    if unknown := sorted(checkpoint.specs.keys() - expected.keys()):
+        raise CheckpointError(
+            f"{where}: its config describes none of {len(unknown)} tensors of its file, e.g. {shown(unknown[0])}; {FIX}"
+        )
+    for name, spec in checkpoint.specs.items():
+        if spec.shape != expected[name]:
+            raise CheckpointError(
+                f"{where}: tensor {name} has shape {shown(spec.shape)}, its config asks for {shown(expected[name])}; "
+                f"{FIX}"
+            )
+        if spec.dtype not in _FLOATS:
+            raise CheckpointError(f"{where}: tensor {name} is stored as {spec.dtype}; use one of {', '.join(_FLOATS)}")

@@ -14,9 +14,8 @@ from weightspace.encoder import Encoder, saved_folder
 from weightspace.errors import SettingsError, WeightspaceError
 from weightspace.io.header import shown
 from weightspace.io.hub import HubOptions
-from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
 from weightspace.models.codec import LatentCodec
-from weightspace.models.pretrained import load_complete
+from weightspace.models.loading import autoencoder_of, load_trained
 from weightspace.models.prior.modeling_prior import ConditionedPrior, PriorCondition
 from weightspace.sampling.base import Condition
 from weightspace.sampling.sources import Sources, prior_type, public_name
@@ -78,17 +77,16 @@ class PriorSampler(Generic[P, S]):
         if (found := prior_type(folder)) != (wanted := cls._prior_type()):
             raise SettingsError(f"{folder}: holds a model of type {shown(found)}; give a prior of type {wanted}")
         try:
-            prior = load_complete(cls.prior_class, folder)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise WeightspaceError(f"{folder}: the prior cannot be loaded: {reason}; train it again") from error
+            prior, extractor = load_trained(folder, cls.prior_class)
+        except WeightspaceError as error:
+            raise type(error)(f"{folder}: the prior cannot be loaded: {error}") from error
         record = read_training(joint.path)
         if record is None or prior.config.joint_identity != record.identity:
             raise SettingsError(
                 f"joint model {joint.name}: the prior {folder} was trained with another one "
                 f"({prior.config.joint_identity}); give that"
             )
-        codec = LatentCodec(prior.autoencoder, WeightFeatureExtractor.from_pretrained(folder))
+        codec = LatentCodec(autoencoder_of(prior), extractor)
         return cls(prior, codec, joint, cls.settings_class() if settings is None else settings)
 
     @classmethod

@@ -16,7 +16,6 @@ from weightspace.data.image_encoders import DEFAULT_ENCODER, ImageEncoder, open_
 from weightspace.data.images import load_images
 from weightspace.encoder import embed_dataset
 from weightspace.errors import SettingsError, WeightspaceError, ZooError
-from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
 from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel
 from weightspace.models.joint.configuration_joint import (
     PAIRS,
@@ -27,6 +26,7 @@ from weightspace.models.joint.configuration_joint import (
 )
 from weightspace.models.joint.feature_extraction_joint import JointFeatureExtractor
 from weightspace.models.joint.modeling_joint import JointModel, unit
+from weightspace.models.loading import load_trained
 from weightspace.settings import Fraction, NonEmpty, PositiveInt, Settings
 from weightspace.stats.measures import found_correlation
 from weightspace.training.autoencoder import EncoderSettings, fitted_input
@@ -225,10 +225,7 @@ def _built(
     if encoder is None:
         given, encoder_config = fitted_input(zoo, replace(data.split, train=data.train), towers.encoder)
     else:
-        given, started = (
-            WeightFeatureExtractor.from_pretrained(encoder),
-            WeightAutoencoderModel.from_pretrained(encoder),
-        )
+        started, given = load_trained(encoder, WeightAutoencoderModel)
         encoder_config = started.config
     extractor = JointFeatureExtractor(given.tokenizer, given.token_size, given.mean, given.std)
     datasets = config_from(

@@ -18,6 +18,7 @@ from weightspace.models.autoencoder.feature_extraction_autoencoder import Weight
 from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel
 from weightspace.models.codec import LatentCodec
 from weightspace.models.joint.modeling_joint import JointModel
+from weightspace.models.loading import load_trained
 from weightspace.models.prior.configuration_prior import (
     ConditionedPriorConfig,
     WeightCodePriorConfig,
@@ -133,11 +134,8 @@ def train_prior(
     def prepare(split: Split) -> Prepared:
         for (name, record), folder in zip(given.items(), (autoencoder, joint), strict=True):
             ensure_same_test_runs(record, opened, split, settings.split_seed, f"{name} {folder}")
-        codec = LatentCodec(
-            WeightAutoencoderModel.from_pretrained(autoencoder).eval(),
-            WeightFeatureExtractor.from_pretrained(autoencoder),
-        )
-        joint_model = JointModel.from_pretrained(joint).eval()
+        codec = LatentCodec(*load_trained(autoencoder, WeightAutoencoderModel))
+        joint_model, _ = load_trained(joint, JointModel)
         conditions = Conditions.of(opened, joint_model, given["joint"].settings, allow_pickle=allow_pickle)
         extras = {
             "autoencoder": str(autoencoder),

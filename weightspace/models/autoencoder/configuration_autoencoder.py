@@ -4,6 +4,7 @@ import math
 
 from huggingface_hub.dataclasses import strict
 
+from weightspace.io.header import shown
 from weightspace.models.configuration import TransformerConfig
 
 _LARGEST_CODEBOOK = 2**16
@@ -46,15 +47,13 @@ class WeightAutoencoderConfig(TransformerConfig):
         super().validate_architecture()
         if not 0 <= self.beta <= 1:
             raise ValueError(f"beta {self.beta} is not between 0 and 1")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature {self.temperature} is not positive")
         levels = self.code_levels
         if levels is None:
             return
-        if not levels or min(levels) < 2 or math.prod(levels) > _LARGEST_CODEBOOK:
+        if not 0 < len(levels) <= self.latent_size or min(levels) < 2 or math.prod(levels) > _LARGEST_CODEBOOK:
             raise ValueError(
-                f"code_levels {levels} must be at least one number, each 2 or more, and their product at most "
-                f"{_LARGEST_CODEBOOK:,}"
+                f"code_levels {shown(levels)} must be up to latent_size numbers, each 2 or more, of a product of at "
+                f"most {_LARGEST_CODEBOOK:,}"
             )
         if self.latent_size % len(levels) != 0:
             raise ValueError(f"latent_size {self.latent_size} is not a multiple of the {len(levels)} code_levels")

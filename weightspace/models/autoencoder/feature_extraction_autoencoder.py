@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers.feature_extraction_utils import BatchFeature, FeatureExtractionMixin
 
 from weightspace.dtypes import dtype_name
-from weightspace.errors import TokenError
+from weightspace.errors import SettingsError, TokenError
 from weightspace.io.checkpoint import Checkpoint, open_checkpoint
-from weightspace.io.header import byte_count
+from weightspace.io.header import byte_count, shown
+from weightspace.models.configuration import FIX, LARGEST
 from weightspace.networks.infer import infer_architecture
 from weightspace.schema import Architecture, ModelRef, TensorSpec
 from weightspace.tokenizers import get_tokenizer
@@ -46,7 +47,8 @@ class WeightFeatureExtractor(FeatureExtractionMixin):
     def __init__(
         self, tokenizer: str = "channel", token_size: int = 64, mean: float = 0.0, std: float = 1.0, **kwargs: object
     ) -> None:
-        super().__init__(**kwargs)
+        _check(tokenizer, token_size, mean, std, kwargs)
+        super().__init__()
         self.tokenizer = tokenizer
         self.token_size = token_size
         self.mean = mean
@@ -176,6 +178,30 @@ class WeightFeatureExtractor(FeatureExtractionMixin):
             )
         tokens = self._normalizer.denormalize(reconstruction, mask)
         return self._tokenizer.detokenize_batch(tokens, architecture)
+
+
+def _check(tokenizer: object, token_size: object, mean: object, std: object, others: Mapping[str, object]) -> None:
+    """Refuses values of wrong types and what is unknown, since a saved extractor may be anyone's.
+
+    Raises:
+        SettingsError: naming the field.
+    """
+    wanted = (
+        ("tokenizer", tokenizer, str),
+        ("token_size", token_size, int),
+        ("mean", mean, float),
+        ("std", std, float),
+    )
+    for name, value, kind in wanted:
+        if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+            raise SettingsError(f"feature extractor: {name}: expected {kind.__name__}, got {shown(value)}; {FIX}")
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise SettingsError(f"feature extractor: {name}: {shown(value)} is above the limit of {LARGEST:,}; {FIX}")
+    for name, value in others.items():
+        if name == "auto_map":
+            raise SettingsError(f"feature extractor: auto_map {shown(value)} names code, which is never run; remove it")
+        if name not in ("feature_extractor_type", "processor_class", "return_attention_mask"):
+            raise SettingsError(f"feature extractor: unknown field {shown(name)}; remove it, or update weightspace")
 
 
 def _read(model: Weights) -> tuple[Architecture, Mapping[str, Tensor]]:
