@@ -29,7 +29,7 @@ from weightspace.evaluation.baselines import nearest_datasets
 from weightspace.evaluation.comparison import SCRATCH, SPEARMAN, ZOO, ComparisonRow, accuracy_after
 from weightspace.evaluation.criteria import BETTER_THAN_BASELINES, Criterion, check
 from weightspace.files import atomic_write_text
-from weightspace.sampling.evaluate import EvaluationSettings, evaluate_on, plan_conditions
+from weightspace.sampling.evaluate import EvaluationPlan, EvaluationSettings, evaluate_samplers, plan_evaluation
 from weightspace.sampling.factory import open_sampler
 from weightspace.sampling.sources import Sources
 from weightspace.search.queries import dataset_for
@@ -110,7 +110,7 @@ def evaluated(models: Trained, names: Sequence[str]) -> list[dict[str, Any]]:
     """Evaluates samplers on seen and unseen datasets; returns records of comparison rows."""
     joint = load_encoder(models.joint)
     sources = Sources(joint, models.priors, models.zoo, str(models.autoencoder))
-    seen, _ = plan_conditions(models.zoo, joint, SETTINGS)
+    seen = plan_evaluation(models.zoo, joint, SETTINGS).conditions
     features = {name: dataset_for(joint, name) for name in sorted(models.zoo.index["dataset"].unique())}
     unseen = {name: dataset_for(joint, name) for name in models.held_out}
     queries = [{name: embed_dataset(joint.joint, one)[0] for name, one in part.items()} for part in (unseen, features)]
@@ -118,7 +118,8 @@ def evaluated(models: Trained, names: Sequence[str]) -> list[dict[str, Any]]:
     usual = [one for one in seen if one.dataset is seen[0].dataset]
     conditions = [*seen, *(replace(one, dataset=dataset) for dataset in unseen.values() for one in usual)]
     samplers = {name: open_sampler(name, sources).sampler for name in names}
-    rows = evaluate_on(conditions, samplers, models.zoo, joint, SETTINGS, nearest_datasets(*queries))
+    plan = EvaluationPlan(conditions, nearest_datasets(*queries))
+    rows = evaluate_samplers(samplers, models.zoo, joint, SETTINGS, plan)
     return [asdict(row) for row in rows]
 
 

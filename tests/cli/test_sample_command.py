@@ -12,6 +12,7 @@ import torch
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from weightspace.cli.main import main
+from weightspace.data.features import balanced_sample
 from weightspace.data.images import load_images
 from weightspace.evaluation.accuracy import ModelSet, accuracies
 from weightspace.evaluation.baselines import from_scratch
@@ -368,13 +369,38 @@ def resnet(tmp_path: Path) -> Path:
     return tmp_path / "resnet"
 
 
+def statistics_images(dataset: str) -> torch.Tensor:
+    images, _ = balanced_sample(load_images(dataset), 512, 0, "train")
+    return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
+
+
+def test_running_statistics_are_of_images_that_are_prepared_for_the_model(
+    words: list[str], resnet: Path, tiny_zoo: Zoo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    processor = {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}}
+    processor |= {"image_mean": [0.25], "image_std": [0.5], "rescale_factor": 1 / 255}
+    (resnet / "preprocessor_config.json").write_text(json.dumps(processor))
+    words = [*without(words, "--architecture"), "--architecture", str(resnet), "-n", "1"]
+    answer(capsys, *words, "--output", tmp_path / "made")
+    model = ResNetForImageClassification.from_pretrained(tmp_path / "made/sample-0000")
+    images = (statistics_images(str(tiny_zoo.index["dataset"][0])) * 255).round() / 255
+    images = (torch.nn.functional.interpolate(images, (16, 16), mode="bilinear") - 0.25) / 0.5
+    with torch.no_grad():
+        maps = [model.resnet.embedder.embedder.convolution(part) for part in images.split(128)]
+    means = torch.stack([value.mean((0, 2, 3)) for value in maps]).mean(0)
+    torch.testing.assert_close(model.resnet.embedder.embedder.normalization.running_mean, means, rtol=1e-2, atol=1e-3)
+    (resnet / "preprocessor_config.json").write_text(json.dumps({**processor, "size": {"height": 10**6, "width": 1}}))
+    said = refusal(capsys, *words, "--output", tmp_path / "other")
+    assert "preprocessor_config.json: cannot prepare the images (config: height 1e+06 is above 1,024" in said
+
+
 def test_running_statistics_are_those_of_the_dataset(
     words: list[str], resnet: Path, tiny_zoo: Zoo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [*without(words, "--architecture"), "--architecture", str(resnet)]
     record = answer(capsys, *words, "--output", tmp_path / "made")
     assert record["mean"] is None and "cannot run models of this architecture" in record["not_evaluated"]
-    images = load_images(str(tiny_zoo.index["dataset"][0])).train_images[:512]
+    images = statistics_images(str(tiny_zoo.index["dataset"][0]))
     for folder in sorted((tmp_path / "made").glob("sample-*")):
         model = ResNetForImageClassification.from_pretrained(folder)
         norm = model.resnet.embedder.embedder.normalization

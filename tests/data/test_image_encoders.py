@@ -335,3 +335,25 @@ def test_incomplete_weights_are_refused(clip: Path, tmp_path: Path, images: torc
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SettingsError, match=r"no weights for visual_projection\.weight; choose a complete model"):
         open_image_encoder(str(tmp_path)).encode(images)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"vision_config": {"hidden_size": 10**9}}, "hidden_size 1e+09 is above"),
+        ({"num_labels": 10**8}, "num_labels 1e+08 is above"),
+        ({"vision_config": {"num_hidden_layers": 10**5}}, "a network of more than 4096 tensors"),
+        ({"text_config": {"vocab_size": 200_000, "hidden_size": 1000}}, "numbers, the weights have"),
+    ],
+)
+def test_a_config_allocates_no_more_than_its_weights(
+    clip: Path, tmp_path: Path, images: torch.Tensor, sizes: dict[str, Any], said: str
+) -> None:
+    for name, content in files_of(clip).items():
+        (tmp_path / name).write_bytes(content)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key, value in sizes.items():
+        config[key] = {**config[key], **value} if isinstance(value, dict) else value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SettingsError, match=re.escape(said)):
+        open_image_encoder(str(tmp_path)).encode(images)

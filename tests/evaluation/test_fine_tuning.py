@@ -81,7 +81,9 @@ def test_a_budget_does_not_depend_on_the_others(tiny_zoo: Zoo) -> None:
 
 
 def test_images_that_do_not_fit_are_refused(tiny_zoo: Zoo) -> None:
-    with pytest.raises(SettingsError, match=r"digits: images .* in 10 classes do not fit models for .* and 5; choose"):
+    with pytest.raises(
+        SettingsError, match=r"digits: images .* in 10 classes do not fit the architecture \(classes: 5, .*; choose"
+    ):
         predictions(model_set(tiny_zoo, dataset="digits"))
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from weightspace.errors import ArchitectureError
+from weightspace.errors import ArchitectureError, WeightspaceError
 from weightspace.networks.families import FAMILIES, Activation, Apply, FamilyConfig, Network, family_config
 from weightspace.networks.infer import infer_architecture
 from weightspace.networks.layers import natural_key
@@ -244,6 +244,34 @@ def test_families_of_this_library_are_traced() -> None:
     assert found.ordered
     assert [group.size for group in found.groups] == [4, 5]
     assert found.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"hidden": [8_000_000]}, "put the config.json of this checkpoint beside it"),
+        ({"hidden": [2**24, 2**24]}, "put the config.json of this checkpoint beside it"),
+        ({"hidden": [2**24 + 1]}, "sizes above 16777216"),
+        ({"hidden": [10**30]}, "sizes above 16777216"),
+        ({"hidden": [1] * 2000}, "2000 sizes, above 1024"),
+        ({"image_shape": [3, 10**5, 10**5]}, "sizes above 16777216"),
+        ({"family": "cnn", "channels": [2**24] * 3, "kernel_size": 2**24 - 1}, "config: layers cannot be built"),
+    ],
+)
+def test_a_config_allocates_nothing_before_it_is_compared(values: dict[str, Any], said: str) -> None:
+    config = {"family": "mlp", "image_shape": [1, 8, 8], "classes": 5, **values}
+    with pytest.raises(WeightspaceError, match=said):
+        infer_architecture(specs({"hidden.0.weight": (8, 64), "head.weight": (5, 8)}), config=config)
+
+
+def test_groups_of_a_network_whose_run_needs_much_memory_are_not_tried() -> None:
+    # Its weights are few, and its feature maps have 30 GB.
+    config = {"family": "cnn", "image_shape": [1, 4096, 4096], "classes": 2, "channels": [64, 64], "stride": 1}
+    shapes = {"convs.0.weight": (64, 1, 3, 3), "convs.1.weight": (64, 64, 3, 3), "head.weight": (2, 64)}
+    shapes |= {"convs.0.bias": (64,), "convs.1.bias": (64,), "head.bias": (2,)}
+    found = infer_architecture(specs(shapes), config=config)
+    assert [group.size for group in found.groups] == [64, 64]
+    assert "traced but not tried" in found.notes[0]
 
 
 def header(path: Path) -> list[TensorSpec]:

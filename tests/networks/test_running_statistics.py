@@ -88,3 +88,19 @@ def test_code_that_a_config_names_is_not_run(resnet: ResNetForImageClassificatio
     found = running_statistics({**resnet.config.to_dict(), **remote}, parameters(resnet), images())
     expected = running_statistics(resnet.config.to_dict(), parameters(resnet), images())
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"hidden_sizes": [4, 8_000_000_000]},
+        {"depths": [1, 10**9]},
+        {"depths": [1, 10**4]},
+        {"num_labels": 10**9},
+        {"embedding_size": 200_000},
+        {"backbone_config": {"hidden": [[10**12]]}},
+    ],
+)
+def test_a_config_allocates_no_more_than_its_weights(resnet: ResNetForImageClassification, sizes: dict) -> None:
+    with pytest.raises(SettingsError, match=r"config: .*give the config of (these|the) weights"):
+        running_statistics({**resnet.config.to_dict(), **sizes}, parameters(resnet), images())

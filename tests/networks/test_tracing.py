@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from weightspace.errors import ArchitectureError
+from weightspace.networks import tracing
 from weightspace.networks.infer import architecture_of
 from weightspace.networks.tracing import trace, verify_groups
 from weightspace.schema import GroupAxis, PermutationGroup
@@ -215,6 +217,47 @@ def test_attention_stays_fixed_but_the_rest_of_a_transformer_moves() -> None:
     module = nn.Sequential(nn.Linear(5, 4), layer, nn.Linear(4, 2))
     groups = axes_of(verified(module, torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))))
     assert {("1.linear1.weight", 0, 1), ("1.linear1.bias", 0, 1), ("1.linear2.weight", 1, 1)} in groups
+
+
+LANGUAGE_MODELS = {
+    "gpt2": GPT2LMHeadModel(GPT2Config(vocab_size=11, n_positions=8, n_embd=6, n_layer=1, n_head=2, n_inner=9)),
+    "llama": LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=11,
+            hidden_size=8,
+            intermediate_size=9,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LANGUAGE_MODELS)
+@pytest.mark.parametrize("tokens", [[[1, 2, 3], [3, 2, 1]], [[1]]])
+def test_language_models(kind: str, tokens: list[list[int]]) -> None:
+    module, parts = LANGUAGE_MODELS[kind], {"gpt2": ("c_fc", "c_proj"), "llama": ("up_proj", "down_proj")}[kind]
+    architecture = architecture_of(module, torch.tensor(tokens))
+    assert architecture.ordered and architecture.notes == ()
+    (group,) = architecture.groups
+    assert group.size == 9
+    assert set(parts) <= {axis.tensor.split(".")[-2] for axis in group.axes}
+    assert module.config.use_cache
+
+
+def test_a_rule_that_does_not_expect_its_operation_fixes_the_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tracing._RULES, "tanh", lambda op: op["self"][:1])
+    module = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    assert [group.size for group in verified(module, ROWS)] == [4]
+    monkeypatch.setitem(tracing._RULES, "tanh", lambda op: op["self"][7])
+    assert [group.size for group in verified(module, ROWS)] == [4]
+
+
+def test_a_module_that_needs_float32_says_so() -> None:
+    module = Lambda(lambda m, x: m.fc(x.to(torch.float32)), fc=nn.Linear(5, 4))
+    (note,) = architecture_of(module, ROWS).notes
+    assert note.startswith("Permutation groups are left out: Lambda does not run in float64 (")
 
 
 def test_the_module_is_not_changed() -> None:

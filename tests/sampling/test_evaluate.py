@@ -29,9 +29,8 @@ from weightspace.networks.families import FamilyConfig
 from weightspace.sampling.evaluate import (
     EvaluationSettings,
     bin_middles,
-    evaluate_on,
     evaluate_samplers,
-    plan_conditions,
+    plan_evaluation,
 )
 from weightspace.sampling.factory import open_sampler
 from weightspace.sampling.sources import Sources, training_rows
@@ -89,7 +88,9 @@ def test_the_top_request_lies_in_the_top_bin(tiny_clip_joint: Path) -> None:
 
 def test_conditions_are_those_of_the_zoo(tiny_zoo: Zoo, unseen_joint: Path) -> None:
     joint = load_encoder(unseen_joint)
-    conditions, nearest = plan_conditions(tiny_zoo, joint, EvaluationSettings(datasets=2, unseen=True, requests=(0.5,)))
+    plan = plan_evaluation(tiny_zoo, joint, EvaluationSettings(datasets=2, unseen=True, requests=(0.5,)))
+    conditions, nearest = plan.conditions, plan.nearest
+    assert not plan.left_out
     held_out = sorted(set(tiny_zoo.index["dataset"]))[0]
     families: dict[str, list[FamilyConfig | None]] = {}
     for condition in conditions:
@@ -104,14 +105,15 @@ def test_conditions_are_those_of_the_zoo(tiny_zoo: Zoo, unseen_joint: Path) -> N
     for name, found in families.items():
         own = {tiny_zoo.families[row] for row in np.flatnonzero(tiny_zoo.index["dataset"] == name)}
         assert set(found) <= own
-    conditions, _ = plan_conditions(tiny_zoo, joint, EvaluationSettings(datasets=2, requests=(0.5,), activations=1))
+    settings = EvaluationSettings(datasets=2, requests=(0.5,), activations=1)
+    conditions = plan_evaluation(tiny_zoo, joint, settings).conditions
     kinds = [(one.dataset.dataset_id, one.family.family) for one in conditions if one.dataset and one.family]
     assert len(set(kinds)) == len(kinds) == len(conditions)
 
 
 def test_without_held_out_datasets_nothing_is_unseen(tiny_zoo: Zoo, tiny_clip_joint: Path) -> None:
     with pytest.raises(SettingsError, match=r"held out no dataset.*train one with held_out_datasets"):
-        plan_conditions(tiny_zoo, load_encoder(tiny_clip_joint), EvaluationSettings(unseen=True))
+        plan_evaluation(tiny_zoo, load_encoder(tiny_clip_joint), EvaluationSettings(unseen=True))
 
 
 def test_samplers_stand_beside_controls(
@@ -146,10 +148,29 @@ def test_a_description_of_a_dataset_is_refused_before_anything_is_sampled(
 ) -> None:
     joint = load_encoder(tiny_clip_joint)
     settings = EvaluationSettings(datasets=1, count=1, activations=1, requests=(0.35,), comparison=QUICK)
-    conditions, nearest = plan_conditions(tiny_zoo, joint, settings)
-    described = replace(conditions[0], dataset=described_dataset(joint, ["a zero", "a one"]))
+    plan = plan_evaluation(tiny_zoo, joint, settings)
+    described = replace(plan.conditions[0], dataset=described_dataset(joint, ["a zero", "a one"]))
     with pytest.raises(ZooError, match=r"a zero; a one: is neither a folder nor .* no images"):
-        evaluate_on([*conditions, described], {"it": Untouched()}, tiny_zoo, joint, settings, nearest)
+        evaluate_samplers(
+            {"it": Untouched()}, tiny_zoo, joint, settings, replace(plan, conditions=[*plan.conditions, described])
+        )
+
+
+def test_datasets_that_cannot_be_opened_are_named(
+    tiny_zoo: Zoo, tiny_clip_joint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joint = load_encoder(tiny_clip_joint)
+    settings = EvaluationSettings(datasets=100)
+    names = [one.dataset.dataset_id for one in plan_evaluation(tiny_zoo, joint, settings).conditions if one.dataset]
+    first, second, *others = dict.fromkeys(names)
+    elsewhere = {first: "/nowhere/else", second: "digits"}
+    index = tiny_zoo.index.assign(dataset=tiny_zoo.index["dataset"].replace(elsewhere))
+    monkeypatch.setitem(tiny_zoo.__dict__, "index", index)
+    plan = plan_evaluation(tiny_zoo, joint, settings)
+    assert {one.dataset.dataset_id for one in plan.conditions if one.dataset} == set(others)
+    assert set(plan.left_out) == {"/nowhere/else", "digits"}
+    assert "/nowhere/else: no such folder" in plan.left_out["/nowhere/else"]
+    assert "digits: no model of it is of a family of this library that takes its images" in plan.left_out["digits"]
 
 
 class Untouched:

@@ -128,7 +128,7 @@ class TestRefusals:
         assert tiny_condition.dataset is not None
         other = replace(tiny_condition, dataset=replace(tiny_condition.dataset, dataset_id="digits"))
         with pytest.raises(
-            SettingsError, match=r"digits: images of shape \(1, 8, 8\) in 10 classes do not fit .*'mlp'"
+            SettingsError, match=r"digits: images of shape \(1, 8, 8\) in 10 classes do not fit the architecture"
         ):
             Objective.of(other)
 

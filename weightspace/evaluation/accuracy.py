@@ -54,17 +54,8 @@ class ModelSet:
             SettingsError: the models cannot be run on it.
         """
         images = load_images(self.dataset)
-        if not fits(self.config, images):
-            raise SettingsError(
-                f"{self.dataset}: images of shape {tuple(images.test_images.shape[1:])} in {images.classes} classes do "
-                f"not fit models for {self.config.image_shape} and {self.config.classes}; choose another dataset"
-            )
+        self.config.ensure_fits(images)
         return images
-
-
-def fits(config: FamilyConfig, images: ImageDataset) -> bool:
-    """Whether models of ``config`` take the images of a dataset and have an output for each of its classes."""
-    return config.image_shape == tuple(images.test_images.shape[1:]) and config.classes == images.classes
 
 
 def predictions(models: ModelSet) -> Int[Tensor, "models images"]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from weightspace.data.images import load_images
 from weightspace.errors import SettingsError
-from weightspace.evaluation.accuracy import ModelSet, fits, predictions
+from weightspace.evaluation.accuracy import ModelSet, predictions
 from weightspace.evaluation.novelty import KnownModels
 from weightspace.networks.families import FamilyConfig
 from weightspace.schema import Architecture, TensorSpec
@@ -87,7 +87,7 @@ class ReferenceModels:
         """Leaves out models that cannot be run on the images of the dataset."""
         images = load_images(dataset)
         configs = [self.zoo.families[row] for row in rows]
-        return rows[np.array([config is not None and fits(config, images) for config in configs], dtype=bool)]
+        return rows[np.array([config is not None and config.fits(images) for config in configs], dtype=bool)]
 
     def flat(self, rows: Int[np.ndarray, "rows"]) -> Float[Tensor, "rows params"]:
         """Returns the weights of ``rows``, in this order; all must have the same tensors."""

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from weightspace.errors import SettingsError
 from weightspace.networks.flat import unflatten
-from weightspace.schema import Architecture
+from weightspace.schema import Architecture, ImageDataset
 from weightspace.settings import settings_from_mapping
 
 Activation = Literal["relu", "gelu", "tanh", "silu"]
@@ -46,13 +46,15 @@ ACTIVATIONS: dict[str, Function] = {
     "tanh": torch.tanh,
     "silu": F.silu,
 }
+# A config may be a stranger's: beyond these nothing is built, not even layers without memory for their weights.
+_LARGEST_SIZE, _MOST_SIZES = 2**24, 1024
 # Models and images of one chunk: bounds the memory of their activations, whatever the zoo and the dataset.
 _STEP_MODELS, _STEP_IMAGES = 64, 2**16
 
 
 @dataclass(frozen=True)
 class FamilyConfig(ABC):
-    """Config of one family of networks; all its sizes are at least 1.
+    """Config of one family of networks; all its sizes are at least 1, and bounded.
 
     Attributes:
         image_shape: channels, height, width of one input image.
@@ -72,8 +74,13 @@ class FamilyConfig(ABC):
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if any(isinstance(size, int) and size < 1 for size in (value if isinstance(value, tuple) else (value,))):
+            sizes = [size for size in (value if isinstance(value, tuple) else (value,)) if isinstance(size, int)]
+            if len(sizes) > _MOST_SIZES:
+                raise SettingsError(f"{self.family} config: {field.name}: {len(sizes)} sizes, above {_MOST_SIZES}")
+            if min(sizes, default=1) < 1:
                 raise SettingsError(f"{self.family} config: {field.name} {value}: every size must be at least 1")
+            if max(sizes, default=1) > _LARGEST_SIZE or math.prod(self.image_shape) > _LARGEST_SIZE:
+                raise SettingsError(f"{self.family} config: {field.name} {value}: sizes above {_LARGEST_SIZE}")
 
     @abstractmethod
     def layers(self) -> dict[str, nn.Module]:
@@ -84,16 +91,33 @@ class FamilyConfig(ABC):
         """Computes the logits ``(*models, batch, classes)``; axes are counted from the last, models may come first."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Parameter name -> shape, in forward order."""
-        return {name: tuple(value.shape) for name, value in _template(self).named_parameters()}
+        """Parameter name -> shape, in forward order.
+
+        Raises:
+            SettingsError: the layers cannot be built.
+        """
+        return {name: tuple(value.shape) for name, value in template(self).named_parameters()}
+
+    def fits(self, images: ImageDataset) -> bool:
+        """Whether the networks take the images of a dataset and have an output for each of its classes."""
+        return self.image_shape == tuple(images.test_images.shape[1:]) and self.classes == images.classes
+
+    def ensure_fits(self, images: ImageDataset) -> None:
+        """Refuses a dataset that the networks cannot be run on.
+
+        Raises:
+            SettingsError: they do not fit.
+        """
+        if not self.fits(images):
+            raise SettingsError(
+                f"{images.id}: images of shape {tuple(images.test_images.shape[1:])} in {images.classes} classes do "
+                f"not fit the architecture (classes: {self.classes}, image_shape: {self.image_shape}); choose another "
+                "dataset or architecture"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The inverse of `family_config`, ready for JSON."""
         return {"family": self.family, **asdict(self)}
-
-    def example_input(self) -> Float[Tensor, "2 c h w"]:
-        """Two random images to trace the module with."""
-        return torch.rand(2, *self.image_shape, generator=torch.Generator().manual_seed(0))
 
 
 FAMILIES: dict[str, type[FamilyConfig]] = {}
@@ -200,23 +224,33 @@ class Network(nn.Module):
 
 
 @lru_cache(maxsize=256)
-def _template(config: FamilyConfig) -> Network:
-    """The module without memory for its weights: its layers say what to compute."""
-    with torch.device("meta"):
-        return Network(config)
+def template(config: FamilyConfig) -> Network:
+    """Builds the module without memory for its weights: its layers say what to compute.
+
+    Raises:
+        SettingsError: the layers cannot be built.
+    """
+    try:
+        with torch.device("meta"):
+            return Network(config)
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:  # sizes may be a stranger's
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SettingsError(f"{config.family} config: layers cannot be built ({line}); correct its sizes") from error
 
 
 def family_config(config: Mapping[str, Any]) -> FamilyConfig | None:
     """Reads a config mapping (the content of ``config.json``); None if it names no registered family.
 
     Raises:
-        SettingsError: it names a family but has an unknown key or a wrong value.
+        SettingsError: it names a family but has an unknown key or a wrong value, or its layers cannot be built.
     """
     family = config.get("family")
     if not isinstance(family, str) or family not in FAMILIES:
         return None
     values = {key: value for key, value in config.items() if key != "family"}
-    return settings_from_mapping(FAMILIES[family], values, where=f"{family} config")
+    found = settings_from_mapping(FAMILIES[family], values, where=f"{family} config")
+    template(found)
+    return found
 
 
 def initialize(
@@ -258,10 +292,10 @@ def stacked_forward(
         parameters: stacked parameters, ``(models, *shape)`` each.
         images: ``images[m]`` is the batch of model m; expand a shared batch along the first axis.
     """
-    template = _template(config)
+    network = template(config)
 
     def apply(name: str, x: Tensor, then: Function = _identity) -> Tensor:
-        layer = template.get_submodule(name)
+        layer = network.get_submodule(name)
         own = {leaf: parameters[f"{name}.{leaf}"] for leaf, _ in layer.named_parameters()}
         if isinstance(layer, nn.Linear) and x.ndim == 3 and "bias" in own:
             # With the batch last, the gradient of a weight comes out in the weight's own layout and needs no copy.

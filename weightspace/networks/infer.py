@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from weightspace.dtypes import dtype_name
 from weightspace.errors import ArchitectureError
 from weightspace.networks.chain import find_chains
-from weightspace.networks.families import Network, family_config
+from weightspace.networks.families import family_config, template
 from weightspace.networks.layers import exclusion_reason, group_layers
 from weightspace.schema import Architecture, Exclusion, TensorSpec
+
+# Weights and activations of a network that groups are tried on, at most: 128 MiB in float64.
+_LARGEST_RUN = 2**24
 
 
 def infer_architecture(
@@ -47,7 +50,8 @@ def infer_architecture(
                     f"tensor {name!r}: the config describes shape {described.get(name)}, the checkpoint has "
                     f"{stored.get(name)}; put the config.json of this checkpoint beside it, or none"
                 )
-        return _traced(architecture, Network(family), family.example_input())
+        # On "meta": nothing is allocated, whatever the config says.
+        return _traced(architecture, template(family), torch.empty(2, *family.image_shape, device="meta"))
     if aliases:
         alias, kept = aliases[0]
         note = f"Permutation groups are left out: {alias} and {kept} are one tensor, used twice."
@@ -85,14 +89,17 @@ def _traced(architecture: Architecture, module: nn.Module, example: Tensor) -> A
     from weightspace.networks.tracing import trace, verify_groups
 
     try:
-        groups, order = trace(module, example)
+        groups, order, entries = trace(module, example)
+        tokenized = {tensor.name for tensor in architecture.tensors}
+        groups = held = tuple(group for group in groups if all(axis.tensor in tokenized for axis in group.axes))
+        if entries <= _LARGEST_RUN:
+            # A fixed seed: the draw only has to be generic, and the same module should always read the same.
+            held = verify_groups(module, groups, example, torch.Generator().manual_seed(0))
     except ArchitectureError as error:
         return replace(architecture, notes=(f"Permutation groups are left out: {error}.",))
-    tokenized = {tensor.name for tensor in architecture.tensors}
-    groups = tuple(group for group in groups if all(axis.tensor in tokenized for axis in group.axes))
-    # A fixed seed: the draw only has to be generic, and the same module should always read the same.
-    held = verify_groups(module, groups, example, torch.Generator().manual_seed(0))
     notes = [] if held == groups else [f"{len(groups) - len(held)} traced permutation groups changed the function."]
+    if entries > _LARGEST_RUN:
+        notes.append(f"Permutation groups are traced but not tried: a run holds {entries:,} numbers.")
     place = {name: number for number, name in enumerate(order)}
     if unused := [layer.name for layer in architecture.layers if not any(t.name in place for t in layer.tensors)]:
         notes.append(f"The forward pass does not use {', '.join(unused)}.")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,13 +12,18 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from weightspace.errors import SettingsError
+from weightspace.networks.bounded import FREE_NUMBERS, LARGEST_PICTURE, build_on_meta, check_numbers
+
+# What a network registers beside the tensors that it is stored with: tied and missing ones, positions, statistics.
+_TIED, _BUFFERS = 64, 2**20
+PREPROCESSOR = "preprocessor_config.json"
 
 
 def running_statistics(
-    config: Mapping[str, Any], weights: Mapping[str, Tensor], images: Iterable[Float[Tensor, "batch c h w"]]
+    config: Mapping[str, Any], weights: Mapping[str, Tensor], images: Iterable[Float[Tensor, "_batch c h w"]]
 ) -> dict[str, Tensor]:
     """Runs images through an image classifier of transformers and returns the statistics that it needs.
 
@@ -33,8 +40,10 @@ def running_statistics(
             normalisation, or there are no images.
     """
     # Without memory for its weights first: a config may ask for more than there is.
-    with torch.device("meta"):
-        expected = {name: tuple(value.shape) for name, value in _classifier(config).named_parameters()}
+    entries = sum(value.numel() for value in weights.values())
+    check_numbers(config, entries + FREE_NUMBERS)
+    bare = build_on_meta(lambda: _classifier(config), 2 * len(weights) + _TIED, 2 * entries + _BUFFERS)
+    expected = {name: tuple(value.shape) for name, value in bare.named_parameters()}
     for name, shape in expected.items():
         found = tuple(weights[name].shape) if name in weights else None
         if found != shape:
@@ -62,10 +71,39 @@ def running_statistics(
     return {name: state[name] for name in names}
 
 
+def preprocessed(folder: Path, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c height width"]:
+    """Prepares images as the image processor of a classifier does: resized and normalised.
+
+    Args:
+        folder: holds ``preprocessor_config.json``; code that it names is never run.
+        images: intensities in [0, 1].
+
+    Raises:
+        SettingsError: transformers cannot read the file, or the images do not fit it.
+    """
+    try:
+        check_numbers(json.loads((folder / PREPROCESSOR).read_bytes()), LARGEST_PICTURE)
+        processor = AutoImageProcessor.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True, backend="pil"
+        )
+        pictures = list((images * 255).round().clamp(0, 255).byte().numpy())
+        pixels: Tensor = processor(images=pictures, input_data_format="channels_first", return_tensors="pt")[
+            "pixel_values"
+        ]
+    except Exception as error:  # untrusted files fail in any way inside of transformers
+        line = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise SettingsError(f"{folder / PREPROCESSOR}: cannot prepare the images ({line}); correct it") from error
+    return pixels
+
+
 def _classifier(config: Mapping[str, Any]) -> PreTrainedModel:
     try:
         parsed = AutoConfig.for_model(**config)
-        model: PreTrainedModel = AutoModelForImageClassification.from_config(parsed, trust_remote_code=False)
+        model: PreTrainedModel = AutoModelForImageClassification.from_config(
+            parsed, trust_remote_code=False, attn_implementation="eager"
+        )
+    except SettingsError:
+        raise
     except Exception as error:  # an untrusted config meets the code of any model here: each raises what it likes
         raise SettingsError(
             f"config: transformers builds no image classifier of it ({(str(error).splitlines() or [''])[0][:120]!a}); "

@@ -12,6 +12,7 @@ import copy
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
@@ -102,7 +103,7 @@ Rule: TypeAlias = Callable[[_Operation], Axes]
 """An operation -> axes of its result."""
 
 
-def trace(module: nn.Module, example: Tensor) -> tuple[tuple[PermutationGroup, ...], tuple[str, ...]]:
+def trace(module: nn.Module, example: Tensor) -> tuple[tuple[PermutationGroup, ...], tuple[str, ...], int]:
     """Derives the permutation groups of ``module`` from its operations on ``example``, in evaluation mode.
 
     Understood: linear layers, matrix products, convolutions (transposed and depthwise too), batch, group, instance,
@@ -110,12 +111,13 @@ def trace(module: nn.Module, example: Tensor) -> tuple[tuple[PermutationGroup, .
     (flattening in blocks), transpositions and residual sums. Channels that meet anything else stay where they are.
 
     Args:
-        module: any module that `torch.export` can export; it is not changed.
+        module: any module that `torch.export` can export; it is not changed. It may lie on "meta".
         example: an input that the module accepts.
 
     Returns:
-        One group for each set of channels, in forward order, and the names of the tensors in the order of their first
-        use. Names are those of ``module.state_dict()``; a tied tensor goes by its first name.
+        One group for each set of channels, in forward order; the names of the tensors in the order of their first use;
+        and the number of entries of all tensors of the forward pass. Names are those of ``module.state_dict()``; a tied
+        tensor goes by its first name.
 
     Raises:
         ArchitectureError: the module cannot be exported.
@@ -125,8 +127,10 @@ def trace(module: nn.Module, example: Tensor) -> tuple[tuple[PermutationGroup, .
     known: dict[Node, Axes] = {}
     parameters: dict[str, Axes] = {}
     order: dict[str, None] = {}
+    entries = 0
     for node in graph.nodes:
         value = node.meta.get("val")
+        entries += value.numel() if isinstance(value, Tensor) else 0
         if node.op != "placeholder":
             order.update(dict.fromkeys(names[source.name] for source in node.all_input_nodes if source.name in names))
             _apply(spaces, known, node)
@@ -147,7 +151,7 @@ def trace(module: nn.Module, example: Tensor) -> tuple[tuple[PermutationGroup, .
         for space, members in axes.items()
         if not spaces.frozen[space] and spaces.size[space] > 1
     )
-    return groups, tuple(order)
+    return groups, tuple(order), entries
 
 
 def verify_groups(
@@ -167,6 +171,9 @@ def verify_groups(
 
     Returns:
         The groups under which the outputs agree to within rounding, in the order given.
+
+    Raises:
+        ArchitectureError: the module does not run in float64.
     """
     twin = copy.deepcopy(module).eval().to(torch.float64)
     kept = set(ties(module).values())
@@ -179,7 +186,10 @@ def verify_groups(
             leaves = pytree.tree_leaves(functional_call(twin, weights, (example,)))
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
-    before = outputs(state)
+    try:
+        before = outputs(state)
+    except Exception as error:  # the code of any module
+        raise ArchitectureError(f"{type(module).__name__} does not run in float64 ({_first_line(error)})") from error
     held = []
     for group in groups:
         moved = _moved(state, group, generator)
@@ -227,32 +237,41 @@ def ties(module: nn.Module) -> dict[str, str]:
 def _export(module: nn.Module, example: Tensor) -> tuple[torch.fx.Graph, dict[str, str]]:
     """The graph and, for each placeholder that is a stored tensor, that tensor's first name."""
     twin = copy.deepcopy(module).eval()
+    # A language model would also return the keys and values of its tokens, which `torch.export` does not know.
+    if getattr(config := getattr(twin, "config", None), "use_cache", False):
+        config.use_cache = False
     try:
         program = torch.export.export(twin, (example,), strict=False)
     except Exception as error:
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ArchitectureError(f"{type(module).__name__} cannot be traced ({line})") from error
+        raise ArchitectureError(f"{type(module).__name__} cannot be traced ({_first_line(error)})") from error
     signature = program.graph_signature
     first = ties(module)
     targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     return program.graph, {node: first[name] for node, name in targets.items() if name in first}
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 def _apply(spaces: _Spaces, known: dict[Node, Axes], node: Node) -> None:
     value, operation = node.meta.get("val"), node.target
     schema = operation._schema if isinstance(operation, torch._ops.OpOverload) else None
     rule = None if schema is None else _rule(schema.name.removeprefix("aten::"))
-    if schema is None or rule is None or not isinstance(value, Tensor):
-        # Also the output node: what leaves the network keeps its order.
-        for source in node.all_input_nodes:
-            spaces.freeze(*known.get(source, []))
-        if isinstance(value, Tensor):
-            known[node] = spaces.fresh(value.shape, frozen=True)
-        return
-    arguments = {argument.name: argument.default_value for argument in schema.arguments}
-    arguments.update(zip(arguments, node.args, strict=False))
-    arguments.update(node.kwargs)
-    known[node] = rule(_Operation(spaces, arguments, known, tuple(value.shape)))
+    if schema is not None and rule is not None and isinstance(value, Tensor):
+        arguments = {argument.name: argument.default_value for argument in schema.arguments}
+        arguments |= {**dict(zip(arguments, node.args, strict=False)), **node.kwargs}
+        # A rule that meets arguments or axes it does not expect leaves the operation as one that is not understood.
+        with suppress(IndexError, KeyError, TypeError, ValueError):
+            axes = rule(_Operation(spaces, arguments, known, tuple(value.shape)))
+            if [spaces.length(axis) for axis in axes] == list(value.shape):
+                known[node] = axes
+                return
+    # Also the output node: what leaves the network keeps its order.
+    for source in node.all_input_nodes:
+        spaces.freeze(*known.get(source, []))
+    if isinstance(value, Tensor):
+        known[node] = spaces.fresh(value.shape, frozen=True)
 
 
 def _rule(name: str) -> Rule | None:

@@ -17,13 +17,16 @@ from weightspace.errors import ArchitectureError, SettingsError
 from weightspace.io.checkpoint import open_checkpoint
 from weightspace.io.header import load_json_object
 from weightspace.io.hub import HubOptions
+from weightspace.io.locations import locate
 from weightspace.models.codec import LatentCodec
 from weightspace.networks.families import FamilyConfig, family_config
 from weightspace.networks.infer import infer_architecture
+from weightspace.networks.running_statistics import PREPROCESSOR
 from weightspace.schema import Architecture, TensorSpec
 from weightspace.search.queries import WantedResult
 
 _COUNTER = "num_batches_tracked"
+_LARGEST = 2**26  # weights of a network that nothing but a config vouches for
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,12 +36,14 @@ class Condition:
     Attributes:
         architecture: names and shapes of the tensors to sample.
         config: content of ``config.json``, or None; it says what the tensors do not, such as the activation.
+        preprocessor: folder of the ``preprocessor_config.json`` of the model's images, or None.
         dataset: features of a dataset from the joint model's image encoder; None requests none.
         results: requested results; empty requests none.
     """
 
     architecture: Architecture
     config: Mapping[str, Any] | None = None
+    preprocessor: Path | None = None
     dataset: DatasetFeatures | None = None
     results: tuple[WantedResult, ...] = ()
 
@@ -55,6 +60,8 @@ class Condition:
                 f"{where}: names no family of this library (mlp, cnn); give a model of the architecture"
             )
         specs = [TensorSpec(name, shape, "F32") for name, shape in family.shapes().items()]
+        if (size := sum(spec.numel for spec in specs)) > _LARGEST:
+            raise SettingsError(f"{where}: a network of {size:,} weights; sample networks of {_LARGEST:,} at most")
         return cls(infer_architecture(specs, config=config), config)
 
     @classmethod
@@ -85,7 +92,11 @@ class Condition:
                 f"{location}: {other.tensor} cannot be sampled ({other.reason}); give an architecture of floating "
                 "point tensors"
             )
-        return cls(architecture, checkpoint.config)
+        # Only running statistics need images as the model sees them.
+        found = locate(location, options) if architecture.exclusions else None
+        if found is None or not found[0].has(PREPROCESSOR):
+            return cls(architecture, checkpoint.config)
+        return cls(architecture, checkpoint.config, found[0].local_path(PREPROCESSOR).parent)
 
     @cached_property
     def family(self) -> FamilyConfig | None:

@@ -14,7 +14,7 @@ import torch
 from weightspace.data.images import load_images
 from weightspace.encoder import Encoder, embed_dataset
 from weightspace.errors import SettingsError, ZooError
-from weightspace.evaluation.accuracy import ModelSet, fits
+from weightspace.evaluation.accuracy import ModelSet
 from weightspace.evaluation.baselines import nearest_datasets
 from weightspace.evaluation.comparison import (
     REFINED_SCRATCH,
@@ -64,14 +64,27 @@ class EvaluationSettings(Settings):
     comparison: ComparisonSettings = field(default_factory=ComparisonSettings)
 
 
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """What samplers are evaluated on.
+
+    Attributes:
+        conditions: networks that the library can run, of a dataset each.
+        nearest: the training dataset that is nearest to each dataset without training models.
+        left_out: datasets of the zoo that cannot be opened or that none of their models fits, and why.
+    """
+
+    conditions: Sequence[Condition]
+    nearest: Mapping[str, str] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+
 def evaluate_samplers(
     samplers: Mapping[str, Sampler],
     zoo: Zoo,
     joint: Encoder,
     settings: EvaluationSettings | None = None,
-    options: HubOptions | None = None,
-    *,
-    allow_pickle: bool = False,
+    plan: EvaluationPlan | None = None,
 ) -> list[ComparisonRow]:
     """Samples with every sampler for the same conditions and compares the samples.
 
@@ -79,75 +92,59 @@ def evaluate_samplers(
         samplers: by the names that the rows have.
         zoo: the zoo that the joint model and the samplers were trained on.
         joint: the joint model.
-        settings: see `EvaluationSettings`.
-        options: how the Hub is reached for the image encoder.
-        allow_pickle: read plain tensors from a pickle where the image encoder has no safetensors file.
+        settings: see `EvaluationSettings`; those that choose conditions are ignored where there is a plan.
+        plan: the conditions; `plan_evaluation` makes it if it is left out.
 
     Raises:
-        SettingsError: the zoo is another one, the library can run none of its models, no dataset is unseen, or a
-            sampler cannot sample for the conditions.
+        WeightspaceError: the zoo is another one, the library can run none of its models, no dataset is unseen, a
+            dataset of the plan has no images, or a sampler cannot sample for the conditions.
     """
     settings = settings or EvaluationSettings()
-    conditions, nearest = plan_conditions(zoo, joint, settings, options, allow_pickle=allow_pickle)
-    return evaluate_on(conditions, samplers, zoo, joint, settings, nearest)
-
-
-def evaluate_on(
-    conditions: Sequence[Condition],
-    samplers: Mapping[str, Sampler],
-    zoo: Zoo,
-    joint: Encoder,
-    settings: EvaluationSettings,
-    nearest: Mapping[str, str],
-) -> list[ComparisonRow]:
-    """Does what `evaluate_samplers` does for given conditions; settings that choose conditions are ignored.
-
-    Args:
-        conditions: networks that the library can run, of a dataset each.
-        samplers: see `evaluate_samplers`.
-        zoo: see `evaluate_samplers`.
-        joint: see `evaluate_samplers`.
-        settings: see `EvaluationSettings`.
-        nearest: the training dataset that is nearest to each unseen one.
-
-    Raises:
-        WeightspaceError: see `evaluate_samplers`; or a dataset has no images.
-    """
-    for name in dict.fromkeys(condition.dataset.dataset_id for condition in conditions if condition.dataset):
+    plan = plan or plan_evaluation(zoo, joint, settings)
+    for name in dict.fromkeys(condition.dataset.dataset_id for condition in plan.conditions if condition.dataset):
         load_images(name)  # a dataset without images is refused before minutes of sampling
     baselines: dict[tuple[object, ...], ModelSet] = {}
-    samples = {name: _sampled(sampler, conditions, settings, baselines) for name, sampler in samplers.items()}
-    return compare(samples, zoo, training_rows(zoo, joint), settings.comparison, nearest)
+    samples = {name: _sampled(sampler, plan.conditions, settings, baselines) for name, sampler in samplers.items()}
+    return compare(samples, zoo, training_rows(zoo, joint), settings.comparison, plan.nearest)
 
 
-def plan_conditions(
+def plan_evaluation(
     zoo: Zoo,
     joint: Encoder,
     settings: EvaluationSettings,
     options: HubOptions | None = None,
     *,
     allow_pickle: bool = False,
-) -> tuple[list[Condition], dict[str, str]]:
+) -> EvaluationPlan:
     """Chooses datasets, architectures and requests; see `EvaluationSettings` and `evaluate_samplers`.
 
     Datasets lie evenly in the order of their ids. Of each family of networks, a dataset has the architecture that most
     of its models have, with each activation of theirs.
 
+    Args:
+        zoo: see `evaluate_samplers`.
+        joint: see `evaluate_samplers`.
+        settings: see `EvaluationSettings`.
+        options: how the Hub is reached for the image encoder.
+        allow_pickle: read plain tensors from a pickle where the image encoder has no safetensors file.
+
     Returns:
-        Every combination of a dataset's architectures with the requests, dataset by dataset, the unseen ones last; and
-        the training dataset that is nearest to each unseen one.
+        Every combination of a dataset's architectures with the requests, dataset by dataset, the unseen ones last.
 
     Raises:
         SettingsError: see `evaluate_samplers`.
     """
-    seen = _runnable(zoo, sorted(set(zoo.index["dataset"].iloc[training_rows(zoo, joint)].dropna())), settings)
+    left_out: dict[str, str] = {}
+    known = sorted(set(zoo.index["dataset"].iloc[training_rows(zoo, joint)].dropna()))
+    seen = _runnable(zoo, known, settings, left_out)
     if not seen:
-        raise SettingsError(f"{zoo.location}: none of its models can be run on their datasets; give another zoo")
+        why = f" ({reason})" if (reason := next(iter(left_out.values()), "")) else ""
+        raise SettingsError(f"{zoo.location}: none of its models can be run on their datasets{why}; give another zoo")
     open_dataset = functools.cache(functools.partial(dataset_for, joint, options=options, allow_pickle=allow_pickle))
     configs = {name: seen[name] for name in _spread(list(seen), settings.datasets)}
     nearest: dict[str, str] = {}
     if settings.unseen:
-        unseen = _runnable(zoo, held_out_datasets(joint), settings)
+        unseen = _runnable(zoo, held_out_datasets(joint), settings, left_out)
         if not unseen:
             raise SettingsError(
                 f"joint model {joint.name}: held out no dataset that models of {zoo.location} can be run on; train one "
@@ -169,7 +166,7 @@ def plan_conditions(
         for config in own
         for wanted in results
     ]
-    return conditions, nearest
+    return EvaluationPlan(conditions, nearest, left_out)
 
 
 def bin_middles(joint: Encoder, count: int) -> tuple[float, ...]:
@@ -221,8 +218,10 @@ def _refined_from_scratch(
     return replace(models, flat=refined_from_scratch(Objective.of(condition), len(models.flat), refinement, generator))
 
 
-def _runnable(zoo: Zoo, datasets: Sequence[str], settings: EvaluationSettings) -> dict[str, list[FamilyConfig]]:
-    """Configs that each dataset is sampled with; datasets that cannot be opened or that no model fits are left out."""
+def _runnable(
+    zoo: Zoo, datasets: Sequence[str], settings: EvaluationSettings, left_out: dict[str, str]
+) -> dict[str, list[FamilyConfig]]:
+    """Configs that each dataset is sampled with; ``left_out`` gets the datasets that have none, and why."""
     own: dict[str, Counter[FamilyConfig]] = {name: Counter() for name in datasets}
     for name, config in zip(zoo.index["dataset"], zoo.families, strict=True):
         if config is not None and name in own:
@@ -231,11 +230,14 @@ def _runnable(zoo: Zoo, datasets: Sequence[str], settings: EvaluationSettings) -
     for name, configs in own.items():
         try:
             images = load_images(name)
-        except ZooError:
+        except ZooError as error:
+            left_out[name] = str(error)
             continue
-        fitting = Counter({config: models for config, models in configs.items() if fits(config, images)})
+        fitting = Counter({config: models for config, models in configs.items() if config.fits(images)})
         if fitting:
             found[name] = _usual(fitting, settings.activations)
+        else:
+            left_out[name] = f"{name}: no model of it is of a family of this library that takes its images"
     return found
 
 

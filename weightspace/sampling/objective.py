@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from weightspace.data.images import load_images
 from weightspace.errors import SettingsError
-from weightspace.evaluation.accuracy import fits
 from weightspace.networks.families import FamilyConfig, run_flat
 from weightspace.sampling.base import Condition
 from weightspace.schema import Architecture, ImageDataset
@@ -58,11 +57,7 @@ class Objective:
                 "(mlp, cnn); give one, or sample without selecting and refining"
             )
         images = load_images(condition.dataset.dataset_id)
-        if not fits(family, images):
-            raise SettingsError(
-                f"{images.id}: images of shape {tuple(images.train_images.shape[1:])} in {images.classes} classes do "
-                f"not fit {family.to_dict()}; choose another dataset or architecture"
-            )
+        family.ensure_fits(images)
         wanted = next((one for one in condition.results if one.name == UNNAMED), None)
         return cls(images, family, condition.architecture, wanted)
 

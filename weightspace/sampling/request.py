@@ -11,14 +11,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from weightspace.cards.facts import SamplingFacts
+from weightspace.data.features import balanced_sample
 from weightspace.data.images import load_images
 from weightspace.encoder import Encoder
 from weightspace.errors import SettingsError
-from weightspace.evaluation.accuracy import ModelSet, accuracies, fits
+from weightspace.evaluation.accuracy import ModelSet, accuracies
 from weightspace.io.checkpoint import open_checkpoint
 from weightspace.io.hub import HubOptions
 from weightspace.networks.flat import flatten, unflatten
-from weightspace.networks.running_statistics import running_statistics
+from weightspace.networks.running_statistics import preprocessed, running_statistics
 from weightspace.sampling.base import Condition, sample
 from weightspace.sampling.factory import OpenedSampler
 from weightspace.sampling.flow import FlowSampler
@@ -79,14 +80,9 @@ class SampleRequest(Settings):
                 f"images; give {missing}"
             )
         if self.dataset is not None:
-            images, family = load_images(self.dataset), condition.family
-            if family is not None and not fits(family, images):
-                shape = tuple(images.test_images.shape[1:])
-                raise SettingsError(
-                    f"{self.dataset}: images of shape {shape} in {images.classes} classes do not fit {location} "
-                    f"(classes: {family.classes}, image_shape: {family.image_shape}); choose another dataset or "
-                    "architecture"
-                )
+            images = load_images(self.dataset)
+            if condition.family is not None:
+                condition.family.ensure_fits(images)
         return condition
 
 
@@ -166,14 +162,18 @@ def _statistics(
     if not condition.counters:
         return ()
     assert dataset is not None and condition.config is not None
-    images = load_images(dataset).train_images[:_STATISTICS_IMAGES]
+    images, _ = balanced_sample(load_images(dataset), _STATISTICS_IMAGES, seed=0, split="train")
     expected = condition.config.get("num_channels", images.shape[1])
     if expected != images.shape[1]:
         raise SettingsError(
             f"{dataset}: images have {images.shape[1]} channels, the architecture expects {expected}; choose another "
             "dataset or architecture"
         )
+    # Mixed: a batch of one class would lack the variance between classes.
+    images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
     parts = images.split(_STATISTICS_BATCH)
+    if condition.preprocessor is not None:
+        parts = tuple(preprocessed(condition.preprocessor, part) for part in parts)
     return tuple(running_statistics(condition.config, unflatten(one, condition.architecture), parts) for one in flat)
 
 
