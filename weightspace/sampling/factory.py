@@ -14,7 +14,7 @@ from typing import Any
 from weightspace.errors import SettingsError
 from weightspace.io.header import shown
 from weightspace.io.hub import HubOptions
-from weightspace.sampling.base import Sampler
+from weightspace.sampling.base import Sampler, SamplerStep
 from weightspace.sampling.codes import CodeSampler
 from weightspace.sampling.flow import FlowSampler
 from weightspace.sampling.kde import KdeSampler
@@ -25,12 +25,19 @@ from weightspace.sampling.sources import Sources, public_name
 
 KDE, SELECTED, BOOTSTRAPPED, REFINED = "kde", "selected", "bootstrapped", "refined"
 
-_SAMPLERS: dict[str, Any] = {"flow": FlowSampler, "codes": CodeSampler, KDE: KdeSampler}
-_STEPS: dict[str, Any] = {
+SAMPLERS: dict[str, Any] = {"flow": FlowSampler, "codes": CodeSampler, KDE: KdeSampler}
+"""Classes of samplers by the name of the base; another one is added to it, from anywhere.
+
+A class is a `Sampler` with a dataclass of settings, ``settings_class``, and a class method ``from_sources(name,
+sources, settings)`` that returns the sampler and the names of what it was built from, by their role.
+"""
+
+STEPS: dict[str, type[SamplerStep]] = {
     SELECTED: SelectedSampler,
     BOOTSTRAPPED: BootstrappedSampler,
     REFINED: RefinedSampler,
 }
+"""Classes of steps by name, likewise."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,18 +55,6 @@ class OpenedSampler:
     sampler: Sampler
     sources: Mapping[str, str]
     settings: Mapping[str, Any]
-
-
-def register_sampler(name: str, sampler: Any) -> None:
-    """Makes a class of samplers known by a name.
-
-    Args:
-        name: of the base, without ``+``.
-        sampler: a `Sampler` with a dataclass of settings, ``settings_class``, and a class method ``from_sources(name,
-            sources, settings)`` that returns the sampler and the names of what it was built from, by their role. A
-            `weightspace.sampling.priors.PriorSampler` has both.
-    """
-    _SAMPLERS[name] = sampler
 
 
 def open_sampler(name: str, sources: Sources, settings: Mapping[str, Mapping[str, Any]] | None = None) -> OpenedSampler:
@@ -81,10 +76,10 @@ def open_sampler(name: str, sources: Sources, settings: Mapping[str, Mapping[str
     parts = {}
     for part in (base, *steps):
         given = {key: value for key, value in settings.get(part, {}).items() if value is not None}
-        parts[part] = (_STEPS | _SAMPLERS)[part].settings_class(**given)
-    sampler, used = _SAMPLERS[base].from_sources(name, sources, parts[base])
+        parts[part] = (STEPS | SAMPLERS)[part].settings_class(**given)
+    sampler, used = SAMPLERS[base].from_sources(name, sources, parts[base])
     for step in steps:
-        sampler = _STEPS[step](sampler, parts[step])
+        sampler = STEPS[step](sampler, parts[step])
     used = {"joint model": public_name(sources.joint.name, sources.joint.path), **used}
     return OpenedSampler(name, sampler, used, {part: asdict(own) for part, own in parts.items()})
 
@@ -96,15 +91,15 @@ def default_sampler(prior: str, options: HubOptions | None = None) -> str:
         WeightspaceError: there is no prior, or no sampler of its type is registered.
     """
     sampler = sampler_of_prior(prior, options)
-    return next(name for name, own in _SAMPLERS.items() if own is sampler)
+    return next(name for name, own in SAMPLERS.items() if own is sampler)
 
 
 def _check_name(name: str, base: str, steps: list[str]) -> None:
-    if base not in _SAMPLERS:
-        raise SettingsError(f"sampler {shown(name)}: {shown(base)} is none; choose of {', '.join(_SAMPLERS)}")
-    unknown = next((step for step in steps if step not in _STEPS), None)
+    if base not in SAMPLERS:
+        raise SettingsError(f"sampler {shown(name)}: {shown(base)} is none; choose of {', '.join(SAMPLERS)}")
+    unknown = next((step for step in steps if step not in STEPS), None)
     if unknown is not None:
-        raise SettingsError(f"sampler {shown(name)}: {shown(unknown)} is no step; choose of {', '.join(_STEPS)}")
+        raise SettingsError(f"sampler {shown(name)}: {shown(unknown)} is no step; choose of {', '.join(STEPS)}")
     if len(set(steps)) != len(steps) or REFINED in steps[:-1] or {SELECTED, BOOTSTRAPPED} <= set(steps):
         raise SettingsError(f"sampler {name}: select once, then refine, e.g. {base}+{SELECTED}+{REFINED}")
     if BOOTSTRAPPED in steps and base != KDE:

@@ -105,7 +105,7 @@ class KdeSampler:
 
     @classmethod
     def from_sources(cls, name: str, sources: Sources, settings: KdeSettings) -> tuple[KdeSampler, dict[str, str]]:
-        """Samples around the training models of a zoo; see `weightspace.sampling.factory.register_sampler`."""
+        """Samples around the training models of a zoo; see `weightspace.sampling.factory.SAMPLERS`."""
         zoo = sources.zoo
         if zoo is None:
             raise SettingsError(f"sampler {name}: needs a zoo of models to sample around; give one")

@@ -91,7 +91,7 @@ class PriorSampler(Generic[P, S]):
 
     @classmethod
     def from_sources(cls: type[Self], name: str, sources: Sources, settings: Any) -> tuple[Self, dict[str, str]]:
-        """Loads the first prior of this type; see `weightspace.sampling.factory.register_sampler`."""
+        """Loads the first prior of this type; see `weightspace.sampling.factory.SAMPLERS`."""
         for location in sources.priors:
             if sampler_of_prior(location, sources.options) is cls:
                 folder, prior = saved_folder(location, sources.options, kind="prior")
