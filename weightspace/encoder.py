@@ -20,7 +20,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from weightspace.data.features import DatasetFeatures
 from weightspace.errors import HubError, SettingsError, WeightspaceError, ZooError
-from weightspace.io.checkpoint import FAMOUS_STEMS, INDEX, Checkpoint, find_checkpoints, open_in
+from weightspace.io.catalogue import Weights
+from weightspace.io.checkpoint import FAMOUS_STEMS, Checkpoint, find_checkpoints, open_in
 from weightspace.io.folders import LocalFolder
 from weightspace.io.hub import HubOptions
 from weightspace.io.locations import locate
@@ -305,7 +306,7 @@ def _model_id(checkpoint: Checkpoint) -> str:
     """Names a checkpoint by its repository, its file, or its folder where the file has a name that many have."""
     assert checkpoint.ref is not None
     path = PurePosixPath(checkpoint.ref.subfolder or Path(checkpoint.ref.location).absolute().as_posix())
-    stem = path.name.removesuffix(INDEX).removesuffix(".safetensors")
+    stem = Weights(path.name, ()).stem
     name = path.parent.name if stem in FAMOUS_STEMS else stem
     if checkpoint.ref.subfolder is None:
         return name

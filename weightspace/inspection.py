@@ -65,6 +65,7 @@ class Inspection:
             were not read.
         quantization: how the stored numbers are quantised, so that they are not the weights; None if they are.
         adapter: what is known of it as an adapter; None if it is none.
+        notes: what was wrong with its index or the files beside it.
     """
 
     location: str
@@ -75,6 +76,7 @@ class Inspection:
     not_finite: Mapping[str, int] | None = None
     quantization: Quantization | None = None
     adapter: AdapterFacts | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -109,7 +111,7 @@ class Inspection:
                 for exclusion in architecture.exclusions
             ],
             "aliases": dict(architecture.aliases),
-            "notes": list(architecture.notes),
+            "notes": [*self.notes, *architecture.notes],
             "not_finite": None if self.not_finite is None else dict(self.not_finite),
             "quantization": None if self.quantization is None else asdict(self.quantization),
             "adapter": None if self.adapter is None else asdict(self.adapter),
@@ -170,6 +172,7 @@ def inspect_location(
             _not_finite(checkpoint, architecture) if check_values else None,
             checkpoint.quantization,
             _adapter_facts(checkpoint, check_values),
+            checkpoint.notes,
         )
 
     if (Path(location) / "zoo.json").is_file():

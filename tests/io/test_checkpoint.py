@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from weightspace.dtypes import DTYPES
 from weightspace.errors import CheckpointError
+from weightspace.io import catalogue
 from weightspace.io import checkpoint as checkpoint_module
 from weightspace.io import writing as writing_module
 from weightspace.io.checkpoint import Checkpoint, open_checkpoint, open_checkpoint_bytes
@@ -433,11 +435,13 @@ def test_no_config_is_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"[1]", b"{", b"\xff", b"[" * 10**5])
-def test_a_malformed_config_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
+def test_a_malformed_config_is_noted_by_name(tmp_path: Path, content: bytes) -> None:
     save_checkpoint(small(), tmp_path / "m.safetensors")
     (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"config\.json: "):
-        open_checkpoint(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.config is None
+    assert len(checkpoint.notes) == 1
+    assert re.search(r"config\.json: .*; it is not used", checkpoint.notes[0])
 
 
 def test_a_sharded_checkpoint_is_one(tmp_path: Path) -> None:
@@ -502,7 +506,7 @@ def test_limits_hold_over_all_shards(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(checkpoint_module, "MAX_TENSORS", 2)
     with pytest.raises(CheckpointError, match="3 tensors are above the limit of 2"):
         open_checkpoint(tmp_path)
-    monkeypatch.setattr(checkpoint_module, "MAX_SHARDS", 1)
+    monkeypatch.setattr(catalogue, "MAX_SHARDS", 1)
     with pytest.raises(CheckpointError, match="2 files are above the limit of 1"):
         open_checkpoint(tmp_path)
 

@@ -417,8 +417,7 @@ def test_json_of_a_gigabyte_is_not_fetched(hub: LoopbackHub, tmp_path: Path) -> 
         file.truncate(2**30)
     hub.create("org/model", {"model.safetensors": blob()})
     hub.add_file("org/model", "config.json", tmp_path / "config.json", sha256="0" * 64)
-    with pytest.raises(CheckpointError, match=r"config.json: 1073741824 bytes of JSON are above the limit"):
-        open_checkpoint("org/model")
+    assert "config.json: 1073741824 bytes of JSON are above the limit" in open_checkpoint("org/model").notes[0]
     assert hub.bytes_served(FILES) < 20_000
 
 

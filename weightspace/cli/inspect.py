@@ -72,7 +72,7 @@ def _one(inspection: Inspection) -> list[str]:
         *listing("permutation groups", groups),
         *listing("left out of the tokens", left_out),
         *listing("stored once, used twice", [f"{alias} is {kept}" for alias, kept in architecture.aliases]),
-        *listing("notes", architecture.notes),
+        *listing("notes", (*inspection.notes, *architecture.notes)),
     ]
     if inspection.adapter is not None:
         lines += _adapter(inspection.adapter)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from weightspace.dtypes import DTYPES
 from weightspace.errors import ArchitectureError, CheckpointError, SettingsError
+from weightspace.io.catalogue import INDEX, Weights, catalogue, read_index
 from weightspace.io.folders import Folder
 from weightspace.io.header import (
     MAX_TENSORS,
@@ -27,22 +28,15 @@ from weightspace.io.header import (
 from weightspace.io.hub import HubOptions
 from weightspace.io.hub_repo import HubRepo
 from weightspace.io.locations import locate
-from weightspace.io.pickles import open_pickle
+from weightspace.io.pickles import PICKLES, open_pickle
 from weightspace.io.quantization import Quantization, quantization_of
 from weightspace.io.reader import ByteSource, MemorySource, Piece, gather
 from weightspace.io.writing import checkpoint_bytes, header_bytes
 from weightspace.networks.infer import infer_architecture
 from weightspace.schema import Architecture, ModelRef, TensorSpec
 
-MAX_SHARDS = 4096
-"""Most files of one checkpoint."""
-
-INDEX = ".safetensors.index.json"
-"""How the name of a sharded checkpoint's index ends."""
-
 ADAPTER_CONFIG = "adapter_config.json"
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _PICKLE_REFUSAL = (
     "pickles can run any code and are not opened; consent to have plain tensors read from it with --allow-pickle "
     "(allow_pickle=True), or load it where you trust it and write it with safetensors.torch.save_model"
@@ -67,6 +61,7 @@ class Checkpoint:
         config: content of the ``config.json`` beside the weights, or None.
         adapter_config: content of the ``adapter_config.json`` beside the weights, or None.
         ref: reference that opens it again, pinned to a commit if it lies on the Hub; None for bytes in memory.
+        notes: what was wrong with an index, or with files beside the weights, which are not used then.
         sources: the files that it consists of.
     """
 
@@ -78,6 +73,7 @@ class Checkpoint:
         *,
         adapter_config: Mapping[str, Any] | None = None,
         ref: ModelRef | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         """Joins the files of one checkpoint; use `open_checkpoint` for files.
 
@@ -88,6 +84,7 @@ class Checkpoint:
         self.config = config
         self.adapter_config = adapter_config
         self.ref = ref
+        self.notes = tuple(notes)
         self.sources = tuple(source for source, _ in files)
         self._stored: dict[str, tuple[ByteSource, StoredTensor]] = {}
         metadata: dict[str, str] = {}
@@ -256,24 +253,30 @@ def open_checkpoint(
 
 
 def open_in(folder: Folder, name: str, *, allow_pickle: bool = False) -> Checkpoint:
-    """Opens the safetensors file, index or (after consent) pickle ``name`` of a folder; see `open_checkpoint`."""
-    where = folder.title(name)
-    files: list[tuple[ByteSource, Header]]
-    if name.lower().endswith(_PICKLES):
-        if not allow_pickle:
-            raise CheckpointError(f"{where}: {_PICKLE_REFUSAL}")
-        source = MemorySource(checkpoint_bytes(open_pickle(folder.local_path(name), where=where)), where=where)
-        files = [(source, header_of(source))]
-    elif name.endswith(INDEX):
-        files = _shards(folder, name)
-    else:
-        opened = folder.open(name)
-        files = [(opened, header_of(opened))]
+    """Opens the checkpoint that a file of a folder stands for, as `find_checkpoints` names it; see `open_checkpoint`.
+
+    Raises:
+        CheckpointError: as `open_checkpoint`, or the file is only a part of a checkpoint.
+    """
     parent = name.rpartition("/")[0]
+    weights = catalogue(folder, parent).find(name)
+    if weights is None:
+        weights = read_index(folder, name) if name.endswith(".json") else Weights(name, (name,))
+    where = folder.title(weights.name)
+    if weights.problem is not None:
+        raise CheckpointError(weights.problem)
+    pickles = [file for file in weights.files if file.lower().endswith(PICKLES)]
+    if pickles and not allow_pickle:
+        raise CheckpointError(f"{where}: {_PICKLE_REFUSAL}")
+    sources = [_unpickled(folder, file) if file in pickles else folder.open(file) for file in weights.files]
+    files = dict(zip(weights.files, zip(sources, headers_of(sources), strict=True), strict=True))
+    _check_map(weights.weight_map, files, where)
+    notes = [] if weights.note is None else [weights.note]
     config, adapter_config = (
-        folder.read_json(f"{parent}/{file}" if parent else file) for file in ("config.json", ADAPTER_CONFIG)
+        folder.read_side_file(f"{parent}/{file}" if parent else file, notes) for file in ("config.json", ADAPTER_CONFIG)
     )
-    return Checkpoint(where, files, config, adapter_config=adapter_config, ref=folder.ref(name))
+    ref = folder.ref(weights.name)
+    return Checkpoint(where, list(files.values()), config, adapter_config=adapter_config, ref=ref, notes=notes)
 
 
 def find_checkpoints(
@@ -282,7 +285,8 @@ def find_checkpoints(
     """Lists the checkpoints that a location stands for.
 
     A file stands for itself, a repository for the weights at its root if these have the name that libraries give them,
-    and any other folder for every checkpoint in the tree below it.
+    and any other folder for every checkpoint in the tree below it. What makes no whole checkpoint is listed too, and
+    `open_in` says why.
 
     Args:
         location: as for `open_checkpoint`.
@@ -290,8 +294,8 @@ def find_checkpoints(
         allow_pickle: take a pickle where there is nothing else.
 
     Returns:
-        A folder, and paths inside it of safetensors files and, in place of their shards, of indexes of sharded
-        checkpoints, at least one. `open_in` opens them.
+        A folder, and at least one path inside it of a safetensors file, an index, or the first part of a checkpoint
+        without one; or of a pickle in a folder that has nothing else. `open_in` opens them.
 
     Raises:
         CheckpointError: the location is malformed, does not exist or holds no checkpoint.
@@ -300,12 +304,14 @@ def find_checkpoints(
     folder, name = _located(location, options)
     if name is not None:
         return folder, [name]
-    if isinstance(folder, HubRepo) and (famous := _famous_weights(folder)) is not None:
+    if isinstance(folder, HubRepo) and (famous := _famous(catalogue(folder).weights)) is not None:
         return folder, [famous]
-    found = [path for path in folder.tree() if path.endswith((".safetensors", INDEX))]
-    shards = tuple(path.removesuffix(INDEX) + "-" for path in found if path.endswith(INDEX))
-    names = [path for path in found if path.endswith(INDEX) or not path.startswith(shards)]
-    return folder, names or [_weights_in(folder, allow_pickle)]
+    names = [path for path in folder.tree() if path.lower().endswith((".safetensors", ".json", *PICKLES))]
+    parents = sorted({path.rpartition("/")[0] for path in names})
+    found = sorted(name for parent in parents for name in catalogue(folder, parent).weights)
+    if not allow_pickle and all(name.lower().endswith(PICKLES) for name in found):
+        return folder, [_weights_in(folder, allow_pickle)]
+    return folder, found
 
 
 def open_checkpoint_bytes(
@@ -375,61 +381,40 @@ def _tensor_over(view: memoryview, spec: TensorSpec, piece: Piece) -> Tensor:
     return torch.frombuffer(view, dtype=dtype).reshape(torch_shape(spec))
 
 
-def _famous_weights(folder: Folder) -> str | None:
-    names = (f"{stem}{end}" for stem in FAMOUS_STEMS for end in (".safetensors", INDEX))
-    return next((name for name in names if folder.has(name)), None)
+def _famous(names: Container[str]) -> str | None:
+    usual = (f"{stem}{end}" for stem in FAMOUS_STEMS for end in (".safetensors", INDEX))
+    return next((name for name in usual if name in names), None)
 
 
 def _weights_in(folder: Folder, allow_pickle: bool) -> str:
     """Chooses the weights of a folder: those of a well-known name, or the only ones."""
-    famous = _famous_weights(folder)
-    if famous is not None:
+    names = [name for name in catalogue(folder).weights if folder.has(name)]
+    if (famous := _famous(names)) is not None:
         return famous
-    names = folder.names()
-    candidates = [name for name in names if name.endswith(INDEX)]
-    candidates = candidates or [name for name in names if name.endswith(".safetensors")]
-    pickles = [name for name in names if name.lower().endswith(_PICKLES)]
-    if not candidates and allow_pickle:
-        candidates = [name for name in pickles if name in ("pytorch_model.bin", "adapter_model.bin")] or pickles
+    pickles = [name for name in names if name.lower().endswith(PICKLES)]
+    if pickles and not allow_pickle:
+        raise CheckpointError(f"{folder.where}: no safetensors file; only {pickles[0]}: {_PICKLE_REFUSAL}")
+    candidates = [name for name in names if name.endswith(".json")] or names
     if len(candidates) > 1:
         shortened = f"{', '.join(candidates[:3])}{', ...' if len(candidates) > 3 else ''}"
         raise CheckpointError(f"{folder.where}: {len(candidates)} checkpoints ({shortened}); name one of the files")
     if not candidates:
-        reason = f"only {pickles[0]}: {_PICKLE_REFUSAL}" if pickles else "name a folder that holds one"
-        raise CheckpointError(f"{folder.where}: no safetensors file; {reason}")
+        raise CheckpointError(f"{folder.where}: no safetensors file; name a folder that holds one")
     return candidates[0]
 
 
-def _shards(folder: Folder, index: str) -> list[tuple[ByteSource, Header]]:
-    where, parent = folder.title(index), index.rpartition("/")[0]
-    weight_map = (folder.read_json(index) or {}).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{where}: weight_map must map tensor names to file names, got {shown(weight_map)}")
-    for name, file in weight_map.items():
-        # Shards stand beside their index; any path could lead out of the folder.
-        if not (
-            isinstance(file, str)
-            and file.endswith(".safetensors")
-            and file.isprintable()
-            and not set(file) & set("/\\:")
-        ):
-            raise CheckpointError(
-                f"{where}: tensor {shown(name)}: {shown(file)} is not the name of a file in this folder"
-            )
-    names = sorted(set(weight_map.values()))
-    if len(names) > MAX_SHARDS:
-        raise CheckpointError(f"{where}: {len(names)} files are above the limit of {MAX_SHARDS}")
-    paths = {name: f"{parent}/{name}" if parent else name for name in names}
-    for name, path in paths.items():
-        if not folder.has(path):
-            raise CheckpointError(f"{where}: shard {shown(name)} is missing; fetch it into the same folder")
-    sources = [folder.open(path) for path in paths.values()]
-    headers = dict(zip(names, zip(sources, headers_of(sources), strict=True), strict=True))
-    holders = {tensor: file for file, (_, header) in headers.items() for tensor in header.tensors}
+def _unpickled(folder: Folder, file: str) -> ByteSource:
+    where = folder.title(file)
+    return MemorySource(checkpoint_bytes(open_pickle(folder.local_path(file), where=where)), where=where)
+
+
+def _check_map(weight_map: Mapping[str, str], files: Mapping[str, tuple[ByteSource, Header]], where: str) -> None:
+    """Refuses an index whose tensors are not where it says."""
     for tensor, file in weight_map.items():
-        if tensor not in headers[file][1].tensors:
-            problem = f"it stands in {shown(holders[tensor])}" if tensor in holders else "no shard has it"
+        if tensor not in files[file][1].tensors:
+            holder = next((other for other, (_, header) in files.items() if tensor in header.tensors), None)
+            problem = "no shard has it" if holder is None else f"it stands in {shown(holder.rpartition('/')[2])}"
             raise CheckpointError(
-                f"{where}: tensor {shown(tensor)} is not in {shown(file)}: {problem}; fetch the shards and index again"
+                f"{where}: tensor {shown(tensor)} is not in {shown(file.rpartition('/')[2])}: {problem}; fetch the "
+                "shards and index again"
             )
-    return list(headers.values())

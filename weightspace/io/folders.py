@@ -23,8 +23,12 @@ class Folder(ABC):
     where: str
 
     @abstractmethod
-    def names(self) -> Sequence[str]:
-        """Returns the names of the files directly inside, sorted, hidden ones left out."""
+    def names(self, parent: str = "") -> Sequence[str]:
+        """Returns the names of what is directly inside a folder and no folder itself, sorted, hidden ones left out.
+
+        Raises:
+            CheckpointError: the folder cannot be listed.
+        """
 
     @abstractmethod
     def has(self, name: str) -> bool:
@@ -32,7 +36,7 @@ class Folder(ABC):
 
     @abstractmethod
     def tree(self) -> Sequence[str]:
-        """Returns the relative POSIX paths of all files below, sorted; hidden files and folders are left out."""
+        """Returns the relative POSIX paths of all that is below and no folder, sorted; hidden ones are left out."""
 
     @abstractmethod
     def open(self, name: str) -> ByteSource:
@@ -74,6 +78,18 @@ class Folder(ABC):
             )
         return load_json_object(source.read(0, source.size), where=source.where)
 
+    def read_side_file(self, name: str, notes: list[str]) -> dict[str, Any] | None:
+        """Reads a JSON object that weights can do without: one that cannot be read is a line in ``notes``, and None.
+
+        Raises:
+            HubError: the Hub cannot deliver it.
+        """
+        try:
+            return self.read_json(name)
+        except CheckpointError as error:
+            notes.append(f"{error}; it is not used")
+            return None
+
 
 class LocalFolder(Folder):
     """A folder on disk."""
@@ -83,9 +99,15 @@ class LocalFolder(Folder):
         self.where = str(path)
         self._path = path
 
-    def names(self) -> Sequence[str]:
+    def names(self, parent: str = "") -> Sequence[str]:
         """Returns the files directly inside; see `Folder.names`."""
-        return sorted(path.name for path in self._path.iterdir() if not path.name.startswith(".") and path.is_file())
+        try:
+            paths = list((self._path / parent).iterdir())
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.title(parent)}: cannot be listed ({error.strerror}); check the path and its permissions"
+            ) from error
+        return sorted(path.name for path in paths if path.name[0] != "." and not path.is_dir())
 
     def has(self, name: str) -> bool:
         """Whether there is a file at this relative path."""
@@ -93,7 +115,7 @@ class LocalFolder(Folder):
 
     def tree(self) -> Sequence[str]:
         """Returns the files of the tree below; see `Folder.tree`."""
-        found = (path.relative_to(self._path) for path in self._path.rglob("*") if path.is_file())
+        found = (path.relative_to(self._path) for path in self._path.rglob("*") if not path.is_dir())
         return sorted(path.as_posix() for path in found if is_visible(path.as_posix()))
 
     def open(self, name: str) -> ByteSource:

@@ -103,9 +103,11 @@ class HubRepo(Folder):
         below = (path.removeprefix(self._prefix) for path in self.entries if path.startswith(self._prefix))
         return tuple(sorted(path for path in below if path.isprintable() and is_visible(path) and path[0] != "/"))
 
-    def names(self) -> Sequence[str]:
+    def names(self, parent: str = "") -> Sequence[str]:
         """Returns the files directly inside; see `Folder.names`."""
-        return [path for path in self._files if "/" not in path]
+        prefix = f"{parent}/" if parent else ""
+        below = (path.removeprefix(prefix) for path in self._files if path.startswith(prefix))
+        return [path for path in below if "/" not in path]
 
     def has(self, name: str) -> bool:
         """Whether there is a file at this relative path."""

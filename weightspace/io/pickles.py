@@ -22,6 +22,9 @@ from weightspace.dtypes import DTYPES
 from weightspace.errors import CheckpointError
 from weightspace.io.header import MAX_HEADER_BYTES, MAX_TENSORS, shown
 
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+"""How the names of pickled weights end."""
+
 STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "module", "params")
 """Names under which training scripts nest the weights, the most telling first."""
 

@@ -249,7 +249,7 @@ def _load(row: _Row) -> Candidate:
             raise ZooError(f"{row.size} bytes do not fit a zoo row; the limit is {MAX_BLOB_BYTES}")
         source = open_checkpoint(row.path)
         weights = Path(source.where)
-        blob = source.to_bytes() if weights.suffix == ".json" else weights.read_bytes()
+        blob = source.to_bytes() if len(source.sources) > 1 else weights.read_bytes()
         adapter = weights.with_name("adapter_config.json")
         config = source.config
         if config is None and weights.name.startswith("adapter_model") and adapter.is_file():
