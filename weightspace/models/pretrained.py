@@ -20,7 +20,8 @@ from transformers.utils.hub import cached_file
 from weightspace.cards.facts import EncoderFacts
 from weightspace.cards.record import CARD, RECORD, CardRecord, parse_record, weights_digest, write_card
 from weightspace.errors import CheckpointError
-from weightspace.io.checkpoint import MAX_SHARDS, Checkpoint, open_checkpoint
+from weightspace.io.catalogue import MAX_SHARDS
+from weightspace.io.checkpoint import Checkpoint, open_checkpoint
 from weightspace.io.folders import Folder, LocalFolder
 from weightspace.io.header import shown
 from weightspace.models.configuration import FIX
