@@ -62,7 +62,8 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 def condition(rows: int = 2, seed: int = 1) -> PriorCondition:
     result = torch.nn.functional.normalize(draw(rows, 6, seed=seed + 1), dim=-1)
-    return PriorCondition(draw(rows, 4, 6, seed=seed), result, torch.ones(rows, dtype=torch.int64))
+    ordered = torch.ones(rows, dtype=torch.bool)
+    return PriorCondition(draw(rows, 4, 6, seed=seed), result, torch.ones(rows, dtype=torch.int64), ordered)
 
 
 def places(architecture: Architecture, rows: int = 2) -> dict[str, Tensor]:
@@ -126,6 +127,16 @@ def test_every_part_of_the_condition_matters(part: str) -> None:
     value = asked.activation + 1 if part == "activation" else -getattr(asked, part)
     changed = sampled(model, replace(asked, **{part: value}))
     assert not torch.allclose(sampled(model, asked), changed, atol=1e-4)
+
+
+def test_classes_enter_at_no_token_where_the_outputs_are_not_known() -> None:
+    model, asked = moving(), condition()
+    known = replace(asked, ordered=torch.tensor([True, False]))
+    assert torch.equal(sampled(model, replace(asked, ordered=None)), sampled(model, asked))
+    assert torch.equal(sampled(model, known)[0], sampled(model, asked)[0])
+    assert not torch.allclose(sampled(model, known)[1], sampled(model, asked)[1], atol=1e-4)
+    turned = replace(known, class_features=known.class_features.flip(1))
+    torch.testing.assert_close(sampled(model, turned)[1], sampled(model, known)[1], atol=1e-4, rtol=1e-4)
 
 
 def test_guidance_of_one_is_the_model_and_of_zero_leaves_the_condition_out() -> None:

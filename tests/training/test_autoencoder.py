@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from weightspace.data.images import load_images
 from weightspace.encoder import load_encoder
 from weightspace.errors import SettingsError, ZooError
-from weightspace.networks.families import Network, family_config, run_flat
+from weightspace.networks.families import MLPConfig, Network, family_config, run_flat
 from weightspace.schema import ZooEntry
 from weightspace.training import autoencoder, run
 from weightspace.training.autoencoder import (
@@ -251,6 +253,26 @@ class TestBehaviour:
             own = load_images(tiny_zoo.index["dataset"][row]).train_images
             assert all((own == image).flatten(1).all(1).any() for image in images)
         assert not torch.equal(drawn[0], drawn[3])
+
+    def test_images_of_each_shape_go_to_the_models_that_take_them(self, tmp_path: Path) -> None:
+        for number in range(20):
+            path = tmp_path / "images" / "ab"[number % 2] / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (10, 10), 10 * number).save(path)
+        small, large = "digits?classes=0-1", str(tmp_path / "images")
+        configs = [MLPConfig((1, size, size), 2, (3,)) for size in (8, 10, 10, 8)]
+        index = pd.DataFrame({"dataset": [small, large, small, "digits?classes=99"]})
+        zoo = Zoo.__new__(Zoo)
+        vars(zoo).update(families=configs, index=index, location="zoo")
+        queries = QueryImages(zoo)
+        assert queries.functions(np.arange(4)) == {configs[0]: [0], configs[1]: [1]}
+        for row, name in ((0, small), (1, large)):
+            drawn = queries.draw(np.array([row]), 5, torch.Generator().manual_seed(0))[0]
+            own = load_images(name).train_images
+            assert all((own == image).flatten(1).all(1).any() for image in drawn)
+        vars(zoo).update(families=configs[3:], index=index[3:])
+        with pytest.raises(ZooError, match=r"zoo: no dataset can be opened \(.*classes=99"):
+            QueryImages(zoo)
 
     def test_functions_are_grouped_by_what_runs_them(self, tiny_zoo: Zoo) -> None:
         rows = np.arange(48)[::-1]

@@ -69,6 +69,22 @@ def opened(folders: dict[str, Path], zoo: Zoo) -> tuple[WeightAutoencoderModel, 
     return model, AutoFeatureExtractor.from_pretrained(folders["autoencoder"]), conditions
 
 
+def test_a_dataset_that_cannot_be_opened_does_not_stop_the_others(tiny_zoo: Zoo, folders: dict[str, Path]) -> None:
+    joint, state = JointModel.from_pretrained(folders["joint"]).eval(), read_training(folders["joint"])
+    assert state is not None
+    names = tiny_zoo.index["dataset"].to_list()
+    index = tiny_zoo.index.assign(dataset=["digits?classes=99", *names[1:]])
+    zoo = Zoo.__new__(Zoo)
+    vars(zoo).update(index=index, families=tiny_zoo.families, location="zoo")
+    known = Conditions.of(tiny_zoo, joint, state.settings)
+    some = Conditions.of(zoo, joint, state.settings)
+    assert list(some.left_out) == ["digits?classes=99"] and not known.left_out
+    assert some.dataset[0] == 0 and torch.equal(some.dataset[1:], known.dataset[1:])
+    vars(zoo).update(index=index.assign(dataset="digits?classes=99"))
+    with pytest.raises(ZooError, match=r"zoo: no dataset can be opened \(.*classes=99"):
+        Conditions.of(zoo, joint, state.settings)
+
+
 @pytest.mark.slow
 def test_training_is_recorded_and_repeats_to_the_bit(
     tiny_zoo: Zoo, folders: dict[str, Path], settings: PriorSettings, tmp_path: Path

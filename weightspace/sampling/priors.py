@@ -20,6 +20,7 @@ from weightspace.models.prior.modeling_prior import ConditionedPrior, PriorCondi
 from weightspace.sampling.base import Condition
 from weightspace.sampling.sources import Sources, prior_type, public_name
 from weightspace.search.queries import dataset_classes, result_query
+from weightspace.training.classes import output_count
 from weightspace.training.run import read_training
 
 P = TypeVar("P", bound=ConditionedPrior)
@@ -120,8 +121,9 @@ class PriorSampler(Generic[P, S]):
             result = result_query(self.joint, condition.results)
         activation = self.prior.activation_number(None if family is None else family.activation)
         expanded = dataset.expand(count, -1, -1), result.expand(count, -1), torch.full((count,), activation)
+        ordered = torch.full((count,), output_count(condition.architecture) > 0)
         return {
-            "condition": PriorCondition(*expanded),
+            "condition": PriorCondition(*expanded, ordered),
             **self.codec.extractor.layout(condition.architecture, count),
         }
 

@@ -11,11 +11,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from weightspace.data.images import load_images
+from weightspace.errors import ZooError
 from weightspace.losses import behaviour_loss
 from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
 from weightspace.networks.families import FamilyConfig, run_flat
 from weightspace.settings import FractionBelowOne, PositiveInt, Settings
 from weightspace.training.batches import BatchPart
+from weightspace.training.joint_data import opened_datasets
 from weightspace.zoo.dataset import Zoo
 
 
@@ -75,18 +77,20 @@ class QueryImages:
     """Training images of the datasets that a zoo's models were trained on, where function and dataset are known."""
 
     def __init__(self, zoo: Zoo) -> None:
-        self._configs = zoo.families
-        self._datasets = zoo.index["dataset"].to_numpy()
-        pairs = zip(self._datasets, self._configs, strict=True)
-        runnable = {name for name, config in pairs if config and isinstance(name, str)}
+        self._configs, self._datasets = zoo.families, zoo.index["dataset"].to_numpy()
+        named = {name for name, config in zip(self._datasets, self._configs, strict=True) if config is not None}
+        opened, left_out = opened_datasets(named, lambda name: load_images(name).train_images)
+        if left_out and not opened:
+            reason = next(iter(left_out.values()))
+            raise ZooError(f"{zoo.location}: no dataset can be opened ({reason}); train with behaviour: weight: 0")
         self._ranges: dict[str, tuple[int, int]] = {}
-        images, start = [], 0
-        for name in sorted(runnable):
-            part = load_images(name).train_images
-            self._ranges[name] = (start, len(part))
-            start += len(part)
-            images.append(part)
-        self._images = torch.cat(images) if images else torch.empty(0)
+        parts: dict[tuple[int, ...], list[Tensor]] = {}
+        for name, images in opened.items():
+            others = parts.setdefault(tuple(images.shape[1:]), [])
+            self._ranges[name] = (sum(map(len, others)), len(images))
+            others.append(images)
+        self._images = {shape: torch.cat(images) for shape, images in parts.items()}
+        self._shapes = {name: tuple(images.shape[1:]) for name, images in opened.items()}
 
     @property
     def runnable(self) -> bool:
@@ -94,18 +98,18 @@ class QueryImages:
         return bool(self._ranges)
 
     def functions(self, rows: Int[np.ndarray, "models"]) -> dict[FamilyConfig, list[int]]:
-        """Groups the places of those rows whose models can be run by their config."""
+        """Groups the places of those rows whose models can be run on their datasets by their config."""
         groups: dict[FamilyConfig, list[int]] = {}
         for place, row in enumerate(rows):
             config = self._configs[row]
-            if config is not None and self._datasets[row] in self._ranges:
+            if config is not None and self._shapes.get(self._datasets[row]) == config.image_shape:
                 groups.setdefault(config, []).append(place)
         return groups
 
     def draw(
         self, rows: Int[np.ndarray, "models"], count: int, generator: torch.Generator
     ) -> Float[Tensor, "models count c h w"]:
-        """Draws ``count`` training images of each model's own dataset, with replacement."""
+        """Draws ``count`` training images of each model's own dataset, all of one shape, with replacement."""
         starts, sizes = torch.tensor([self._ranges[self._datasets[row]] for row in rows]).unsqueeze(-1).unbind(1)
         chosen = (torch.rand(len(rows), count, generator=generator) * sizes).long() + starts
-        return self._images[chosen]
+        return self._images[self._shapes[self._datasets[rows[0]]]][chosen]

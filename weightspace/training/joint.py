@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from weightspace.data.features import DatasetFeatures, dataset_features
+from weightspace.data.features import dataset_features
 from weightspace.data.image_encoders import DEFAULT_ENCODER, ImageEncoder, open_image_encoder
 from weightspace.data.images import load_images
 from weightspace.encoder import embed_dataset
-from weightspace.errors import SettingsError, WeightspaceError, ZooError
+from weightspace.errors import SettingsError, ZooError
 from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencoderModel
 from weightspace.models.joint.configuration_joint import (
     PAIRS,
@@ -32,7 +32,7 @@ from weightspace.stats.measures import found_correlation
 from weightspace.training.autoencoder import EncoderSettings, fitted_input
 from weightspace.training.batches import Batch, ViewBatches
 from weightspace.training.classes import StepOrders
-from weightspace.training.joint_data import JointBatches, JointData
+from weightspace.training.joint_data import JointBatches, JointData, opened_datasets
 from weightspace.training.loop import Objective
 from weightspace.training.run import Prepared, config_from, ensure_same_test_runs, run_training, trained_with
 from weightspace.training.settings import LoopSettings
@@ -169,15 +169,9 @@ def train_joint(
 def _joint_data(zoo: Zoo, split: Split, settings: JointSettings, encoder: ImageEncoder) -> JointData:
     """Opens the datasets of a zoo and gathers its results."""
     names = zoo.index["dataset"].to_numpy()
-    opened: dict[str, DatasetFeatures] = {}
-    left_out: dict[str, str] = {}
-    for name in sorted({name for name in names if isinstance(name, str)}):
-        try:
-            images = load_images(name)
-        except WeightspaceError as error:
-            left_out[name] = str(error)
-        else:
-            opened[name] = dataset_features(images, encoder, images=settings.sample)
+    opened, left_out = opened_datasets(
+        names, lambda name: dataset_features(load_images(name), encoder, images=settings.sample)
+    )
     needed = [pair for pair in settings.towers.pairs if "dataset" in pair]
     if not opened and needed:
         reason = next(iter(left_out.values()), "no model names one")

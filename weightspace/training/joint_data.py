@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -11,9 +12,31 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from weightspace.data.features import DatasetFeatures
+from weightspace.errors import WeightspaceError
 from weightspace.training.batches import Batch, ViewBatches, seeded_generator
 from weightspace.training.classes import StepOrders, renumbered_labels
 from weightspace.zoo.splits import Split
+
+T = TypeVar("T")
+
+
+def opened_datasets(names: Iterable[Any], open_one: Callable[[str], T]) -> tuple[dict[str, T], dict[str, str]]:
+    """Opens datasets by name, in alphabetical order; one that cannot be opened does not stop the others.
+
+    Args:
+        names: as models name their datasets; what is no text is left out.
+        open_one: opens one.
+
+    Returns:
+        What was opened, and the reasons for what was not, by name.
+    """
+    opened, left_out = {}, {}
+    for name in sorted({name for name in names if isinstance(name, str)}):
+        try:
+            opened[name] = open_one(name)
+        except WeightspaceError as error:
+            left_out[name] = str(error)
+    return opened, left_out
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,6 +27,7 @@ from weightspace.errors import SettingsError
 from weightspace.io.checkpoint import open_checkpoint
 from weightspace.io.writing import save_checkpoint
 from weightspace.training.settings import LoopSettings
+from weightspace.zoo.storage import write_text
 
 _CHECKPOINTS, _HISTORY = "checkpoints", "history.jsonl"
 _BEST = "best.safetensors"
@@ -61,8 +62,10 @@ def resolve_precision(name: str) -> str:
         SettingsError: fp16 on a processor, where Accelerate would train without a gradient scaler.
     """
     if name == "auto":
-        cuda = torch.cuda.is_available()
-        return "bf16" if (torch.cuda.is_bf16_supported() if cuda else torch.cpu._is_amx_tile_supported()) else "no"
+        if torch.cuda.is_available():
+            return "bf16" if torch.cuda.is_bf16_supported() else "no"
+        # A torch that cannot tell trains as one without matrix units.
+        return "bf16" if getattr(torch.cpu, "get_capabilities", dict)().get("amx_tile", False) else "no"
     if name == "fp16" and not torch.cuda.is_available():
         raise SettingsError("mixed_precision: fp16 needs a GPU; choose bf16 or no")
     return name
@@ -98,7 +101,7 @@ def fit(model: nn.Module, batches: Batches, objective: Objective, settings: Loop
     done = _resume(accelerator, output)
     if accelerator.is_main_process:  # steps after the checkpoint are written anew
         kept = (row for row in read_history(output) if row["step"] <= done)
-        (output / _HISTORY).write_text("".join(json.dumps(row) + "\n" for row in kept))
+        write_text(output / _HISTORY, "".join(json.dumps(row) + "\n" for row in kept))
     best = _Best(accelerator, output / _CHECKPOINTS / _BEST, settings.best, done) if settings.best else None
     if accelerator.log_with:
         values = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(settings).items()}
@@ -162,9 +165,13 @@ def clear_checkpoints(output: Path) -> None:
 
 
 def read_history(output: Path) -> list[dict[str, int | float]]:
-    """Reads the history of a run: one mapping a logged step, with ``"step"`` in each; empty if there is none."""
+    """Reads the history of a run: one mapping a logged step, with ``"step"`` in each; empty if there is none.
+
+    A last line without its end is that of a step in which the run was killed, and is left out.
+    """
     path = output / _HISTORY
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def learning_rate_factor(step: int, settings: LoopSettings) -> float:
@@ -179,8 +186,9 @@ def learning_rate_factor(step: int, settings: LoopSettings) -> float:
 
 
 def _accelerator(settings: LoopSettings, output: Path) -> Accelerator:
-    # Accelerate keeps the precision of the first run of a process and would refuse another.
-    AcceleratorState._reset_state()
+    # Accelerate keeps the precision of the first run of a process and refuses another. A version without this function
+    # says so itself.
+    getattr(AcceleratorState, "_reset_state", bool)()
     is_main_process()
     return Accelerator(
         mixed_precision=resolve_precision(settings.mixed_precision),

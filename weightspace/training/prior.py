@@ -141,6 +141,7 @@ def train_prior(
             "autoencoder": str(autoencoder),
             "joint": str(joint),
             "held_out_datasets": list(given["joint"].held_out_datasets),
+            "datasets_left_out": conditions.left_out,
         }
         return _prepared(opened, split, settings, codec, conditions, given["joint"], extras)
 
@@ -248,9 +249,10 @@ class PriorBatches:
     def batch(self, places: Int[np.ndarray, "batch"], number: int, generator: torch.Generator) -> Batch:
         """Puts models together, and draws what is asked of them and what else the model is given."""
         rows = self.models.rows[places]
-        orders = self.conditions.orders(rows, self.models.outputs(places), self.shuffle_classes, generator)
+        outputs = self.models.outputs(places)
+        orders = self.conditions.orders(rows, outputs, self.shuffle_classes, generator)
         inputs, parts = self.models.batch(places, orders)
-        inputs |= self.conditions.asked(rows, orders, self.drop, generator)
+        inputs |= {**self.conditions.asked(rows, orders, self.drop, generator), "ordered": outputs > 0}
         inputs |= self.draw(inputs, generator)
         return Batch(inputs, parts, number, rows)
 

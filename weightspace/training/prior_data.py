@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from weightspace.data.features import DatasetFeatures, features_of_datasets
+from weightspace.data.features import DatasetFeatures, dataset_features
 from weightspace.data.image_encoders import open_image_encoder
 from weightspace.errors import ZooError
 from weightspace.models.codec import LatentCodec
@@ -23,7 +23,7 @@ from weightspace.networks.alignment import align
 from weightspace.schema import Architecture
 from weightspace.training.batches import BatchPart, padded
 from weightspace.training.classes import orders_of_models, output_count, renumbered_labels, reordered, reordered_outputs
-from weightspace.training.joint_data import stated_results
+from weightspace.training.joint_data import opened_datasets, stated_results
 from weightspace.zoo.dataset import Zoo
 
 
@@ -198,6 +198,7 @@ class Conditions:
         activations: names of activations, from number 1 on.
         datasets: see `SeenDatasets`.
         joint: describes classes and embeds results.
+        left_out: datasets that cannot be opened, with the reason; their models have none.
     """
 
     dataset: Int[Tensor, " models"]
@@ -206,6 +207,7 @@ class Conditions:
     activations: list[str]
     datasets: SeenDatasets
     joint: JointModel
+    left_out: Mapping[str, str]
 
     @classmethod
     def of(cls, zoo: Zoo, joint: JointModel, trained: Mapping[str, Any], *, allow_pickle: bool = False) -> Conditions:
@@ -218,7 +220,7 @@ class Conditions:
             allow_pickle: read plain tensors from a pickle where the image encoder has no safetensors file.
 
         Raises:
-            WeightspaceError: a dataset or the image encoder cannot be opened, or it is another one by now.
+            WeightspaceError: the image encoder or all datasets cannot be opened, or it is another one by now.
         """
         config = joint.config.result_config
         assert isinstance(config, ResultTowerConfig)
@@ -227,10 +229,14 @@ class Conditions:
             for name in config.results
         ]
         names = zoo.index["dataset"].to_numpy()
-        known = sorted({name for name in names if isinstance(name, str)})
-        numbers = {name: number for number, name in enumerate(known, start=1)}
         encoder = open_image_encoder(trained["image_encoder"], allow_pickle=allow_pickle)
-        datasets = features_of_datasets(known, encoder, images=trained["sample"])
+        opened, left_out = opened_datasets(
+            names, lambda name: dataset_features(name, encoder, images=trained["sample"])
+        )
+        if left_out and not opened:
+            reason = next(iter(left_out.values()))
+            raise ZooError(f"{zoo.location}: no dataset can be opened ({reason}); a prior needs one")
+        numbers = {name: number for number, name in enumerate(opened, start=1)}
         used = [None if family is None else str(family.activation) for family in zoo.families]
         activations = sorted({name for name in used if name is not None})
         return cls(
@@ -238,8 +244,9 @@ class Conditions:
             torch.from_numpy(np.stack(columns, 1)).float(),
             torch.tensor([0 if name is None else 1 + activations.index(name) for name in used]),
             activations,
-            SeenDatasets.of(datasets, joint),
+            SeenDatasets.of(list(opened.values()), joint),
             joint,
+            left_out,
         )
 
     @property

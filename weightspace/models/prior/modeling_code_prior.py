@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils.generic import ModelOutput
@@ -78,6 +78,7 @@ class WeightCodePriorModel(ConditionedPrior):
         activation: Int[Tensor, " batch"],
         known: TokenMask | None = None,
         attention_mask: TokenMask | None = None,
+        ordered: Bool[Tensor, " batch"] | None = None,
         decode: bool = False,
         return_loss: bool = True,
     ) -> WeightCodePriorOutput:
@@ -90,7 +91,7 @@ class WeightCodePriorModel(ConditionedPrior):
         tokens = token_mask(position_ids, attention_mask)
         known = torch.ones_like(tokens) if known is None else known
         numbers = self.autoencoder.from_codes(self.autoencoder.to_codes(latents))
-        condition = PriorCondition(class_features, result_embeds, activation)
+        condition = PriorCondition(class_features, result_embeds, activation, ordered)
         modulation, at_outputs = self._modulation(condition, position_ids, tokens)
         hidden = self._entered(self._before(numbers, known), weight_mask, position_ids) + at_outputs
         states = self._states(hidden, tokens, modulation)

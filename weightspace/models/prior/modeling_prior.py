@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
@@ -47,19 +47,19 @@ class PriorCondition:
             for output c of the networks. Zeros where there is no class; zeros alone for no dataset.
         result_embeds: embeddings of results in the joint space, of length 1; a row of zeros for none.
         activation: 1 + index of a network's activation in the config's list; 0 for any other, or none.
+        ordered: whether the channels of a network's last layer are known to be its outputs; true for all if left out.
+            Classes enter at no token of the others.
     """
 
     class_features: Float[Tensor, "batch classes features"]
     result_embeds: Float[Tensor, "batch size"]
     activation: Int[Tensor, " batch"]
+    ordered: Bool[Tensor, " batch"] | None = None
 
     def without(self, *, dataset: bool = False, result: bool = False) -> "PriorCondition":
         """Returns the same condition with a part left out."""
-        return PriorCondition(
-            torch.zeros_like(self.class_features) if dataset else self.class_features,
-            torch.zeros_like(self.result_embeds) if result else self.result_embeds,
-            self.activation,
-        )
+        parts = {"class_features": dataset, "result_embeds": result}
+        return replace(self, **{name: torch.zeros_like(getattr(self, name)) for name, left in parts.items() if left})
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class ConditionedPrior(WeightspaceModel):
         total = total if time is None else time + total
         for number, (part, known) in enumerate(zip(parts, (count > 0, result.any(-1, keepdim=True)), strict=True)):
             total = total + torch.where(known, part, self.absent.weight[number])
-        return self.mix(total), _at_outputs(classes, position_ids, tokens)
+        return self.mix(total), _at_outputs(classes, position_ids, tokens, condition.ordered)
 
     def _entered(self, entered: Hidden, weight_mask: Tensor, position_ids: Tensor) -> Hidden:
         """Adds to what enters at each token its position and its shape."""
@@ -206,6 +206,7 @@ class WeightPriorModel(ConditionedPrior):
         noise: Latents,
         times: Float[Tensor, " batch"],
         attention_mask: TokenMask | None = None,
+        ordered: Bool[Tensor, " batch"] | None = None,
         decode: bool = False,
         return_loss: bool = True,
     ) -> WeightPriorOutput:
@@ -216,7 +217,7 @@ class WeightPriorModel(ConditionedPrior):
         tokens = token_mask(position_ids, attention_mask)
         goal, share = self.scaler(latents.float()), times.view(-1, 1, 1)
         noisy = (1 - share) * noise + share * goal
-        condition = PriorCondition(class_features, result_embeds, activation)
+        condition = PriorCondition(class_features, result_embeds, activation, ordered)
         velocity = self.velocity(noisy, times, condition, weight_mask, position_ids, tokens).float()
         output = WeightPriorOutput(velocity=velocity, times=times)
         output["denoised"] = self.scaler.inverse(noisy + (1 - share) * velocity)
@@ -320,10 +321,19 @@ class LatentScaler(nn.Module):
         return values * self.scale + self.centre
 
 
-def _at_outputs(classes: Float[Tensor, "batch classes width"], position_ids: Positions, tokens: TokenMask) -> Hidden:
-    """Puts each class at the output that stands for it: the channel of the last layer with its number."""
+def _at_outputs(
+    classes: Float[Tensor, "batch classes width"],
+    position_ids: Positions,
+    tokens: TokenMask,
+    ordered: Bool[Tensor, " batch"] | None = None,
+) -> Hidden:
+    """Puts each class at the output that stands for it: the channel of the last layer with its number.
+
+    Models whose order of layers is not known have no such outputs.
+    """
     _, layers, channels = position_ids.masked_fill(~tokens.unsqueeze(-1), -1).unbind(-1)
     outputs = (layers == layers.amax(1, keepdim=True)) & (channels >= 0) & (channels < classes.shape[1])
+    outputs = outputs if ordered is None else outputs & ordered.unsqueeze(1)
     index = torch.where(outputs, channels, 0).unsqueeze(-1).expand(-1, -1, classes.shape[-1])
     return classes.gather(1, index) * outputs.unsqueeze(-1)
 
