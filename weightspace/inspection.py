@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -190,8 +191,11 @@ def inspect_location(
 
 
 def _adapter_facts(checkpoint: Checkpoint, check_values: bool) -> AdapterFacts | None:
-    if checkpoint.adapter_config is None and not find_pairs(checkpoint.specs.values())[0]:
-        return None
+    config = checkpoint.adapter_config
+    pairs, problems = find_pairs(checkpoint.specs.values())
+    merged = config is None or (config.get("peft_type") == "LORA" and checkpoint.specs)
+    if merged and not pairs and not problems:
+        return None  # a config beside a model that an adapter was merged into makes no adapter of it
     try:
         adapter = read_adapter(checkpoint, checkpoint.adapter_config)
     except CheckpointError as error:  # one of the many other kinds of adapter, or a config that makes no sense
@@ -200,7 +204,7 @@ def _adapter_facts(checkpoint: Checkpoint, check_values: bool) -> AdapterFacts |
         base_model=adapter.base_model,
         modules=len(adapter.pairs),
         ranks=tuple(sorted({pair.rank for pair in adapter.pairs})),
-        scalings=tuple(sorted(set(adapter.scaling.values()))),
+        scalings=tuple(sorted({scaling for scaling in adapter.scaling.values() if math.isfinite(scaling)})),
         namings=adapter.namings,
         saved=adapter.saved,
         problems=adapter.mismatches,

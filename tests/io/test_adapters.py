@@ -332,3 +332,84 @@ def test_real_adapters() -> None:
             assert sum(len(pair.names) for pair in found.pairs) + len(found.other) == record["n_tensors"]
             assert {name for name in found.other if not name.startswith("<s")} == set()
     assert namings == {"peft", "diffusers", "cloneofsimo"}
+
+
+def stated(naming: str, metadata: dict[str, str], rank: int = 2) -> Adapter:
+    """An adapter of two networks whose alpha only the metadata can tell."""
+    down, up = ("lora_A", "lora_B") if "." in naming else ("lora_down", "lora_up")
+    shapes = {f"{naming}{part}q.{down}.weight": (rank, 6) for part in "ab"}
+    shapes |= {f"{naming}{part}q.{up}.weight": (5, rank) for part in "ab"}
+    blob = checkpoint_bytes({name: torch.ones(shape) for name, shape in shapes.items()}, metadata)
+    return read_adapter(open_checkpoint_bytes(blob, where="here"), None)
+
+
+@pytest.mark.parametrize(
+    ("naming", "metadata", "scaling"),
+    [
+        ("lora_unet_", {"ss_network_alpha": "8", "ss_network_dim": "2"}, 4),
+        ("lora_unet_", {"ss_network_alpha": "1e0", "ss_network_dim": "Dynamic"}, 0.5),
+        ("x.", {"lora_alpha": "3.5"}, 1.75),
+        ("x.", {"network_alpha": "2", "rank": "2"}, 1),
+        ("text_encoder_2.", {"text_encoder_2.lora_alpha": "6", "text_encoder.lora_alpha": "1"}, 3),
+        ("transformer_2.", {"meta": json.dumps({"transformer_2.r": 2, "transformer_2.lora_alpha": 4})}, 2),
+        (
+            "unet.",
+            {"lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.lora_alpha": 4, "unet.use_rslora": True})},
+            2**1.5,
+        ),
+        ("unet.", {"c": json.dumps({"r": 9, "lora_alpha": 4, "rank_pattern": {"^aq": 2, "bq": 2}})}, 2),
+        ("x.", {"lora_alpha": "8", "lora_adapter_metadata": "{"}, 4),
+    ],
+)
+def test_alpha_stated_in_metadata_is_used(naming: str, metadata: dict[str, str], scaling: int | float) -> None:
+    found = stated(naming, metadata)
+    assert list(found.scaling.values()) == pytest.approx([scaling, scaling])
+    assert not found.unknown and not found.notes
+
+
+@pytest.mark.parametrize(
+    ("naming", "metadata"),
+    [
+        ("lora_unet_", {}),
+        ("lora_unet_", {"ss_network_alpha": "None"}),
+        ("x.", {"lora_alpha": "1e999"}),
+        ("x.", {"lora_alpha": "nan"}),
+        ("x.", {"lora_alpha": "9" * 5000}),
+        ("x.", {"alpha": "", "rank": "2"}),
+        ("x.", {"lora_alpha": "8", "rank": "4"}),  # the tensors have another rank: whose alpha is it?
+        ("unet.", {"text_encoder.lora_alpha": "8"}),
+        ("unet.", {"lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.lora_alpha": None})}),
+        ("unet.", {"lora_adapter_metadata": '{"lora_alpha": ' + "[" * 10**5}),
+    ],
+)
+def test_alpha_that_nothing_usable_states_is_unknown(naming: str, metadata: dict[str, str]) -> None:
+    found = stated(naming, metadata)
+    assert set(found.unknown) == {pair.module for pair in found.pairs}
+    assert "2 modules: their scaling is unknown" in found.notes[-1]
+
+
+def test_scalars_go_before_metadata_and_a_config_before_both() -> None:
+    shapes = {"lora_unet_a.lora_down.weight": (4, 6), "lora_unet_a.lora_up.weight": (5, 4)}
+    tensors = {name: torch.ones(shape) for name, shape in shapes.items()} | {"lora_unet_a.alpha": torch.tensor(2.0)}
+    blob = checkpoint_bytes(tensors, {"ss_network_alpha": "16"})
+    assert list(read_adapter(open_checkpoint_bytes(blob, where="here"), None).scaling.values()) == [0.5]
+    blob = checkpoint_bytes({name: torch.ones(shape) for name, shape in peft("q").items()}, {"lora_alpha": "16"})
+    assert read_adapter(open_checkpoint_bytes(blob, where="here"), CONFIG | {"lora_alpha": 6}).scaling == {"q": 3}
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), float("inf")])
+def test_numbers_too_large_for_a_float_are_refused(value: int | float) -> None:
+    with pytest.raises(CheckpointError, match=r"lora_alpha is .*; it must be a finite number") as caught:
+        adapter(peft("q"), lora_alpha=value)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_fsdp_wrapped_module."])
+def test_wrappers_are_no_part_of_the_module_and_peft_would_not_load_them(prefix: str) -> None:
+    found = adapter({prefix + name: shape for name, shape in peft("h.q").items()})
+    assert [pair.module for pair in found.pairs] == ["h.q"]
+    assert f"is stored as '{prefix}base_model.model.h.q.lora_A.weight', a name that PEFT does not look for" in str(
+        found.mismatches
+    )
+    inner = adapter({name.replace("h.q", "h._orig_mod.q"): shape for name, shape in peft("h.q").items()})
+    assert [pair.module for pair in inner.pairs] == ["h.q"] and "PEFT does not look for" in str(inner.mismatches)

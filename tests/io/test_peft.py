@@ -123,8 +123,11 @@ def loaded_by_peft(base: Base, folder: Path, tensors: dict[str, Tensor]) -> Peft
     return model
 
 
-def adapter_of(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Adapter:
-    return read_adapter(open_checkpoint_bytes(checkpoint_bytes(tensors, metadata), where="here"), None)
+def adapter_of(
+    tensors: dict[str, Tensor], metadata: dict[str, str] | None = None, scaling: float | None = None
+) -> Adapter:
+    checkpoint = open_checkpoint_bytes(checkpoint_bytes(tensors, metadata), where="here")
+    return read_adapter(checkpoint, None, scaling=scaling)
 
 
 @pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS)
@@ -237,9 +240,15 @@ def test_other_namings_become_pefts(base: Base, naming: str, template: str, tmp_
         names[module] = tuple(template.format(direction=d, letter=x, **parts) for d, x in (("down", "A"), ("up", "B")))
     tensors = renamed(model, names)
     adapter = adapter_of(tensors)
-    assert adapter.namings == (naming,) and adapter.notes == (
-        "neither a config nor a tensor says alpha: it is taken to be the rank",
-    )
+    assert adapter.namings == (naming,) and set(adapter.unknown) == set(adapter.scaling)
+    assert adapter.notes == ("no config, tensor or metadata states alpha of 6 modules: their scaling is unknown",)
+    with pytest.raises(CheckpointError, match=r"here: the scaling of 6 modules such as .* is unknown"):
+        fold_scaling(adapter, tensors)
+    with pytest.raises(CheckpointError, match=r"here: the scaling of 6 modules such as .* is unknown"):
+        to_peft(adapter, tensors, modules=dict(base.named_modules()))
+    adapter = read_adapter(open_checkpoint_bytes(checkpoint_bytes(tensors), where="here"), None, scaling=1.0)
+    assert not adapter.unknown
+    assert adapter.notes == ("nothing states the scaling of 6 modules: it is taken to be 1",)
     converted, config = to_peft(adapter, tensors, modules=dict(base.named_modules()))
     save_adapter(converted, config, tmp_path / "ours")
     loaded = loaded_by_peft(base, tmp_path / "ours", converted)
@@ -302,7 +311,7 @@ class TestConversionIsRefused:
 
     def test_of_several_networks_at_once(self) -> None:
         tensors = self.pairs("lora_te_a", "lora_unet_b")
-        adapter = adapter_of(tensors)
+        adapter = adapter_of(tensors, scaling=1.0)
         with pytest.raises(CheckpointError, match=r"factors of te, unet, .* e\.g\. component='unet'"):
             to_peft(adapter, tensors, modules=["a", "b"])
         with pytest.raises(CheckpointError, match="no component 'vae'; take one of 'te', 'unet'"):

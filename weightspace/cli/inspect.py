@@ -88,7 +88,7 @@ def _adapter(adapter: AdapterFacts) -> list[str]:
     ranks, scalings = (", ".join(f"{value:g}" for value in values) for values in (adapter.ranks, adapter.scalings))
     return [
         f"LoRA adapter of {printable(adapter.base_model or 'no base model named')}",
-        f"{adapter.modules} modules, rank {ranks or 'none'}, scaling {scalings or 'none'}",
+        f"{adapter.modules} modules, rank {ranks or 'none'}, scaling {scalings or 'unknown'}",
         f"named as by {', '.join(adapter.namings) or 'no trainer known'}",
         *(["untrained: no module has an update"] if adapter.untrained else ()),
         *(listing("trained whole", adapter.saved) if adapter.saved else ()),

@@ -114,7 +114,8 @@ def _entry(hub: HubRepo, item: Item, loaded: _Loaded) -> ZooEntry:
         adapter = read_adapter(checkpoint, checkpoint.adapter_config)
         # These names are used by no trainer.
         hyperparameters["adapter_rank"] = max(pair.rank for pair in adapter.pairs)
-        hyperparameters["adapter_scaling"] = max(adapter.scaling.values())
+        if not adapter.unknown:
+            hyperparameters["adapter_scaling"] = max(adapter.scaling.values())
         hyperparameters["adapter_untrained"] = is_untrained(adapter, checkpoint)
         if adapter.mismatches:
             hyperparameters["adapter_mismatches"] = list(adapter.mismatches[:_MOST_MISMATCHES])

@@ -1,11 +1,15 @@
-"""The part of PEFT's ``adapter_config.json`` that says how to read LoRA factors."""
+"""How to read LoRA factors: what PEFT's ``adapter_config.json`` or the metadata of a header says."""
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import sys
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 from weightspace.errors import CheckpointError
@@ -18,6 +22,10 @@ _SIMPLE = re.compile(rf"\^?(?:{_ATOM}[*+?]?|{_CHOICE})*\$?")
 _PLAIN = re.compile(r"[\w.]+")
 _LONGEST_PATTERN = 1000
 _MOST_STEPS = 5e8
+_RANK_KEYS = ("r", "rank", "lora_rank", "network_dim", "ss_network_dim")
+_ALPHA_KEYS = ("lora_alpha", "alpha", "network_alpha", "ss_network_alpha")
+_LARGEST = sys.float_info.max
+_LONGEST_METADATA = 2**20
 # Each is looked for in every tensor's name.
 _MOST_SAVED = 100
 
@@ -27,7 +35,7 @@ class LoraConfig:
     """Checked fields of an ``adapter_config.json``.
 
     Attributes:
-        rank: of modules that no pattern names.
+        rank: of modules that no pattern names; None where nothing states it, as some metadata does not.
         alpha: of modules that no pattern names.
         rank_pattern: ranks by plain name or regular expression, as PEFT matches them.
         alpha_pattern: alphas by plain name or regular expression.
@@ -39,7 +47,7 @@ class LoraConfig:
         base_model: the model that was trained, or None.
     """
 
-    rank: int
+    rank: int | None
     alpha: float
     rank_pattern: Mapping[str, float]
     alpha_pattern: Mapping[str, float]
@@ -67,7 +75,7 @@ def parse_lora_config(config: Mapping[str, Any], where: str) -> LoraConfig:
     if config.get("use_bdlora"):
         raise CheckpointError(f"{where}: use_bdlora makes the factors block-diagonal; only plain B and A are read")
     rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
-    if type(rank) is not int or rank < 1:
+    if type(rank) is not int or not 1 <= rank <= _LARGEST:
         raise CheckpointError(f"{where}: r is {shown(rank)}; it must be a whole number of 1 or more")
     if not _is_number(alpha):
         raise CheckpointError(f"{where}: lora_alpha is {shown(alpha)}; it must be a finite number")
@@ -87,6 +95,54 @@ def parse_lora_config(config: Mapping[str, Any], where: str) -> LoraConfig:
         bias=bool(config.get("lora_bias")),
         base_model=base_model if isinstance(base_model, str) and base_model else None,
     )
+
+
+def metadata_configs(metadata: Mapping[str, str]) -> dict[str, LoraConfig | str]:
+    """Reads what a header's metadata says of rank and alpha, as trainers without an ``adapter_config.json`` write it.
+
+    Known are numbers under their usual keys (kohya's ``ss_network_alpha``, ``lora_alpha``), and JSON with the fields of
+    PEFT's config (diffusers' ``lora_adapter_metadata``); either with the network of a pipeline before the key.
+
+    Returns:
+        By network, empty for all of them: the config, or why what is stated cannot be used.
+    """
+    fields: dict[str, dict[str, Any]] = defaultdict(dict)
+    for key, text in metadata.items():
+        component, _, last = key.rpartition(".")
+        if last in _RANK_KEYS or last in _ALPHA_KEYS:
+            number = _number_in(text)
+            name = "r" if last in _RANK_KEYS else "lora_alpha"
+            # "Dynamic" and the like are no rank; an alpha that is no number is one that nobody knows.
+            if name == "lora_alpha" or isinstance(number, int):
+                fields[component].setdefault(name, number)
+        elif "lora_alpha" in text and len(text) <= _LONGEST_METADATA:
+            for name, value in _json_object(text).items():
+                component, _, last = name.rpartition(".")
+                fields[component][last] = value
+    found: dict[str, LoraConfig | str] = {}
+    for component, stated in fields.items():
+        if "lora_alpha" in stated:
+            try:
+                config = parse_lora_config({**stated, "peft_type": "LORA"}, "the header's metadata")
+                found[component] = config if "r" in stated else replace(config, rank=None)
+            except CheckpointError as error:
+                found[component] = str(error)
+    return found
+
+
+def _number_in(text: str) -> int | float | str:
+    for kind in (int, float) if len(text) < 64 else ():
+        with suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def name_ends(module: str) -> list[str]:
@@ -138,7 +194,9 @@ def _compiled(text: str, modules: Sequence[str], count: int) -> re.Pattern[str] 
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return -_LARGEST <= value <= _LARGEST  # false for NaN, and exact for integers that are too large for a float
 
 
 def _numbers(config: Mapping[str, Any], key: str, where: str, least: float = -math.inf) -> Mapping[str, float]:

@@ -22,7 +22,14 @@ from typing import Any, Literal
 from torch import Tensor
 
 from weightspace.errors import CheckpointError
-from weightspace.io.adapter_config import LoraConfig, belongs_to, match_patterns, name_ends, parse_lora_config
+from weightspace.io.adapter_config import (
+    LoraConfig,
+    belongs_to,
+    match_patterns,
+    metadata_configs,
+    name_ends,
+    parse_lora_config,
+)
 from weightspace.io.checkpoint import ADAPTER_CONFIG, Checkpoint
 from weightspace.io.header import shown
 from weightspace.schema import TensorSpec
@@ -46,7 +53,12 @@ _NAMES: tuple[tuple[Naming, re.Pattern[str]], ...] = (
     ("kohya", re.compile(r"(?P<module>.+?)\.(?P<part>lora_\w+|hada_\w+|lokr_\w+|dora_scale)(\..*)?")),
 )
 _ROLES = {"A": "a", "embedding_A": "a", "down": "a", "B": "b", "embedding_B": "b", "up": "b"}
-_COMPONENT = re.compile(r"(unet|text_encoder(?:_\d)?|transformer|prior|controlnet)[.:]")
+_COMPONENT = re.compile(r"(unet|text_encoder(?:_\d)?|transformer(?:_\d)?|prior|controlnet)[.:]")
+_WRAPPERS = re.compile(r"^(module\.)+|(?:(?<=\.)|^)(_orig_mod|_fsdp_wrapped_module)\.")
+"""What DDP, torch.compile and FSDP put before the names of a module that they wrap."""
+
+_CONV_ALPHA = "conv_alpha"  # kohya's alpha of convolutions, another one than that of the file
+
 FLAT_COMPONENT = re.compile(r"lora_(unet|te\d?|transformer|prior)_")
 """How kohya's names begin that stand for a path without dots."""
 # PEFT keeps one pair for several experts, and B A would mix them. Only the module's name gives it away.
@@ -105,9 +117,9 @@ class Adapter:
         base_model: the model that it was trained on, as config or metadata name it, or None.
         config: content of ``adapter_config.json``, or None.
         pairs: the factors, in the order of the checkpoint.
-        alpha: by module; the rank where neither config nor tensors say.
+        alpha: by module; NaN where neither config, tensors nor metadata state one that can be used.
         scaling: by module, what ``B A`` is multiplied with: ``alpha / rank``, or ``alpha / sqrt(rank)`` with rslora
-            (Kalajdzievski, 2023).
+            (Kalajdzievski, 2023); NaN where it is unknown.
         saved: tensors of whole modules that were trained beside the pairs (``modules_to_save``).
         other: all other tensors.
         mismatches: where config and tensors do not fit, so that PEFT would load something else than what is stored.
@@ -129,6 +141,11 @@ class Adapter:
     def namings(self) -> tuple[Naming, ...]:
         """The namings found, most frequent first; mostly one."""
         return tuple(naming for naming, _ in Counter(pair.naming for pair in self.pairs).most_common())
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """The modules whose scaling is not known."""
+        return tuple(module for module, scaling in self.scaling.items() if not math.isfinite(scaling))
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -175,12 +192,13 @@ def find_pairs(specs: Iterable[TensorSpec]) -> tuple[tuple[LoraPair, ...], dict[
     return tuple(pairs), problems
 
 
-def read_adapter(checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> Adapter:
+def read_adapter(checkpoint: Checkpoint, config: Mapping[str, Any] | None, *, scaling: float | None = None) -> Adapter:
     """Reads what a checkpoint holds of a LoRA adapter; of its tensors only scalars named ``alpha``.
 
     Args:
         checkpoint: opened adapter weights, of any of the namings above.
         config: content of the ``adapter_config.json`` beside them; None for namings that have none.
+        scaling: what ``B A`` is multiplied with where nothing states it.
 
     Raises:
         CheckpointError: the config is of another kind of adapter or has impossible values, or no pair was found.
@@ -189,7 +207,15 @@ def read_adapter(checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> Ad
     scalars = [pair.alpha for pair in pairs if pair.alpha and _is_scalar(checkpoint.specs[pair.alpha])]
     alphas = {name: float(value) for name, value in checkpoint.tensors(scalars).items()}
     base_model = checkpoint.metadata.get("ss_sd_model_name")  # kohya's
-    return describe_adapter(checkpoint.specs, config, alphas=alphas, base_model=base_model, where=checkpoint.where)
+    return describe_adapter(
+        checkpoint.specs,
+        config,
+        alphas=alphas,
+        metadata=checkpoint.metadata,
+        scaling=scaling,
+        base_model=base_model,
+        where=checkpoint.where,
+    )
 
 
 def describe_adapter(
@@ -198,6 +224,8 @@ def describe_adapter(
     *,
     where: str,
     alphas: Mapping[str, float] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    scaling: float | None = None,
     base_model: str | None = None,
 ) -> Adapter:
     """Puts together what names, shapes and config say of an adapter, without a checkpoint.
@@ -207,6 +235,8 @@ def describe_adapter(
         config: content of the ``adapter_config.json``, or None.
         where: what the adapter is called in errors.
         alphas: values of scalars named ``alpha``, by their names; only used where there is no config.
+        metadata: of the header; only used where there is neither a config nor such a scalar.
+        scaling: as in `read_adapter`.
         base_model: the base model's name where there is no config.
 
     Raises:
@@ -221,17 +251,10 @@ def describe_adapter(
     findings = [(problem, module) for module, problem in problems.items()]
     notes: list[str] = []
     if known is None:
-        values = alphas or {}
-        alpha = {p.module: values.get(p.alpha, math.nan) if p.alpha else float(p.rank) for p in pairs}
-        scaling = {pair.module: alpha[pair.module] / pair.rank for pair in pairs}
-        findings += [
-            ("has an alpha that is no finite number", p.module) for p in pairs if not math.isfinite(alpha[p.module])
-        ]
-        if not any(pair.alpha for pair in pairs):
-            notes.append("neither a config nor a tensor says alpha: it is taken to be the rank")
+        stated = _scaling_of(pairs, alphas or {}, metadata or {}, scaling, findings, notes)
     else:
         base_model = known.base_model
-        alpha, scaling = _alpha_and_scaling(pairs, known, findings)
+        stated = _alpha_and_scaling(pairs, known, findings)
         findings += _unlike_config(pairs, known)
         notes += _absent(pairs, known, specs)
     if base_model is not None and not base_model.isprintable():
@@ -243,7 +266,16 @@ def describe_adapter(
     saved = tuple(name for name in beside if belongs_to(name.removeprefix(PEFT_ROOT), kept))
     whole = set(saved)
     other = tuple(name for name in beside if name not in whole)
-    return Adapter(where, base_model, config, pairs, alpha, scaling, saved, other, _grouped(findings), tuple(notes))
+    return Adapter(where, base_model, config, pairs, *stated, saved, other, _grouped(findings), tuple(notes))
+
+
+def peft_names(pair: LoraPair, path: str) -> dict[str, str]:
+    """Returns PEFT's names of the tensors of a pair, by their present ones; alpha has none, it goes into the config."""
+    factors = ("embedding_A", "embedding_B") if pair.kind == "embedding" else ("A.weight", "B.weight")
+    parts = {pair.a.name: factors[0], pair.b.name: factors[1]}
+    parts |= {pair.bias: "B.bias"} if pair.bias else {}
+    parts |= {pair.magnitude: "magnitude_vector"} if pair.magnitude else {}
+    return {name: f"{PEFT_ROOT}{path}.lora_{part}" for name, part in parts.items()}
 
 
 def is_untrained(adapter: Adapter, tensors: Mapping[str, Tensor] | Checkpoint) -> bool:
@@ -262,6 +294,7 @@ def _is_scalar(spec: TensorSpec) -> bool:
 
 
 def _parse(name: str) -> _Part | None:
+    name = _WRAPPERS.sub("", name)
     path = name.removeprefix(PEFT_ROOT)
     for naming, pattern in _NAMES:
         if match := pattern.fullmatch(path):
@@ -313,18 +346,68 @@ def _pair(part: _Part, roles: Mapping[str, TensorSpec]) -> LoraPair:
     )
 
 
+def _scaling_of(
+    pairs: tuple[LoraPair, ...],
+    alphas: Mapping[str, float],
+    metadata: Mapping[str, str],
+    given: float | None,
+    findings: list[tuple[str, str]],
+    notes: list[str],
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Returns alpha and scaling by module for an adapter without a config."""
+    if any(pair.alpha for pair in pairs):
+        # Kohya's own rule: a module without the scalar has the rank.
+        values = {p.module: alphas.get(p.alpha, math.nan) if p.alpha else float(p.rank) for p in pairs}
+        broken = [pair.module for pair in pairs if not math.isfinite(values[pair.module])]
+        findings += [("has an alpha that is no finite number", module) for module in broken]
+        return values, {pair.module: values[pair.module] / pair.rank for pair in pairs}
+    alpha, scaling = ({pair.module: math.nan for pair in pairs} for _ in range(2))
+    configs = metadata_configs(metadata)
+    notes += [f"alpha is not read: {problem}" for problem in configs.values() if isinstance(problem, str)]
+    for component, config in configs.items():
+        if isinstance(config, str):
+            continue
+        # A network's own statement goes before one for all of them.
+        own = tuple(
+            pair
+            for pair in pairs
+            if component == _stated_for(pair, configs) and not (pair.kind == "conv" and _CONV_ALPHA in str(metadata))
+        )
+        contradicted = len(findings)
+        alphas_of, scaling_of = _alpha_and_scaling(own, config, findings, component)
+        wrong = {module for _, module in findings[contradicted:]}
+        alpha |= {module: value for module, value in alphas_of.items() if module not in wrong}
+        scaling |= {module: value for module, value in scaling_of.items() if module not in wrong}
+    unknown = [pair for pair in pairs if not math.isfinite(scaling[pair.module])]
+    if unknown and given is not None:
+        alpha |= {pair.module: given * pair.rank for pair in unknown}
+        scaling |= {pair.module: given for pair in unknown}
+        notes.append(f"nothing states the scaling of {len(unknown)} modules: it is taken to be {given:g}")
+    elif unknown:
+        notes.append(f"no config, tensor or metadata states alpha of {len(unknown)} modules: their scaling is unknown")
+    return alpha, scaling
+
+
+def _stated_for(pair: LoraPair, configs: Mapping[str, object]) -> str:
+    """Returns which of the networks with a statement a pair belongs to."""
+    named = [name for name in configs if name and (pair.module.startswith(f"{name}.") or pair.component == name)]
+    if named or "" in configs:
+        return max(named, key=len) if named else ""
+    return next(iter(configs)) if len(configs) == 1 and not pair.component else ""
+
+
 def _alpha_and_scaling(
-    pairs: tuple[LoraPair, ...], config: LoraConfig, findings: list[tuple[str, str]]
+    pairs: tuple[LoraPair, ...], config: LoraConfig, findings: list[tuple[str, str]], component: str = ""
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Returns alpha and scaling by module, and adds to ``findings`` where ranks are others than the config says."""
-    modules = [pair.module for pair in pairs]
-    ranks, refused_ranks = match_patterns(config.rank_pattern, modules)
-    alphas, refused_alphas = match_patterns(config.alpha_pattern, modules)
+    paths = {pair.module: pair.module.removeprefix(f"{component}.") for pair in pairs}
+    ranks, refused_ranks = match_patterns(config.rank_pattern, list(paths.values()))
+    alphas, refused_alphas = match_patterns(config.alpha_pattern, list(paths.values()))
     findings += [("is a pattern that could take too long to evaluate", text) for text in refused_ranks + refused_alphas]
-    alpha = {module: float(alphas.get(module, config.alpha)) for module in modules}
+    alpha = {module: float(alphas.get(path, config.alpha)) for module, path in paths.items()}
     scaling = {}
     for pair in pairs:
-        rank = ranks.get(pair.module, config.rank)
+        rank = ranks.get(paths[pair.module], pair.rank if config.rank is None else config.rank)
         scaling[pair.module] = alpha[pair.module] / (math.sqrt(rank) if config.rslora else rank)
         # PEFT before 0.3 gave every part of a merged projection the whole rank.
         if pair.rank not in (rank, rank * pair.groups):
@@ -334,6 +417,9 @@ def _alpha_and_scaling(
 
 def _unlike_config(pairs: tuple[LoraPair, ...], config: LoraConfig) -> list[tuple[str, str]]:
     found = []
+    for pair in pairs:
+        if any(name != expected for name, expected in peft_names(pair, pair.module).items()):
+            found.append((f"is stored as {shown(pair.a.name)}, a name that PEFT does not look for", pair.module))
     targets = None if config.targets is None else set(config.targets)
     for pair in pairs:
         if config.dora != (pair.magnitude is not None):

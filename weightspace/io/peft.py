@@ -15,7 +15,7 @@ from torch import Tensor
 from weightspace.dtypes import dtype_name
 from weightspace.errors import CheckpointError
 from weightspace.files import atomic_write_text
-from weightspace.io.adapters import FLAT_COMPONENT, PEFT_ROOT, Adapter, LoraPair, describe_adapter
+from weightspace.io.adapters import FLAT_COMPONENT, Adapter, LoraPair, describe_adapter, peft_names
 from weightspace.io.checkpoint import ADAPTER_CONFIG
 from weightspace.io.header import shown
 from weightspace.io.writing import save_checkpoint
@@ -30,7 +30,11 @@ def fold_scaling(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, T
     Tokens are made of tensors alone and see no config: fold before adapters of different alpha are compared. Names,
     shapes and dtypes stay; scalars named ``alpha`` become the rank, which is a scaling of one. `folded_config` gives
     the config that belongs to the result.
+
+    Raises:
+        CheckpointError: the scaling of a module is not known.
     """
+    _ensure_known(adapter, adapter.pairs)
     folded = dict(tensors)
     for pair in adapter.pairs:
         for name in (pair.b.name, pair.bias):
@@ -64,7 +68,8 @@ def to_peft(
         Tensors and config for `save_adapter`, with the scalings of ``adapter``.
 
     Raises:
-        CheckpointError: the naming does not tell the modules' names, or tensors have no place in a PEFT adapter.
+        CheckpointError: the naming does not tell the modules' names, tensors have no place in a PEFT adapter, or a
+            scaling is not known.
     """
     where, beside = adapter.where, [*adapter.saved, *adapter.other]
     pairs = _pairs_of(adapter, component)
@@ -73,14 +78,16 @@ def to_peft(
             f"{where}: {len(beside)} tensors such as {shown(beside[0])} have no place in a PEFT adapter; leave them out"
         )
     paths = dict(zip((pair.module for pair in pairs), _paths(pairs, modules, where), strict=True))
+    _ensure_known(adapter, pairs)
     renamed = {name: tensors[name] for name in beside}
     for pair in pairs:
-        renamed |= {new: tensors[old] for old, new in _peft_names(pair, paths[pair.module]).items()}
+        renamed |= {new: tensors[old] for old, new in peft_names(pair, paths[pair.module]).items()}
     if adapter.config is not None:
         return renamed, dict(adapter.config)
     # Anchored and escaped: PEFT matches the keys of patterns as regular expressions against ends of names.
     ranks = {f"^{re.escape(paths[pair.module])}": pair.rank for pair in pairs}
-    alphas = {f"^{re.escape(paths[pair.module])}": adapter.alpha[pair.module] for pair in pairs}
+    # The config has no rslora: alpha over rank is the scaling, whatever the adapter was trained with.
+    alphas = {f"^{re.escape(paths[pair.module])}": adapter.scaling[pair.module] * pair.rank for pair in pairs}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return renamed, {
         "peft_type": "LORA",
@@ -114,7 +121,7 @@ def save_adapter(tensors: Mapping[str, Tensor], config: Mapping[str, Any], folde
     specs = {name: TensorSpec(name, tuple(value.shape), dtype_name(value.dtype)) for name, value in tensors.items()}
     adapter = describe_adapter(specs, config, where=str(folder))
     for pair in adapter.pairs:
-        for name, expected in _peft_names(pair, pair.module).items():
+        for name, expected in peft_names(pair, pair.module).items():
             if name != expected:
                 raise CheckpointError(
                     f"{folder}: tensor {shown(name)} is {shown(expected)} for PEFT; rename the tensors with to_peft"
@@ -139,6 +146,15 @@ def save_adapter(tensors: Mapping[str, Tensor], config: Mapping[str, Any], folde
         raise CheckpointError(
             f"{folder}: cannot be written ({error.strerror}); check that it is a writable folder and has room"
         ) from error
+
+
+def _ensure_known(adapter: Adapter, pairs: Sequence[LoraPair]) -> None:
+    unknown = set(adapter.unknown) & {pair.module for pair in pairs}
+    if unknown:
+        raise CheckpointError(
+            f"{adapter.where}: the scaling of {len(unknown)} modules such as {shown(min(unknown))} is unknown; find "
+            "out alpha / rank and give it to read_adapter(..., scaling=...)"
+        )
 
 
 def _pairs_of(adapter: Adapter, component: str | None) -> tuple[LoraPair, ...]:
@@ -175,12 +191,3 @@ def _paths(pairs: Sequence[LoraPair], modules: Iterable[str], where: str) -> lis
         else:
             paths.append(pair.module.removeprefix(f"{pair.component}."))
     return paths
-
-
-def _peft_names(pair: LoraPair, path: str) -> dict[str, str]:
-    """PEFT's names of the tensors of a pair, by their present ones; alpha has none, it goes into the config."""
-    factors = ("embedding_A", "embedding_B") if pair.kind == "embedding" else ("A.weight", "B.weight")
-    parts = {pair.a.name: factors[0], pair.b.name: factors[1]}
-    parts |= {pair.bias: "B.bias"} if pair.bias else {}
-    parts |= {pair.magnitude: "magnitude_vector"} if pair.magnitude else {}
-    return {name: f"{PEFT_ROOT}{path}.lora_{part}" for name, part in parts.items()}
