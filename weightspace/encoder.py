@@ -19,10 +19,11 @@ from transformers import BatchFeature
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from weightspace.data.features import DatasetFeatures
-from weightspace.errors import HubError, SettingsError, WeightspaceError, ZooError
+from weightspace.errors import UNFORESEEN, HubError, SettingsError, WeightspaceError, ZooError
 from weightspace.io.catalogue import Weights
 from weightspace.io.checkpoint import FAMOUS_STEMS, Checkpoint, find_checkpoints, open_in
-from weightspace.io.folders import LocalFolder
+from weightspace.io.folders import Folder, LocalFolder
+from weightspace.io.header import shown
 from weightspace.io.hub import HubOptions
 from weightspace.io.locations import locate
 from weightspace.models.autoencoder.feature_extraction_autoencoder import WeightFeatureExtractor
@@ -212,17 +213,39 @@ def dataset_outputs(model: JointModel, dataset: DatasetFeatures) -> BaseModelOut
 
 
 def embed_zoo(
-    encoder: Encoder, zoo: Zoo, rows: Int[np.ndarray, "models"] | None = None
+    encoder: Encoder,
+    zoo: Zoo,
+    rows: Int[np.ndarray, "models"] | None = None,
+    *,
+    problems: dict[int, str] | None = None,
 ) -> Float[np.ndarray, "models features"]:
-    """Embeds the models of a zoo, in the order of ``rows`` (all by default, ascending)."""
+    """Embeds the models of a zoo, in the order of ``rows`` (all by default, ascending).
+
+    Args:
+        encoder: what embeds them.
+        zoo: the models.
+        rows: their rows.
+        problems: takes the reason of each row that cannot be embedded, whose embedding is NaN; without it, such a row
+            is an error.
+
+    Raises:
+        ZooError: there is no row, or the first one that cannot be embedded, by name.
+    """
     chosen, places = np.unique(np.arange(len(zoo)) if rows is None else np.asarray(rows), return_inverse=True)
     embeddings: np.ndarray | None = None
     with tqdm(total=len(chosen), desc="embed", unit="model", leave=False) as bar:
         for batch in zoo.batches(chosen, chunk=_CHUNK):
-            values = encoder.embed(batch.flat, batch.architecture).numpy()
             if embeddings is None:
-                embeddings = np.empty((len(chosen), values.shape[1]), dtype=np.float32)
-            embeddings[np.searchsorted(chosen, batch.rows)] = values
+                embeddings = np.full((len(chosen), encoder.embedding_size), np.nan, dtype=np.float32)
+            try:
+                values = encoder.embed(batch.flat, batch.architecture).numpy()
+            except (WeightspaceError, *UNFORESEEN) as error:
+                if problems is None:
+                    name = zoo.index["model_id"].iloc[int(batch.rows[0])]
+                    raise ZooError(f"{zoo.location}: {shown(name)}: cannot be embedded: {error}") from error
+                problems |= {int(row): str(error) for row in batch.rows}
+            else:
+                embeddings[np.searchsorted(chosen, batch.rows)] = values
             bar.update(len(batch.rows))
     if embeddings is None:
         raise ZooError(f"{zoo.location}: no rows to embed; choose at least one")
@@ -253,31 +276,67 @@ def embed(
 
     Returns:
         One row a model: ``model_id``, ``location`` (pinned to a commit on the Hub), ``share`` of its bytes that was
-        read, the zoo's metadata where there is any, and ``embedding``.
+        read, the zoo's metadata where there is any, and ``embedding``. ``attrs["left_out"]`` of the frame lists what
+        cannot be embedded, as ``[location, reason]``.
 
     Raises:
-        WeightspaceError: the encoder or a model cannot be read.
+        WeightspaceError: the encoder cannot be read, or no model.
     """
     loaded = encoder if isinstance(encoder, Encoder) else load_encoder(encoder, options)
-    frames = []
+    frames: list[pd.DataFrame] = []
+    left_out: list[list[str]] = []
     for location in locations:
-        zoo: Zoo | None = None
-        if (Path(location) / "zoo.json").exists():
-            zoo = load_zoo(location)
-        else:
-            try:
-                folder, names = find_checkpoints(location, options=options, allow_pickle=allow_pickle)
-            except HubError:
-                if (zoo := _zoo_on_hub(location, options or HubOptions())) is None:
-                    raise
-        if zoo is not None:
-            frames.append(zoo.index.assign(location=zoo.location, share=1.0, embedding=list(embed_zoo(loaded, zoo))))
+        try:
+            zoo, (folder, names) = _opened(location, options, allow_pickle)
+            if zoo is not None:
+                frames.append(_embedded_zoo(loaded, zoo, left_out))
+                continue
+        except WeightspaceError as error:
+            if len(locations) == 1:
+                raise
+            left_out.append([location, str(error)])
             continue
         rows = []
         for name in tqdm(names, desc="embed", unit="model", leave=False, disable=len(names) < 2):
-            rows.append(_embedded(loaded, open_in(folder, name, allow_pickle=allow_pickle), max_bytes, seed))
-        frames.append(pd.DataFrame(rows))
-    return pd.concat(frames, ignore_index=True)
+            try:
+                rows.append(_embedded(loaded, open_in(folder, name, allow_pickle=allow_pickle), max_bytes, seed))
+            except (WeightspaceError, OSError, *UNFORESEEN) as error:
+                if len(locations) == len(names) == 1:
+                    raise
+                left_out.append([folder.title(name), str(error).removeprefix(f"{folder.title(name)}: ")])
+        frames += [pd.DataFrame(rows)] if rows else []
+    if not frames:
+        raise WeightspaceError(f"none of {len(left_out)} models can be embedded: {': '.join(left_out[0])}")
+    frame = pd.concat(frames, ignore_index=True)
+    frame.attrs["left_out"] = left_out
+    return frame
+
+
+def _opened(
+    location: str, options: HubOptions | None, allow_pickle: bool
+) -> tuple[Zoo | None, tuple[Folder, list[str]]]:
+    """Opens a zoo, or else finds the checkpoints that a location stands for."""
+    nothing: tuple[Folder, list[str]] = (LocalFolder(Path(location)), [])
+    if (Path(location) / "zoo.json").exists():
+        return load_zoo(location), nothing
+    try:
+        return None, find_checkpoints(location, options=options, allow_pickle=allow_pickle)
+    except HubError:
+        if (zoo := _zoo_on_hub(location, options or HubOptions())) is None:
+            raise
+        return zoo, nothing
+
+
+def _embedded_zoo(encoder: Encoder, zoo: Zoo, left_out: list[list[str]]) -> pd.DataFrame:
+    """Makes the rows of a zoo's models, and adds those that cannot be embedded to ``left_out``."""
+    usable, problems = zoo.usable(), dict[int, str]()
+    embeddings = embed_zoo(encoder, usable, problems=problems)
+    frame = usable.index.assign(location=zoo.location, share=1.0, embedding=list(embeddings))
+    found = [*usable.left_out, *((str(frame["model_id"].iloc[row]), reason) for row, reason in problems.items())]
+    if len(problems) == len(frame):
+        raise ZooError(f"{zoo.location}: none of its {len(zoo)} models can be embedded: {': '.join(found[0])}")
+    left_out += [[f"{zoo.location}: {model}", reason] for model, reason in found]
+    return frame.drop(index=list(problems))
 
 
 def _zoo_on_hub(location: str, options: HubOptions) -> Zoo | None:

@@ -21,6 +21,10 @@ class WeightspaceError(Exception):
     """Base of every error that weightspace raises on purpose."""
 
 
+UNFORESEEN = (ArithmeticError, LookupError, RecursionError, RuntimeError, TypeError, ValueError)
+"""What other people's files may raise somewhere below; where many are handled, one must not end the rest."""
+
+
 class CheckpointError(WeightspaceError):
     """A checkpoint file is missing, truncated, malformed or hostile."""
 

@@ -458,3 +458,37 @@ def test_damage_is_named(tmp_path, damage, named):
 def test_a_path_that_is_no_folder_says_what_to_give(tmp_path):
     with pytest.raises(ZooError, match=r"no such folder; give the folder of a zoo or org/name\[@revision\]"):
         load_zoo(tmp_path / "missing")
+
+
+def test_models_that_cannot_be_used_are_left_out_by_name(tmp_path, caplog):
+    """Zoos of earlier versions hold what is refused on entry today."""
+    foreign = {"family": "mlp", "hidden_dims": [8]}
+    another = {"family": "cnn", "image_shape": [1, 8, 8], "classes": 3, "channels": [2]}
+    blobs = [blob(number, 2) for number in range(6)]
+    blobs[1], blobs[4] = checkpoint_bytes({"ids": torch.arange(5)}), checkpoint_bytes({})
+    configs = [None, None, foreign, {"hidden": [2]}, None, another]
+    new = ZooWriter(tmp_path / "zoo", settings=SETTINGS)
+    new.write_shard("0", [entry(row, config=config) for row, config in enumerate(configs)], blobs)
+    new.finish()
+    whole = load_zoo(tmp_path / "zoo")
+    with pytest.raises(ZooError, match="'m001': none of its 1 tensors has floating point entries"):
+        _ = whole.architectures
+    usable = whole.usable()
+    assert usable.index["model_id"].tolist() == ["m000", "m003"] and len(whole) == 6
+    reasons = dict(usable.left_out)
+    assert list(reasons) == ["m001", "m002", "m004", "m005"] and reasons["m005"].startswith("tensor ")
+    assert "mlp config: unknown key 'hidden_dims'" in reasons["m002"]
+    assert "4 models cannot be used and are left out: 'm001'" in caplog.text
+    assert [usable.blob(row) for row in range(2)] == [blobs[0], blobs[3]] and usable.usable() is usable
+    assert usable.families == [None, None] and usable.digest == whole.digest
+    [batch] = usable.batches()
+    assert batch.rows.tolist() == [0, 1] and torch.equal(batch.flat[1], usable.flat([1])[0])
+    assert torch.equal(batch.flat, torch.cat([expected_flat(usable, row).unsqueeze(0) for row in range(2)]))
+
+
+def test_a_zoo_of_nothing_that_can_be_used_is_refused(tmp_path):
+    new = ZooWriter(tmp_path / "zoo", settings=SETTINGS)
+    new.write_shard("0", [entry(0)], [checkpoint_bytes({"ids": torch.arange(5)})])
+    new.finish()
+    with pytest.raises(ZooError, match=r"none of its 1 models can be used \('m000': none of its 1 tensors"):
+        load_zoo(tmp_path / "zoo").usable()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -187,11 +188,11 @@ def test_an_import_that_was_killed_goes_on(folder, output, monkeypatch):
     loaded = []
     load = importing._load
 
-    def stop_at_the_fifth(candidate):
+    def stop_at_the_fifth(folder, candidate):
         loaded.append(candidate.file)
         if len(loaded) == 5:
             raise KeyboardInterrupt
-        return load(candidate)
+        return load(folder, candidate)
 
     monkeypatch.setattr(importing, "_load", stop_at_the_fifth)
     with pytest.raises(KeyboardInterrupt):
@@ -227,3 +228,192 @@ def test_the_digest_depends_on_content_alone(folder, output, tmp_path):
     fill(copy, [{"file": "a.safetensors"}], {"a.safetensors": bytes(changed)})
     with pytest.raises(ZooError, match="differ in content"):
         import_folder(copy, tmp_path / "again")
+
+
+# What a folder from elsewhere may hold
+
+
+def linked(folder: Path, name: str, target: Path | str) -> None:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).symlink_to(target)
+
+
+SECRET = b'{"token": "secret"}'
+CONFIG, WEIGHTS = "bad/config.json", "bad/model.safetensors"
+TRAPS = {
+    "config that leaves": (lambda d, out: linked(d, CONFIG, out / "secret.json"), "is a link out"),
+    "adapter config that leaves": (
+        lambda d, out: linked(d, "bad/adapter_config.json", out / "secret.json"),
+        "adapter_config.json is a link out",
+    ),
+    "config that is a device": (lambda d, out: linked(d, CONFIG, "/dev/zero"), "config.json is a link out"),
+    "config that is a pipe": (lambda d, out: os.mkfifo(d / CONFIG), "config.json is no regular file"),
+    "config that is missing": (lambda d, out: linked(d, CONFIG, "nothing"), "config.json is a link to nothing"),
+    "config in a circle": (lambda d, out: linked(d, CONFIG, "config.json"), "config.json is a link in a circle"),
+    "config that is a folder": (lambda d, out: (d / CONFIG).mkdir(), "config.json is no regular file"),
+    "shard that leaves": (
+        lambda d, out: (
+            (d / WEIGHTS).unlink(),
+            (d / "bad/model.safetensors.index.json").write_text('{"weight_map": {"fc.bias": "a.safetensors"}}'),
+            linked(d, "bad/a.safetensors", out / "secret.safetensors"),
+        ),
+        "a.safetensors is a link out",
+    ),
+    "folder that leaves": (
+        lambda d, out: ((d / "bad").rename(out / "bad"), linked(d, "bad", out / "bad")),
+        "is a link out of the folder",
+    ),
+    "weights that are a pipe": (lambda d, out: ((d / WEIGHTS).unlink(), os.mkfifo(d / WEIGHTS)), "is no regular file"),
+    "weights in a circle": (
+        lambda d, out: ((d / WEIGHTS).unlink(), linked(d, WEIGHTS, "model.safetensors")),
+        "is a link in a circle",
+    ),
+    "no floats": (
+        lambda d, out: (d / WEIGHTS).write_bytes(checkpoint_bytes({"ids": torch.arange(4)})),
+        "none of its 1 tensors has floating point entries",
+    ),
+    "empty tensors": (
+        lambda d, out: (d / WEIGHTS).write_bytes(checkpoint_bytes({"w": torch.empty(0, 8)})),
+        "none of its 1 tensors has floating point entries",
+    ),
+    "no tensors": (
+        lambda d, out: (d / WEIGHTS).write_bytes(checkpoint_bytes({})),
+        "none of its 0 tensors has floating point entries",
+    ),
+    "another network's config": (
+        lambda d, out: (d / CONFIG).write_text(
+            '{"family": "cnn", "image_shape": [1, 8, 8], "classes": 3, "channels": [2]}'
+        ),
+        "the config describes",
+    ),
+    "another project's config": (
+        lambda d, out: (d / CONFIG).write_text('{"family": "mlp", "width_mult": 2}'),
+        "mlp config",
+    ),
+}
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_a_trap_costs_one_row(folder, output, tmp_path, trap):
+    spring, reason = TRAPS[trap]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "secret.json").write_bytes(SECRET)
+    (tmp_path / "out" / "secret.safetensors").write_bytes(GOOD)
+    files = {"good.safetensors": GOOD, "bad/model.safetensors": GOOD}
+    fill(folder, [{"file": "bad" if "shard" in trap else "bad/model.safetensors"}, {"file": "good.safetensors"}], files)
+    spring(folder, tmp_path / "out")
+    summary = import_folder(folder, output)
+    assert summary.models == 1
+    assert [reason in why for name, why in summary.skipped if name.startswith("bad")] == [True], summary.skipped
+    assert load_zoo(output).index["model_id"].tolist() == ["good"]
+    assert all(b"secret" not in file.read_bytes() for file in output.rglob("*") if file.is_file())
+
+
+def test_links_inside_the_folder_are_followed(folder, output):
+    fill(folder, [{"file": "a.safetensors"}], {"blobs/x.safetensors": GOOD, "blobs/c": b'{"hidden": [2]}'})
+    linked(folder, "a.safetensors", "blobs/x.safetensors")
+    linked(folder, "config.json", "blobs/c")
+    assert import_folder(folder, output) == ZooSummary(1, ())
+    assert load_zoo(output).entry(0).config is None  # the link's target has no config beside it
+
+
+def test_metadata_that_leaves_the_folder_is_refused(folder, output, tmp_path):
+    (tmp_path / "secret").write_bytes(SECRET)
+    linked(folder, "metadata.jsonl", tmp_path / "secret")
+    with pytest.raises(ZooError, match=r"metadata\.jsonl is a link out of the folder"):
+        import_folder(folder, output)
+
+
+def test_strange_files_elsewhere_in_the_tree_do_no_harm(folder, output):
+    fill(folder, [{"file": "a.safetensors"}], {"a.safetensors": GOOD})
+    os.mkfifo(folder / "pipe.safetensors")
+    os.mkfifo(folder / "config.jsonl")
+    linked(folder, "sub/up", folder)
+    linked(folder, "sub/circle.json", "circle.json")
+    (folder / os.fsdecode(b"caf\xe9.safetensors")).write_bytes(GOOD)
+    (folder / "line\nbreak.safetensors").write_bytes(GOOD)
+    summary = import_folder(folder, output)
+    assert summary.models == 1 and import_folder(folder, output) == summary
+    assert {name for name, _ in summary.skipped} == {
+        "pipe.safetensors",
+        r"caf\xe9.safetensors",
+        "line\nbreak.safetensors",
+    }
+
+
+def test_a_row_that_is_too_long_costs_one_row(folder, output, monkeypatch):
+    monkeypatch.setattr(importing, "MAX_ROW_BYTES", 1000)
+    rows = ['{"file": "b.safetensors", "note": "' + "x" * 10**6 + '"}', {"file": "a.safetensors"}]
+    fill(folder, rows, {"a.safetensors": GOOD, "b.safetensors": GOOD})
+    (folder / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + (folder / "metadata.jsonl").read_bytes())
+    summary = import_folder(folder, output)
+    assert summary.skipped[0] == ("metadata.jsonl:1", "the row is longer than 1000 bytes; shorten it")
+    assert load_zoo(output).index["model_id"].tolist() == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("given", "opened"),
+    [
+        ("sets/a", "{folder}/sets/a"),
+        ("sets/a?size=8&rotation=90", "{folder}/sets/a?size=8&rotation=90"),
+        ("./gone", "{folder}/gone"),
+        ("../beside", "{parent}/beside"),
+        ("org/name", "org/name"),
+        ("digits?classes=0-1", "digits?classes=0-1"),
+        ("/somewhere/else", "/somewhere/else"),
+        ("what it shows: cats?", "what it shows: cats?"),
+    ],
+)
+def test_datasets_are_relative_to_the_folder(folder, output, given, opened, monkeypatch, tmp_path):
+    (folder / "sets" / "a").mkdir(parents=True)
+    (folder / "digits").mkdir()
+    fill(folder, [{"file": "a.safetensors", "dataset": given}], {"a.safetensors": GOOD})
+    monkeypatch.chdir(tmp_path)
+    import_folder("mine", output)
+    assert load_zoo(output).index["dataset"].tolist() == [opened.format(folder=folder, parent=folder.parent)]
+
+
+class Killed(BaseException):
+    """Ends a call to the file system as a kill would, as far as files are concerned."""
+
+
+class Watch:
+    """Counts the calls that change or open files below a folder, and raises `Killed` at one of them."""
+
+    def __init__(self):
+        self.folder, self.count, self.fatal = "", 0, 0
+        sys.addaudithook(self)
+
+    def __call__(self, event, arguments):
+        changes = event in ("open", "os.rename", "os.remove", "os.truncate", "os.mkdir")
+        if self.folder and changes and self.folder in str(arguments[0]):
+            self.count += 1
+            if self.count == self.fatal:
+                raise Killed
+
+    def run(self, folder, output, fatal=0):
+        self.folder, self.count, self.fatal = str(output), 0, fatal
+        try:
+            return import_folder(folder, output)
+        finally:
+            self.folder = ""
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_killed_at_any_moment_the_result_is_the_same(folder, output, tmp_path, monkeypatch):
+    rows = [{"file": f"{n}.safetensors"} for n in range(6)] + [{"file": "gone.safetensors"}]
+    fill(folder, rows, {f"{n}.safetensors": GOOD for n in range(6)})
+    monkeypatch.setattr(writer, "SHARD_MODELS", 2)
+    watch = Watch()
+    watch.run(folder, tmp_path / "undisturbed")
+    expected, calls = content(tmp_path / "undisturbed"), watch.count
+    assert calls > 30
+    for fatal in range(1, calls + 1, calls // 6):
+        target = tmp_path / f"killed-{fatal}"
+        with pytest.raises(Killed):
+            watch.run(folder, target, fatal)
+        watch.run(folder, target)
+        assert content(target) == expected, fatal

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from weightspace.cli.options import COUNT, PATH, Amount, Result, command, encoder_option, output_option
-from weightspace.cli.output import listing, table
+from weightspace.cli.options import COUNT, PATH, USER_ERROR, Amount, Result, command, encoder_option, output_option
+from weightspace.cli.output import listing, reasons, table
 from weightspace.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ def embed(locations: tuple[str, ...], encoder: str, output: Path, **reading: Any
 
     LOCATIONS are paths or org/name[@revision][:path].
 
-    The file has one row a model: its id, what else is known of it, and its embedding.
+    The file has one row a model: its id, what else is known of it, and its embedding. Models that cannot be embedded
+    are left out and listed with the reason; the exit code is 2 then, though the file holds all others.
     """
     from weightspace.encoder import embed as embed_locations
     from weightspace.encoder import save_embeddings
@@ -56,7 +57,11 @@ def embed(locations: tuple[str, ...], encoder: str, output: Path, **reading: Any
     if shares:
         estimated = [f"{model}: {share:.3%} of its bytes" for model, share in shares.items()]
         lines += listing("estimated from a sample", estimated)
-    return {"output": str(output), "models": len(frame), "size": size, "sampled": shares}, lines
+    left_out = [(location, reason) for location, reason in frame.attrs["left_out"]]
+    if left_out:
+        lines += listing("left out", left_out)
+    record = {"output": str(output), "models": len(frame), "size": size, "sampled": shares}
+    return {**record, "left_out": reasons(left_out)}, lines, USER_ERROR if left_out else 0
 
 
 @command()
@@ -112,7 +117,7 @@ def explain(zoo: Path, encoder: str, held_out: bool, draws: int, seed: int) -> R
     from weightspace.probes.zoo import describe_runs
     from weightspace.zoo.dataset import load_zoo
 
-    opened, loaded = load_zoo(zoo), load_encoder(encoder)
+    opened, loaded = load_zoo(zoo).usable(), load_encoder(encoder)
     runs = run_table(opened, _held_out(opened, loaded) if held_out else None)
     answer = explain_runs(runs, describe_runs(opened, runs, {"embedding": loaded}), draws=draws, seed=seed)
     record = {"zoo": str(zoo), "encoder": encoder, "runs": len(runs), **dataclasses.asdict(answer)}

@@ -100,7 +100,7 @@ def _adapter(adapter: AdapterFacts) -> list[str]:
 def _many(survey: Survey, folder: str) -> list[str]:
     lines: list[str] = []
     if survey.inspections:
-        names = list(survey.inspections[0].token_counts)
+        names = list(dict.fromkeys(name for one in survey.inspections for name in one.token_counts))
         rows = [(_within(folder, one.location), *_counts(one, names)) for one in survey.inspections]
         rows.append((f"{len(rows)} checkpoints", *(sum(column) for column in list(zip(*rows, strict=True))[1:])))
         head = ("file", "layers", "parameters", *(f"{name} tokens" for name in names), "groups", "left out")
@@ -110,7 +110,11 @@ def _many(survey: Survey, folder: str) -> list[str]:
 
 def _counts(inspection: Inspection, tokenizers: list[str]) -> list[int]:
     architecture = inspection.architecture
-    counts = [len(architecture.layers), inspection.parameters, *(inspection.token_counts[name] for name in tokenizers)]
+    counts = [
+        len(architecture.layers),
+        inspection.parameters,
+        *(inspection.token_counts.get(name, 0) for name in tokenizers),
+    ]
     bad = [] if inspection.not_finite is None else [sum(inspection.not_finite.values())]
     return [*counts, len(architecture.groups), len(architecture.exclusions), *bad]
 

@@ -15,15 +15,13 @@ import click
 from weightspace import __version__
 from weightspace.cli.embeddings import atlas, embed, explain, probe, search
 from weightspace.cli.inspect import inspect
+from weightspace.cli.options import USER_ERROR
 from weightspace.cli.output import printable
 from weightspace.cli.push import push
 from weightspace.cli.sample import evaluate_samples, sample
 from weightspace.cli.train import demo, train
 from weightspace.cli.zoo import crawl, zoo
 from weightspace.errors import WeightspaceError
-
-USER_ERROR = 2
-"""Exit code of everything that the user can mend."""
 
 _INTERRUPTED = 128 + 2  # what shells report for a program that SIGINT ended
 _BROKEN_PIPE = 128 + 13

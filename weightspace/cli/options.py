@@ -16,8 +16,11 @@ from weightspace.errors import SettingsError
 from weightspace.settings import read_settings
 
 T = TypeVar("T")
-Result = tuple[Any, Iterable[str]]
-"""What a command returns: the record that ``--json`` prints, and the lines that people read."""
+Result = tuple[Any, Iterable[str]] | tuple[Any, Iterable[str], int]
+"""What a command returns: the record that ``--json`` prints, the lines that people read, and perhaps an exit code."""
+
+USER_ERROR = 2
+"""Exit code of everything that the user can mend."""
 
 PATH = click.Path(path_type=Path)
 COUNT = click.IntRange(min=1)
@@ -106,12 +109,14 @@ def command(*shared: str, group: click.Group | None = None) -> Callable[[Callabl
 
                 local = values.pop("local_files_only", False)
                 values["options"] = HubOptions(token=values.pop("token"), local_files_only=local)
-            record, lines = function(**values)
+            record, lines, *code = function(**values)
             if as_json:
                 print_json(record)
-                return
-            for line in lines:
-                click.echo(line)
+            else:
+                for line in lines:
+                    click.echo(line)
+            if any(code):
+                raise click.exceptions.Exit(code[0])
 
         own = reversed(getattr(function, "__click_params__", ()))
         parameters = [*own, *(option for name in shared for option in _SHARED[name]), _JSON]

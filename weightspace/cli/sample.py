@@ -107,7 +107,7 @@ def sample(
         "refined": {"steps": refine},
     }
     loaded = load_encoder(joint, options)
-    opened_zoo = None if zoo is None else load_zoo(zoo)
+    opened_zoo = None if zoo is None else load_zoo(zoo).usable()
     sources = Sources(loaded, () if prior is None else (prior,), opened_zoo, encoder, options)
     opened = open_sampler(name, sources, settings)
     models = sample_models(request, condition, opened, loaded, options, allow_pickle=allow_pickle)
@@ -193,7 +193,7 @@ def evaluate_samples(
     from weightspace.zoo.storage import write_text
 
     settings = EvaluationSettings(**extent, comparison=ComparisonSettings(FineTuning(epochs=epochs)))
-    loaded, opened_zoo = load_encoder(joint, options), load_zoo(zoo)
+    loaded, opened_zoo = load_encoder(joint, options), load_zoo(zoo).usable()
     sources = Sources(loaded, priors, opened_zoo, encoder, options)
     names = samplers or (*(default_sampler(prior, options) for prior in priors), "kde")
     ensure_codes(temperature, names)

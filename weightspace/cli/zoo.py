@@ -189,7 +189,8 @@ def _counted(values: Iterable[str | None]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
 
 
-def _described(opened: Zoo) -> Result:
+def _described(zoo: Zoo) -> Result:
+    opened = zoo.usable()
     index = opened.index
     results = {
         name: {
@@ -219,6 +220,7 @@ def _described(opened: Zoo) -> Result:
         "datasets": {str(name): int(count) for name, count in index["dataset"].value_counts().items()},
         "architectures": architectures,
         "results": results,
+        "unusable": reasons(opened.left_out),
     }
     ranges = [(name, *values.values()) for name, values in results.items()]
     return record, [
@@ -228,4 +230,5 @@ def _described(opened: Zoo) -> Result:
         *table(list(architectures[0]), [list(one.values()) for one in architectures]),
         f"results: {len(results)}",
         *(table(("result", "models", "lowest", "mean", "highest"), ranges) if ranges else ()),
+        *(listing("models that cannot be used", opened.left_out) if opened.left_out else ()),
     ]

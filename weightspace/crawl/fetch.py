@@ -19,7 +19,7 @@ from weightspace.crawl.card_facts import (
 )
 from weightspace.crawl.plan import CARD, TRAINER_STATE, CrawlSettings, Item
 from weightspace.crawl.spool import Fetched
-from weightspace.errors import HubError, WeightspaceError, ZooError
+from weightspace.errors import UNFORESEEN, HubError, WeightspaceError, ZooError
 from weightspace.io.adapters import is_untrained, read_adapter
 from weightspace.io.checkpoint import (
     ADAPTER_CONFIG,
@@ -33,7 +33,7 @@ from weightspace.io.hub import HubEntry, HubOptions, is_transient
 from weightspace.io.hub_repo import HubFile, HubRepo
 from weightspace.io.reader import ByteSource, MemorySource
 from weightspace.schema import ZooEntry
-from weightspace.zoo.storage import MAX_BLOB_BYTES, check_finite, content_digest, header_digest
+from weightspace.zoo.storage import MAX_BLOB_BYTES, check_finite, check_usable, content_digest, header_digest
 from weightspace.zoo.writer import RemoteWeights, Skip
 
 T = TypeVar("T")
@@ -91,8 +91,7 @@ def fetch_model(
             if isinstance(error, HubError) and is_transient(error):
                 return keep(Fetched(unreachable=str(error), bytes=hub.fetched_bytes))
             reason = str(error)
-        except (ArithmeticError, LookupError, RecursionError, RuntimeError, TypeError, ValueError) as error:
-            # Not all effects of other people's files can be foreseen; they must not end the crawl.
+        except UNFORESEEN as error:
             reason = f"{type(error).__name__}: {shown(str(error))}"
         else:
             return keep(Fetched(model, bytes=hub.fetched_bytes))
@@ -185,9 +184,7 @@ def _loaded(folder: Folder, path: str, settings: CrawlSettings, room: Room) -> I
 
 def _check(checkpoint: Checkpoint, settings: CrawlSettings) -> None:
     """Refuses what is no model, and models above the limit."""
-    checkpoint.ensure_weights()
-    if not any(spec.dtype.startswith(("F", "BF")) and spec.numel for spec in checkpoint.specs.values()):
-        raise ZooError(f"none of its {len(checkpoint.specs)} tensors has floating point entries")
+    check_usable(checkpoint)
     count = sum(spec.numel for spec in checkpoint.specs.values())
     if settings.max_params is not None and count > settings.max_params:
         raise ZooError(f"{count:,} parameters are above the limit of {settings.max_params:,} that was asked for")

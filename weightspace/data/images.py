@@ -13,7 +13,8 @@ The base is ``digits`` (scikit-learn's handwritten digits), a local folder or a 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import product
@@ -21,8 +22,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
+import httpx2
 import numpy as np
 import torch
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
 from jaxtyping import Float, Int
 from PIL.Image import Image
 from torch import Tensor
@@ -35,7 +39,8 @@ POLARITIES = ("normal", "inverted")
 _TEST_FRACTION = 0.3
 _TEST_SPLITS = ("test", "validation")
 _HUB_NAME = re.compile(r"[\w.:/@-]+", re.ASCII)
-_FIX_OFFLINE = "check the name and the connection (with HF_HUB_OFFLINE=1 only caches are asked, at once)"
+_FIX_OFFLINE = "it is not in the cache, and the Hub is out of reach; check the name and the connection"
+_PATIENCE = 10.0
 _OPTIONS = ("classes", "rotation", "polarity", "size", "config", "revision", "label")
 
 
@@ -208,12 +213,13 @@ def _load_source(source: DatasetVariant) -> ImageDataset:
             "of classes has no images)"
         )
     try:
-        splits = datasets.load_dataset(
-            str(path.resolve()) if path.is_dir() else source.base, source.config, revision=source.revision
-        )
+        if path.is_dir():
+            splits = datasets.load_dataset(str(path.resolve()), source.config, revision=source.revision)
+        else:
+            with _asking_caches_only_if_the_hub_is_away():
+                splits = datasets.load_dataset(source.base, source.config, revision=source.revision)
     except Exception as error:  # loaders of many formats meet untrusted files here: each raises what it likes
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        # huggingface_hub tries again for half a minute, which nothing but the offline mode can shorten.
         fix = f"; {_FIX_OFFLINE}" if isinstance(error, ConnectionError) else ""
         raise ZooError(f"{name}: datasets.load_dataset cannot open it: {first_line}{fix}") from error
     if "train" not in splits:
@@ -228,6 +234,36 @@ def _load_source(source: DatasetVariant) -> ImageDataset:
     if len(labelled) == 1 or not len(labelled[1][1]):
         return _hold_out_test(name, *labelled[0], classes)
     return ImageDataset(name, *labelled[0], *labelled[1], len(classes), classes)
+
+
+@contextmanager
+def _asking_caches_only_if_the_hub_is_away() -> Iterator[None]:
+    """Spares a dataset the half minute of retries that only huggingface_hub's offline mode can shorten."""
+    import datasets
+
+    if _hub_answers():
+        yield
+        return
+    modes = [(module, module.HF_HUB_OFFLINE) for module in (constants, datasets.config)]
+    try:
+        for module, _ in modes:
+            module.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for module, before in modes:
+            module.HF_HUB_OFFLINE = before
+
+
+@lru_cache(maxsize=1)
+def _hub_answers() -> bool:
+    """Whether the Hub is within reach, which is found out once for all datasets."""
+    if constants.is_offline_mode():
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
+    except httpx2.TransportError:
+        return False
+    return True
 
 
 def _columns(features: Any, source: DatasetVariant, name: str) -> tuple[str, str]:

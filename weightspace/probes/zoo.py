@@ -64,7 +64,7 @@ def probe_zoo(
             all datasets of which some are to be unseen.
         ZooError: there are too few runs with a target, or on a side of the split.
     """
-    opened = zoo if isinstance(zoo, Zoo) else load_zoo(zoo)
+    opened = (zoo if isinstance(zoo, Zoo) else load_zoo(zoo)).usable()
     columns = {name: read_target(opened, name) for name in targets}
     given = [] if encoder is None else [encoder] if isinstance(encoder, Encoder | Path | str) else encoder
     encoders = [one if isinstance(one, Encoder) else load_encoder(one) for one in given]

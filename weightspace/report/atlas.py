@@ -109,7 +109,7 @@ def embedded_models(
         return frame
     if encoder is None:
         raise ZooError(f"{location}: a zoo needs an encoder; name one, or give a file that `weightspace embed` wrote")
-    zoo = load_zoo(location)
+    zoo = load_zoo(location).usable()
     return zoo.index.assign(embedding=list(embed_zoo(load_encoder(encoder, options), zoo)))
 
 

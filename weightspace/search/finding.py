@@ -96,7 +96,7 @@ def open_index(
         raise SettingsError(f"{location}: a zoo needs an encoder; name one, or give an index, which knows its own")
     loaded = load_encoder(encoder, options)
     if (Path(location) / "zoo.json").exists():
-        return EmbeddingIndex.from_zoo(load_zoo(location), loaded), loaded
+        return EmbeddingIndex.from_zoo(load_zoo(location).usable(), loaded), loaded
     frame = embed([str(location)], loaded, options=options, allow_pickle=allow_pickle)
     return EmbeddingIndex.from_frame(frame, loaded), loaded
 

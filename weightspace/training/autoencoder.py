@@ -100,7 +100,7 @@ def train_autoencoder(zoo: Path | str, output: Path | str, settings: Autoencoder
         ZooError: the zoo cannot be used, or ``output`` holds an encoder of other settings or another zoo.
         SettingsError: the settings do not fit the zoo or this machine.
     """
-    opened, loop = load_zoo(zoo), settings.loop
+    opened, loop = load_zoo(zoo).usable(), settings.loop
 
     def prepare(split: Split) -> Prepared:
         extractor, config = fitted_input(opened, split, settings.encoder)

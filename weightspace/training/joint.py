@@ -144,7 +144,7 @@ def train_joint(
         ZooError: the zoo cannot be used, or ``output`` holds another model.
         SettingsError: the settings do not fit the zoo, the encoder or this machine.
     """
-    opened = load_zoo(zoo)
+    opened = load_zoo(zoo).usable()
     image_encoder = open_image_encoder(settings.image_encoder, allow_pickle=allow_pickle)
     started = None if encoder is None else trained_with(Path(encoder), "autoencoder", name="encoder")
 

@@ -123,7 +123,7 @@ def train_prior(
         ZooError: the zoo cannot be used, or ``output`` holds another model.
         SettingsError: the settings, the autoencoder or the joint model do not fit the zoo or this machine.
     """
-    opened = load_zoo(zoo)
+    opened = load_zoo(zoo).usable()
     given = {
         "autoencoder": trained_with(Path(autoencoder), "autoencoder", name="autoencoder"),
         "joint": trained_with(Path(joint), "joint", name="joint"),

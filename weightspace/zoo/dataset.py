@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,10 +21,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from weightspace.errors import ZooError
+from weightspace.errors import UNFORESEEN, WeightspaceError, ZooError
 from weightspace.io.checkpoint import Checkpoint, open_checkpoint_bytes
 from weightspace.io.flat import flat_from_bytes
-from weightspace.io.header import Header, parse_header
+from weightspace.io.header import Header, parse_header, shown
 from weightspace.io.hub import HubOptions
 from weightspace.io.hub_repo import CONNECTIONS, HubRepo
 from weightspace.io.reader import ByteSource
@@ -31,6 +33,7 @@ from weightspace.schema import Architecture, ZooEntry
 from weightspace.zoo.remote import fetch_zoo, open_input, open_zoo_repo, remote_blobs
 from weightspace.zoo.storage import (
     check_index,
+    check_usable,
     entry_of,
     header_digest,
     packed,
@@ -42,6 +45,7 @@ from weightspace.zoo.storage import (
 
 _PASS_BYTES = 64 * 2**20
 _CACHED_GROUPS = 2
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +76,7 @@ class Zoo:
         digest: of the settings.
         result_names: the columns of the index that hold results.
         reference: whether the weights lie on the Hub, each model's in the repository that it comes from.
+        left_out: ``(model id, reason)`` of the models that `usable` has taken out.
     """
 
     def __init__(self, path: str | Path, repo: HubRepo | None = None, *, streaming: bool = False) -> None:
@@ -99,23 +104,29 @@ class Zoo:
         for shard, table in zip(shards, tables, strict=True):
             if not table.schema.equals(tables[0].schema):
                 raise ZooError(f"{shard}: other columns than {shards[0].name}; write the zoo again")
-        self._table = pa.concat_tables(tables)
-        check_index(self._table, self.path)
-        self.result_names = tuple(field.name for field in self._table.schema if pa.types.is_float64(field.type))
+        table = pa.concat_tables(tables)
+        check_index(table, self.path)
+        self.result_names = tuple(field.name for field in table.schema if pa.types.is_float64(field.type))
         self.reference: bool = state["reference"]
         files = [] if self.reference else [f"weights/{name}.parquet" for name in state["shards"]]
         self._groups = _row_groups([repo.open(file) if repo and streaming else self.path / file for file in files])
         rows = [group.footer.row_group(group.number).num_rows for group in self._groups]
         self._group_ends = np.cumsum(rows)
-        if not len(self) or (not self.reference and sum(rows) != len(self)):
+        if not len(table) or (not self.reference and sum(rows) != len(table)):
             raise ZooError(
-                f"{self.location}: {len(self)} models in index and another number in weights; write the zoo again"
+                f"{self.location}: {len(table)} models in index and another number in weights; write the zoo again"
             )
-        self._header_numbers, headers = pd.factorize(self._table["header"].to_numpy())
-        self._headers: list[str] = list(headers)
-        self._sizes = self._table["size"].to_numpy()
-        self._layouts: dict[str, tuple[Header, Architecture]] = {}
+        self._layouts: dict[str, _Layout] = {}
         self._read_group = lru_cache(maxsize=_CACHED_GROUPS)(lambda number: self._groups[number].read())
+        self.left_out: tuple[tuple[str, str], ...] = ()
+        self._take(table, np.arange(len(table)))
+
+    def _take(self, table: pa.Table, stored: np.ndarray) -> None:
+        """Takes the models of ``table``, whose weights stand in the rows ``stored`` of the files."""
+        self._table, self._stored = table, stored
+        self._header_numbers, headers = pd.factorize(table["header"].to_numpy())
+        self._headers: list[str] = list(headers)
+        self._sizes = table["size"].to_numpy()
 
     def __len__(self) -> int:
         """Number of models."""
@@ -145,13 +156,52 @@ class Zoo:
 
         Where models of one header come with different configs, only the permutation groups that all of them imply are
         kept.
+
+        Raises:
+            ZooError: no model of a header can be used; it is named. `usable` leaves such models out.
         """
+        self._read_layouts()
+        _, firsts = np.unique(self._header_numbers, return_index=True)
+        return {self._header_of(row): self._architecture(row) for row in firsts}
+
+    def usable(self) -> Zoo:
+        """Returns this zoo without the models that cannot be embedded or trained on, and says which those are.
+
+        They are the models without floating point entries, and those whose config describes other tensors. New zoos
+        have none: they are refused on entry.
+
+        Raises:
+            ZooError: no model is left.
+        """
+        self._read_layouts()
+        configs = self._table["config"].to_pylist()
+        found = {
+            row: reason
+            for row, (number, config) in enumerate(zip(self._header_numbers, configs, strict=True))
+            if (reason := self._layouts[self._headers[number]].problems.get(config)) is not None
+        }
+        if not found:
+            return self
+        ids = self._table["model_id"].to_pylist()
+        left_out = tuple((ids[row], reason) for row, reason in found.items())
+        first = f"{shown(left_out[0][0])}: {left_out[0][1]}"
+        if len(found) == len(self):
+            raise ZooError(f"{self.location}: none of its {len(self)} models can be used ({first}); write it again")
+        _LOG.warning("%s: %d models cannot be used and are left out: %s", self.location, len(found), first)
+        kept = np.delete(np.arange(len(self)), list(found))
+        part = copy.copy(self)
+        for cached in ("index", "families"):
+            part.__dict__.pop(cached, None)
+        part._take(self._table.take(kept), self._stored[kept])
+        part.left_out = self.left_out + left_out
+        return part
+
+    def _read_layouts(self) -> None:
         # Headers are numbered by first appearance, so these rows ascend.
         _, firsts = np.unique(self._header_numbers, return_index=True)
         missing = firsts[[self._header_of(row) not in self._layouts for row in firsts]]
         for row, blob in zip(missing, self._blobs(missing), strict=True):
-            self._layout(self._header_of(row), blob)
-        return {header: self._layouts[header][1] for header in self._headers}
+            self._layout(row, blob)
 
     def entries(self) -> Iterator[ZooEntry]:
         """Yields what is known of each model, in row order."""
@@ -228,31 +278,61 @@ class Zoo:
         if self.reference:
             yield from remote_blobs((self.entry(row), int(self._sizes[row])) for row in rows)
             return
-        for row in rows:
+        for row in self._stored[rows]:
             group = int(np.searchsorted(self._group_ends, row, side="right"))
             column = self._read_group(group)
             yield column[int(row) - int(self._group_ends[group]) + len(column)].as_py()
 
     def _batch(self, rows: np.ndarray, blobs: list[bytes]) -> ZooBatch:
-        header = self._header_of(rows[0])
-        layout, architecture = self._layout(header, blobs[0])
-        return ZooBatch(rows, header, architecture, flat_from_bytes(blobs, layout, architecture))
+        layout, architecture = self._layout(rows[0], blobs[0]), self._architecture(rows[0])
+        return ZooBatch(
+            rows, self._header_of(rows[0]), architecture, flat_from_bytes(blobs, layout.header, architecture)
+        )
 
-    def _layout(self, digest: str, blob: bytes) -> tuple[Header, Architecture]:
-        """Returns how models of this header are laid out; ``blob`` is one of them."""
-        where = f"{self.location}: header {digest}"
+    def _architecture(self, row: SupportsIndex) -> Architecture:
+        layout = self._layouts[self._header_of(row)]
+        if layout.architecture is None:
+            reason = next(iter(layout.problems.values()))
+            raise ZooError(f"{self._where(row)}: {reason}; take the model out, Zoo.usable() does")
+        return layout.architecture
+
+    def _where(self, row: SupportsIndex) -> str:
+        return f"{self.location}: {shown(self._table['model_id'][operator.index(row)].as_py())}"
+
+    def _layout(self, row: SupportsIndex, blob: bytes) -> _Layout:
+        """Returns how models with the header of a row are laid out; ``blob`` is that of the row."""
+        digest, where = self._header_of(row), self._where(row)
         if digest not in self._layouts:
             header = parse_header(blob, file_size=len(blob), where=where)
             configs = self._table["config"].filter(pc.equal(self._table["header"], digest)).unique().to_pylist()
-            inferred = [
-                open_checkpoint_bytes(blob, where=where, config=parse_json(config, dict, where)).architecture
-                for config in configs
-            ]
-            self._layouts[digest] = header, _agreed(inferred)
-        header, architecture = self._layouts[digest]
-        if header_digest(blob, header) != digest:
-            raise ZooError(f"{where}: the index names it but the weights have another; write the zoo again")
-        return header, architecture
+            inferred, problems = [], {}
+            for config in configs:
+                try:
+                    checkpoint = open_checkpoint_bytes(blob, where=where, config=parse_json(config, dict, where))
+                    check_usable(checkpoint)
+                    inferred.append(checkpoint.architecture)
+                except (WeightspaceError, *UNFORESEEN) as error:
+                    problems[config] = str(error).removeprefix(f"{where}: ") or type(error).__name__
+            self._layouts[digest] = _Layout(header, _agreed(inferred) if inferred else None, problems)
+        layout = self._layouts[digest]
+        if header_digest(blob, layout.header) != digest:
+            raise ZooError(f"{where}: header {digest}: the index names it but the weights have another; write it again")
+        return layout
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How the models of one header are laid out.
+
+    Attributes:
+        header: their header.
+        architecture: their architecture; None if no model of this header can be used.
+        problems: by the text of a config, why the models that come with it cannot be used.
+    """
+
+    header: Header
+    architecture: Architecture | None
+    problems: Mapping[str | None, str]
 
 
 def load_zoo(

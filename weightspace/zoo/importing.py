@@ -12,31 +12,41 @@ The folder is any tree of safetensors files (or folders that hold one checkpoint
 - ``ref``: where the model came from, by default the file;
 - ``hyperparameters``: an object. Every other key is kept as a hyper-parameter too.
 
-A ``config.json`` (or ``adapter_config.json``) beside the weights is kept as the model's config.
+A ``config.json`` (or ``adapter_config.json``) beside the weights is kept as the model's config. A dataset that is a
+folder is given relative to ``metadata.jsonl``.
+
+Nothing outside of the folder is read: a model any of whose files is a link that leaves it is refused.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import os
+import stat
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from tqdm.auto import tqdm
 
-from weightspace.errors import WeightspaceError, ZooError
-from weightspace.io.checkpoint import open_checkpoint
+from weightspace.errors import UNFORESEEN, WeightspaceError, ZooError
+from weightspace.io.checkpoint import ADAPTER_CONFIG, open_checkpoint
 from weightspace.io.header import load_json_object, parse_header, shown
 from weightspace.io.locations import parse_ref
 from weightspace.schema import ModelRef, ReportedMetric, ZooEntry
-from weightspace.zoo.storage import MAX_BLOB_BYTES, RESULTS, check_finite, weights_schema
+from weightspace.zoo.storage import MAX_BLOB_BYTES, RESULTS, check_finite, check_usable, weights_schema
 from weightspace.zoo.writer import Candidate, Skip, ZooSummary, ZooWriter, cut_shards
 
 METADATA = "metadata.jsonl"
 
-_SOURCES = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json")
+MAX_ROW_BYTES = 2**24
+"""Longest row of an import folder's metadata."""
+
+_BESIDE = ("config.json", ADAPTER_CONFIG)
+_BOM = b"\xef\xbb\xbf"
 _KEYS = {
     *("file", "model_id", "run_id", "run", "dataset", "licence", "license", "base_model", "lineage", "ref"),
     *("task", "datasets", "metrics"),
@@ -50,7 +60,8 @@ def import_folder(
     """Imports a folder of models into a new zoo, or continues an import that was killed.
 
     Refused are rows that cannot be read or have values of wrong types, rows without a file, files without a row, files
-    named twice, paths that lead out of the folder, files that are no valid safetensors, and NaN or infinite weights.
+    named twice, paths and links that lead out of the folder, whatever is no regular file or no valid safetensors,
+    models that no encoder can be given, and NaN or infinite weights.
 
     Args:
         folder: holds the models and ``metadata.jsonl``.
@@ -64,9 +75,11 @@ def import_folder(
             or anything is refused under ``"error"``.
     """
     folder = Path(folder).expanduser().resolve()
+    if not str(folder).isprintable():
+        raise ZooError(f"{shown(str(folder))}: not a plain name of a folder; rename it")
     rows, problems = _read_metadata(folder)
     if on_problem == "error":
-        for file, reason in (*problems, *(loaded for row in rows if isinstance(loaded := _load(row), Skip))):
+        for file, reason in (*problems, *(loaded for row in rows if isinstance(loaded := _load(folder, row), Skip))):
             raise ZooError(f"{folder}: {file}: {reason}; nothing was written")
     if not rows:
         first = "; ".join(f"{file}: {reason}" for file, reason in problems[:1]) or "it is empty"
@@ -75,7 +88,8 @@ def import_folder(
     writer = ZooWriter(output, settings=_settings(folder), results=(*RESULTS, *sorted(extra)))
     shards = cut_shards(rows, lambda row: row.size)
     with tqdm(total=len(rows), desc="import", unit="model", disable=None) as progress:
-        return writer.write_all(shards, lambda _, part: map(_load, part), skipped=problems, progress=progress)
+        load = partial(_load, folder)
+        return writer.write_all(shards, lambda _, part: map(load, part), skipped=problems, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -91,32 +105,74 @@ class _Row:
 def _settings(folder: Path) -> dict[str, Any]:
     """Identifies the content of the folder, so that a changed folder gives another zoo."""
     digest = hashlib.sha256()
-    for path in sorted({folder / METADATA, *(path for pattern in _SOURCES for path in folder.rglob(pattern))}):
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        digest.update(f"{path.relative_to(folder).as_posix()}\n{content}\n".encode())
+    for path in [folder / METADATA, *_walk(folder)]:
+        if path.name.endswith((".safetensors", ".json")) or path.name == METADATA:
+            content = b"" if _obstacle(folder, path) else _sha256(path)
+            digest.update(os.fsencode(path.relative_to(folder)) + b"\n" + content + b"\n")
     return {"imported_from": folder.name, "content": digest.hexdigest()[:16]}
 
 
-def _read_metadata(folder: Path) -> tuple[list[_Row], list[Skip]]:
-    """Reads all rows; also returns the rows and files that are refused before their weights are read."""
+def _sha256(path: Path) -> bytes:
     try:
-        lines = (folder / METADATA).read_bytes().splitlines()
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest().encode()
+    except OSError:
+        return b""  # the model that needs it is refused
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yields what is in the tree of a folder and no folder itself, in one order; links to folders are not followed."""
+    for parent, folders, names in os.walk(folder):
+        folders.sort()
+        yield from (Path(parent, name) for name in sorted(names))
+
+
+def _obstacle(folder: Path, path: Path, *, kinds: Collection[int] = (stat.S_IFREG,)) -> str | None:
+    """Says why a path must not be opened, or returns None: it lies in the folder and is a regular file."""
+    try:
+        if not path.resolve(strict=True).is_relative_to(folder):
+            return "is a link out of the folder; copy the file into it"
+        return None if stat.S_IFMT(path.stat().st_mode) in kinds else "is no regular file; take it out"
+    except FileNotFoundError:
+        return "is a link to nothing; fetch the file" if path.is_symlink() else "is missing: there is no such file"
+    except RuntimeError:  # what resolving raises for links in a circle
+        return "is a link in a circle; take it out"
+    except (OSError, ValueError) as error:
+        return f"cannot be read ({getattr(error, 'strerror', None) or error})"
+
+
+def _lines(folder: Path) -> Iterator[bytes]:
+    """Yields the lines of the metadata; one that is too long is cut at one byte above the limit."""
+    try:
+        if os.path.lexists(folder / METADATA) and (obstacle := _obstacle(folder, folder / METADATA)):
+            raise ZooError(f"{folder}: {METADATA} {obstacle}")
+        with (folder / METADATA).open("rb") as file:
+            while line := file.readline(MAX_ROW_BYTES + 1):
+                rest = line
+                while len(rest) > MAX_ROW_BYTES and not rest.endswith(b"\n"):
+                    rest = file.readline(MAX_ROW_BYTES + 1)
+                yield line
     except OSError as error:
         raise ZooError(
             f"{folder}: cannot read {METADATA} ({error.strerror}); an import folder needs one, a JSON object a line"
         ) from error
+
+
+def _read_metadata(folder: Path) -> tuple[list[_Row], list[Skip]]:
+    """Reads all rows; also returns the rows and files that are refused before their weights are read."""
     rows: list[_Row] = []
     problems: list[Skip] = []
     named: set[Path] = set()
     files: dict[PurePosixPath, int] = {}
     model_ids: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_lines(folder), start=1):
         if not line.strip():
             continue
         name = f"{METADATA}:{number}"
         try:
-            values = load_json_object(line, where="the row")
+            if len(line) > MAX_ROW_BYTES:
+                raise ZooError(f"the row is longer than {MAX_ROW_BYTES} bytes; shorten it")
+            values = load_json_object(line.removeprefix(_BOM), where="the row")
             file = _text(values, "file")
             if file is None:
                 raise ZooError("the row has no 'file'")
@@ -124,19 +180,23 @@ def _read_metadata(folder: Path) -> tuple[list[_Row], list[Skip]]:
             if first != number:
                 raise ZooError(f"{shown(file)} stands in line {first} already")
             name = file
+            named.add(folder / file)
             path = _path_inside(folder, file)
             named.update(_files(path))
-            entry = _entry(values, file, path)
+            entry = _entry(values, file, path, folder)
             first = model_ids.setdefault(entry.model_id, number)
             if first != number:
                 raise ZooError(f"model_id {shown(entry.model_id)} stands in line {first} already")
         except WeightspaceError as error:
             problems.append(Skip(name, str(error)))
         else:
-            rows.append(_Row(file, path, sum(part.stat().st_size for part in _files(path)), entry))
-    for path in sorted(folder.rglob("*.safetensors")):
-        if path.resolve() not in named:
-            problems.append(Skip(path.relative_to(folder).as_posix(), f"no row of {METADATA} names it"))
+            rows.append(_Row(file, path, sum(part.stat().st_size for part in _files(path) if part.is_file()), entry))
+    for path in _walk(folder):
+        if path.name.endswith(".safetensors") and path not in named:
+            if not _obstacle(folder, path) and path.resolve() in named:
+                continue
+            relative = os.fsencode(path.relative_to(folder)).decode("utf-8", "backslashreplace")
+            problems.append(Skip(relative, f"no row of {METADATA} names it"))
     return rows, problems
 
 
@@ -151,21 +211,16 @@ def _path_inside(folder: Path, file: str) -> Path:
     pure = PurePosixPath(file)
     if pure.is_absolute() or ".." in pure.parts:
         raise ZooError(f"{shown(file)} leads out of the folder; give a relative path without '..'")
-    try:
-        path = (folder / pure).resolve()
-        exists = path.exists()
-    except OSError as error:
-        raise ZooError(f"{shown(file)} cannot be read ({error.strerror})") from error
-    if not path.is_relative_to(folder):
-        raise ZooError(f"{shown(file)} is a link out of the folder; copy the file into it")
-    if not exists:
-        raise ZooError("there is no such file; fetch it or take out its row")
+    path = folder / pure
+    if obstacle := _obstacle(folder, path, kinds=(stat.S_IFREG, stat.S_IFDIR)):
+        raise ZooError(f"{shown(file)} {obstacle}")
+    path = path.resolve()
     if path.is_file() and path.suffix not in (".safetensors", ".json"):
         raise ZooError("it is no safetensors file; convert it or take out its row")
     return path
 
 
-def _entry(row: Mapping[str, Any], file: str, path: Path) -> ZooEntry:
+def _entry(row: Mapping[str, Any], file: str, path: Path, folder: Path) -> ZooEntry:
     model_id = _text(row, "model_id") or str(PurePosixPath(file)).removesuffix(".safetensors")
     results = {**{name: row.get(name) for name in RESULTS}, **_object(row, "results")}
     if taken := results.keys() & set(weights_schema(()).names):
@@ -175,7 +230,7 @@ def _entry(row: Mapping[str, Any], file: str, path: Path) -> ZooEntry:
         model_id=model_id,
         run_id=_text(row, "run_id", "run") or model_id,
         ref=_ref(row.get("ref"), path),
-        dataset=_text(row, "dataset"),
+        dataset=_dataset(_text(row, "dataset"), folder),
         results={name: _number(name, value) for name, value in results.items() if value is not None},
         hyperparameters={**others, **_object(row, "hyperparameters")},
         licence=_text(row, "licence", "license"),
@@ -195,6 +250,18 @@ def _text(row: Mapping[str, Any], *keys: str) -> str | None:
     if value is not None and (not isinstance(value, str) or not value or not value.isprintable()):
         raise ZooError(f"{key} must be a text, got {shown(value)}")
     return value
+
+
+def _dataset(dataset: str | None, folder: Path) -> str | None:
+    """Makes the folder in a dataset id absolute: the zoo is used from other folders than this."""
+    base, mark, options = (dataset or "").partition("?")
+    path = Path(base).expanduser()
+    if base in ("", "digits") or path.is_absolute():
+        return dataset
+    with suppress(OSError, ValueError):
+        if base.startswith(".") or (folder / path).is_dir():
+            return f"{(folder / path).resolve()}{mark}{options}"
+    return dataset
 
 
 def _texts(row: Mapping[str, Any], key: str) -> tuple[str, ...]:
@@ -242,21 +309,26 @@ def _ref(value: Any, path: Path) -> ModelRef:
     return ModelRef(location, _text(parts, "revision"), _text(parts, "subfolder"))
 
 
-def _load(row: _Row) -> Candidate:
+def _load(folder: Path, row: _Row) -> Candidate:
     """Reads and checks the weights of one model."""
     try:
         if row.size > MAX_BLOB_BYTES:
             raise ZooError(f"{row.size} bytes do not fit a zoo row; the limit is {MAX_BLOB_BYTES}")
+        parent = row.path if row.path.is_dir() else row.path.parent
+        beside = [parent / name for name in _BESIDE] + [*parent.glob("*.index*.json")]
+        for path in filter(os.path.lexists, [*_files(row.path), *beside]):
+            if obstacle := _obstacle(folder, path):
+                raise ZooError(f"{path.name} {obstacle}")
         source = open_checkpoint(row.path)
         weights = Path(source.where)
-        blob = source.to_bytes() if len(source.sources) > 1 else weights.read_bytes()
-        adapter = weights.with_name("adapter_config.json")
-        config = source.config
-        if config is None and weights.name.startswith("adapter_model") and adapter.is_file():
-            config = load_json_object(adapter.read_bytes(), where=adapter.name)
+        blob = source.to_bytes() if len(source.sources) > 1 else Path(source.sources[0].where).read_bytes()
+        check_usable(source)
         check_finite(blob, parse_header(blob, file_size=len(blob), where=row.file))
     except OSError as error:
         return Skip(row.file, f"cannot be read ({error.strerror}); fetch it again")
     except WeightspaceError as error:
         return Skip(row.file, str(error))
-    return replace(row.entry, config=config), blob
+    except UNFORESEEN as error:
+        return Skip(row.file, f"{type(error).__name__}: {shown(str(error))}")
+    is_adapter = weights.name.startswith("adapter_model") and source.config is None
+    return replace(row.entry, config=source.adapter_config if is_adapter else source.config), blob

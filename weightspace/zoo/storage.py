@@ -36,6 +36,7 @@ import torch
 from weightspace.dtypes import DTYPES
 from weightspace.errors import CheckpointError, ZooError
 from weightspace.files import atomic_file
+from weightspace.io.checkpoint import Checkpoint
 from weightspace.io.header import Header, load_json_object, shown
 from weightspace.schema import ModelRef, ReportedMetric, ZooEntry
 
@@ -207,6 +208,18 @@ def check_finite(blob: bytes | bytearray, header: Header) -> None:
             if count := _nonfinite(blob, stored.start, stored.end, dtype):
                 spec = stored.spec
                 raise ZooError(f"tensor {shown(spec.name)} has {count} NaN or infinite values of {spec.numel}")
+
+
+def check_usable(checkpoint: Checkpoint) -> None:
+    """Refuses a checkpoint that no encoder could ever be given, as every row of a zoo must be.
+
+    Raises:
+        WeightspaceError: its numbers are not the weights, none of them is a floating point number, or its config
+            describes another network.
+    """
+    checkpoint.ensure_weights()
+    if not checkpoint.architecture.numel:
+        raise ZooError(f"{checkpoint.where}: none of its {len(checkpoint.specs)} tensors has floating point entries")
 
 
 def _nonfinite(blob: bytes | bytearray, start: int, stop: int, dtype: str) -> int:
