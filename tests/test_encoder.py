@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
+from weightspace.cli.main import main
 from weightspace.encoder import embed, embed_zoo, load_encoder, save_embeddings
 from weightspace.errors import WeightspaceError, ZooError
 from weightspace.zoo.dataset import Zoo
 from weightspace.zoo.transfer import export_folder
+from weightspace.zoo.writer import ZooWriter
 
 
 class TestEncoder:
@@ -104,6 +107,44 @@ class TestEmbed:
         assert sorted(frame["model_id"]) == sorted(
             path.name for path in (tmp_path / "models").iterdir() if path.is_dir()
         )
+
+    def test_what_cannot_be_embedded_is_listed(self, tiny_encoder: Path, tiny_zoo: Zoo, tmp_path: Path) -> None:
+        export_folder(tiny_zoo, tmp_path / "models", [0, 30])
+        good, other = sorted((tmp_path / "models").rglob("*.safetensors"))
+        save_file({"ids": torch.arange(3)}, tmp_path / "models" / "no-floats.safetensors")
+        (tmp_path / "models" / "cut.safetensors").write_bytes(good.read_bytes()[:-8])
+        other.with_name("config.json").write_text('{"family": "mlp", "depth": 3}')
+        gone = str(tmp_path / "gone")
+        frame = embed([str(tmp_path / "models"), gone], tiny_encoder)
+        assert frame["model_id"].tolist() == [good.parent.name]
+        reasons = dict(frame.attrs["left_out"])
+        names = ["cut.safetensors", "no-floats.safetensors", str(other.relative_to(tmp_path / "models"))]
+        assert set(reasons) == {*(str(tmp_path / "models" / name) for name in names), gone}
+        assert "truncated" in reasons[str(tmp_path / "models" / "cut.safetensors")]
+        save_embeddings(frame, tmp_path / "e.parquet")
+        words = [
+            "embed",
+            str(tmp_path / "models"),
+            "--encoder",
+            str(tiny_encoder),
+            "--output",
+            str(tmp_path / "f.parquet"),
+        ]
+        assert main(words) == 2
+        assert len(pd.read_parquet(tmp_path / "f.parquet")) == 1
+        with pytest.raises(WeightspaceError, match="none of 3 models can be embedded: "):
+            embed([str(tmp_path / "models" / name) for name in names], tiny_encoder)
+
+    def test_rows_of_a_zoo_that_cannot_be_embedded_are_listed(
+        self, tiny_encoder: Path, tiny_zoo: Zoo, tmp_path: Path
+    ) -> None:
+        writer = ZooWriter(tmp_path / "zoo", settings={})
+        blobs = [tiny_zoo.blob(0), save({"ids": torch.arange(3)})]
+        writer.write_shard("0", [replace(tiny_zoo.entry(0), model_id=name) for name in ("a", "b")], blobs)
+        writer.finish()
+        frame = embed([str(tmp_path / "zoo")], tiny_encoder)
+        assert frame["model_id"].tolist() == ["a"]
+        assert [where for where, _ in frame.attrs["left_out"]] == [f"{tmp_path / 'zoo'}: b"]
 
     def test_nothing_to_embed_is_refused(self, tiny_encoder: Path, tmp_path: Path) -> None:
         with pytest.raises(WeightspaceError, match="nowhere"):

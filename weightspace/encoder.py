@@ -34,7 +34,7 @@ from weightspace.models.loading import CONFIG, EXTRACTOR, autoencoder_of, load_t
 from weightspace.models.pretrained import weight_files
 from weightspace.schema import Architecture
 from weightspace.zoo.dataset import Zoo, load_zoo
-from weightspace.zoo.storage import replacing
+from weightspace.zoo.storage import check_usable, replacing
 
 _CHUNK = 256
 _DESCRIPTIONS = (CONFIG, EXTRACTOR)
@@ -349,6 +349,7 @@ def _zoo_on_hub(location: str, options: HubOptions) -> Zoo | None:
 
 def _embedded(encoder: Encoder, checkpoint: Checkpoint, max_bytes: int | None, seed: int) -> dict[str, Any]:
     """Makes the row of one model."""
+    check_usable(checkpoint)
     if max_bytes is None:
         embedding, share = encoder.embed_checkpoint(checkpoint), 1.0
     else:

@@ -125,7 +125,7 @@ def test_embed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     limits = ("--max-bytes", "1.5MB", "--seed", "3", "--token", "secret", "--local-files-only", "--allow-pickle")
     record = json.loads(invoke(*words, *limits, "--json"))
-    assert record == {"output": "e.parquet", "models": 2, "size": 3, "sampled": {"b": 0.25}}
+    assert record == {"output": "e.parquet", "models": 2, "size": 3, "sampled": {"b": 0.25}, "left_out": []}
     locations, encoder, options = called[1]
     assert (locations, encoder) == (["zoo", "file.safetensors"], "enc")
     assert options.pop("options") == HubOptions(token="secret", local_files_only=True)

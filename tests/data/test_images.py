@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import httpx2
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from weightspace.data import images as module
 from weightspace.data.images import load_images, variants
 from weightspace.errors import ZooError
 
@@ -149,3 +154,22 @@ def test_names_what_a_folder_lacks(save, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ZooError, match=r"empty: datasets\.load_dataset cannot open it"):
         load_images(str(tmp_path / "empty"))
+
+
+def test_a_hub_out_of_reach_is_asked_once_for_all_datasets(monkeypatch, tmp_path):
+    asked = []
+
+    def away(url, **_):
+        asked.append(url)
+        raise httpx2.ConnectError("connection refused")
+
+    monkeypatch.setattr("weightspace.data.images.get_session", lambda: SimpleNamespace(head=away))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    module._hub_answers.cache_clear()
+    try:
+        for number in range(24):
+            with pytest.raises(ZooError, match=r"check the name and the connection \(without the Hub"):
+                load_images(f"org/mnist-{number}")
+    finally:
+        module._hub_answers.cache_clear()
+    assert len(asked) == 1 and not datasets.config.HF_HUB_OFFLINE and not constants.HF_HUB_OFFLINE

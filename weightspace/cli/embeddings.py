@@ -57,7 +57,7 @@ def embed(locations: tuple[str, ...], encoder: str, output: Path, **reading: Any
     if shares:
         estimated = [f"{model}: {share:.3%} of its bytes" for model, share in shares.items()]
         lines += listing("estimated from a sample", estimated)
-    left_out = [(location, reason) for location, reason in frame.attrs["left_out"]]
+    left_out = [(location, reason) for location, reason in frame.attrs.get("left_out", ())]
     if left_out:
         lines += listing("left out", left_out)
     record = {"output": str(output), "models": len(frame), "size": size, "sampled": shares}

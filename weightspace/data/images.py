@@ -39,7 +39,7 @@ POLARITIES = ("normal", "inverted")
 _TEST_FRACTION = 0.3
 _TEST_SPLITS = ("test", "validation")
 _HUB_NAME = re.compile(r"[\w.:/@-]+", re.ASCII)
-_FIX_OFFLINE = "it is not in the cache, and the Hub is out of reach; check the name and the connection"
+_FIX_OFFLINE = "check the name and the connection (without the Hub only caches are asked, at once)"
 _PATIENCE = 10.0
 _OPTIONS = ("classes", "rotation", "polarity", "size", "config", "revision", "label")
 
