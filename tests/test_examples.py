@@ -72,12 +72,12 @@ def test_ablations_of_the_joint_model(tmp_path: Path, tiny_zoo: Any, tiny_encode
     (tmp_path / "zoo").symlink_to(tiny_zoo.path)
     (tmp_path / "encoder").symlink_to(tiny_encoder)
     words = ["--demo", tmp_path, "--output", tmp_path / "joint.json", "--steps", "2", "--seeds", "0"]
-    words += ["--variants", "regression", "frozen"]
+    words += ["--variants", "no-last-layer", "frozen"]
     printed = run("benchmarks/joint.py", *words)
     measured = json.loads((tmp_path / "joint.json").read_text())["measured"]
-    assert set(measured) == {"baselines/0", "regression/0", "frozen/0"}
-    assert {"probes", "D → W", "W → D", "R → W, 10", "R → W, 1"} == set(measured["regression/0"])
-    assert "| R as regression | 0 |" in printed
+    assert set(measured) == {"baselines/0", "no-last-layer/0", "frozen/0"}
+    assert {"probes", "D → W", "W → D", "R → W, 10", "R → W, 1"} == set(measured["no-last-layer/0"])
+    assert "| without the last layer | 0 |" in printed
     before = (tmp_path / "joint.json").stat().st_mtime_ns
     assert run("benchmarks/joint.py", *words) == printed
     assert (tmp_path / "joint.json").stat().st_mtime_ns == before

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weightspace.losses import behaviour_loss, gather_rows, masked_mse, nt_xent, pairwise_nt_xent, pairwise_sigmoid
+from weightspace.losses import behaviour_loss, gather_rows, masked_mse, nt_xent, pairwise_nt_xent
 
 
 def draw(seed: int, *shape: int) -> torch.Tensor:
@@ -133,18 +133,6 @@ class TestPairwiseNtXent:
 
     def test_one_dataset_alone_is_finite(self) -> None:
         assert float(pairwise_nt_xent(torch.zeros(4, 4), torch.ones(4, 4))) == pytest.approx(math.log(4))
-
-
-class TestPairwiseSigmoid:
-    def test_is_a_question_for_each_pair(self) -> None:
-        logits, positives = draw(0, 3, 4), (draw(1, 3, 4) > 0).float()
-        signs = 2 * positives - 1
-        expected = -torch.nn.functional.logsigmoid(signs * logits).sum() / 3
-        torch.testing.assert_close(pairwise_sigmoid(logits, positives), expected)
-        torch.testing.assert_close(pairwise_sigmoid(logits, positives * 3), expected)
-
-    def test_no_rows_cost_nothing(self) -> None:
-        assert float(pairwise_sigmoid(torch.zeros(0, 0), torch.zeros(0, 0))) == 0
 
 
 def test_a_single_process_gathers_nothing() -> None:

@@ -88,22 +88,6 @@ def _towards_positives(logits: Tensor, positives: Tensor) -> Tensor:
     return -(shares * logits.log_softmax(1)).sum() / anchors
 
 
-def pairwise_sigmoid(
-    logits: Float[Tensor, "rows columns"], positives: Float[Tensor, "rows columns"]
-) -> Float[Tensor, ""]:
-    """SigLIP's loss (Zhai et al., 2023): each pair of a row and a column is a yes-or-no question of its own.
-
-    Args:
-        logits: scaled similarities plus a bias, which has to start near minus the logarithm of the number of negatives.
-        positives: how much a pair belongs together; 1 and more is yes.
-
-    Returns:
-        Binary cross-entropy summed over pairs, over the number of rows; 0 without rows.
-    """
-    answers = positives.clamp(max=1)
-    return F.binary_cross_entropy_with_logits(logits, answers, reduction="sum") / max(1, len(logits))
-
-
 def gather_rows(values: Shaped[Tensor, "rows *d"]) -> Shaped[Tensor, "all_rows *d"]:
     """Stacks the rows of all processes in the order of their ranks, so that each sees the negatives of all.
 

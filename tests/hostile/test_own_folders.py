@@ -325,6 +325,17 @@ class TestChangedFolders:
             with pytest.raises(WeightspaceError, match=name):
                 AutoFeatureExtractor.from_pretrained(copy)
 
+    def test_choices_of_earlier_versions_load_if_they_are_the_one_left(
+        self, kind: str, folders: dict[str, Path], tmp_path: Path
+    ) -> None:
+        copy = Path(shutil.copytree(folders[kind], tmp_path / "copy"))
+        stored = json.loads((copy / CONFIG).read_text())
+        (copy / CONFIG).write_text(json.dumps({**stored, "loss": "nt_xent", "positives": "all"}))
+        load(kind, copy)
+        (copy / CONFIG).write_text(json.dumps({**stored, "loss": "sigmoid"}))
+        with pytest.raises(WeightspaceError, match="unknown field 'loss'"):
+            load(kind, copy)
+
     def test_shards_are_the_model(self, kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
         whole, _ = load_trained(folders[kind], MODELS[kind])
         (tmp_path / "s").mkdir()

@@ -69,9 +69,9 @@ def test_the_loss_falls(
 
 
 def test_any_share_of_the_tokens_may_be_unknown() -> None:
-    inputs = {"latents": torch.zeros(4000, 50, 2)}
+    latents = torch.zeros(4000, 50, 2)
     for largest in (0.0, 0.5, 1.0):
-        known = prior._known_tokens(inputs, torch.Generator().manual_seed(0), largest)["known"]
+        known = prior._drawn(CodePriorSettings(unknown=largest), latents, torch.Generator().manual_seed(0))["known"]
         shares = 1 - known.float().mean(1)
         assert shares.mean().item() == pytest.approx(largest / 2, abs=0.02)
         assert shares.quantile(0.9).item() == pytest.approx(0.9 * largest, abs=0.05)

@@ -265,7 +265,6 @@ class TestBatches:
             {"reconstruction_weight": 0.0},
             {"pairs": ("weight_result",)},
             {"pairs": ("dataset_weight",)},
-            {"positives": "diagonal", "result_kind": "regression"},
         ):
             model, source = batches(tiny_zoo, changed(settings, **change))
             model.train()(**next(source(0, 0, 1)).inputs, return_loss=True).loss.backward()

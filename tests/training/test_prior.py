@@ -62,27 +62,24 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 def opened(folders: dict[str, Path], zoo: Zoo) -> tuple[WeightAutoencoderModel, Any, Any]:
     joint = JointModel.from_pretrained(folders["joint"]).eval()
-    state = read_training(folders["joint"])
-    assert state is not None
-    conditions = Conditions.of(zoo, joint, state.settings)
+    conditions = Conditions.of(zoo, joint)
     model = WeightAutoencoderModel.from_pretrained(folders["autoencoder"]).eval()
     return model, AutoFeatureExtractor.from_pretrained(folders["autoencoder"]), conditions
 
 
 def test_a_dataset_that_cannot_be_opened_does_not_stop_the_others(tiny_zoo: Zoo, folders: dict[str, Path]) -> None:
-    joint, state = JointModel.from_pretrained(folders["joint"]).eval(), read_training(folders["joint"])
-    assert state is not None
+    joint = JointModel.from_pretrained(folders["joint"]).eval()
     names = tiny_zoo.index["dataset"].to_list()
     index = tiny_zoo.index.assign(dataset=["digits?classes=99", *names[1:]])
     zoo = Zoo.__new__(Zoo)
     vars(zoo).update(index=index, families=tiny_zoo.families, location="zoo")
-    known = Conditions.of(tiny_zoo, joint, state.settings)
-    some = Conditions.of(zoo, joint, state.settings)
+    known = Conditions.of(tiny_zoo, joint)
+    some = Conditions.of(zoo, joint)
     assert list(some.left_out) == ["digits?classes=99"] and not known.left_out
     assert some.dataset[0] == 0 and torch.equal(some.dataset[1:], known.dataset[1:])
     vars(zoo).update(index=index.assign(dataset="digits?classes=99"))
     with pytest.raises(ZooError, match=r"zoo: no dataset can be opened \(.*classes=99"):
-        Conditions.of(zoo, joint, state.settings)
+        Conditions.of(zoo, joint)
 
 
 @pytest.mark.slow
@@ -160,10 +157,12 @@ def test_the_order_of_neurons_that_models_come_in_does_not_matter(
         assert torch.equal(one.flat, other.flat)
 
 
-def test_a_batch_holds_each_models_own_latents_and_condition(tiny_zoo: Zoo, folders: dict[str, Path]) -> None:
+def test_a_batch_holds_each_models_own_latents_and_condition(
+    tiny_zoo: Zoo, folders: dict[str, Path], settings: PriorSettings
+) -> None:
     model, extractor, conditions = opened(folders, tiny_zoo)
     models = AlignedModels.of(tiny_zoo, np.arange(len(tiny_zoo)), LatentCodec(model, extractor))
-    batches = prior.PriorBatches(models, conditions, 0.0, 8, 0)
+    batches = prior.PriorBatches(models, conditions, replace(settings, drop=0.0, shuffle_classes=0.0))
     batch = next(batches(3, 0, 1))
     assert batch.number == 3 and torch.equal(next(batches(3, 0, 1)).inputs["noise"], batch.inputs["noise"])
     for members in batch.parts:
@@ -232,7 +231,7 @@ def test_only_models_with_an_output_for_each_class_are_put_in_another_order(
 ) -> None:
     _, _, conditions = opened(folders, tiny_zoo)
     rows, count = np.zeros(2000, dtype=np.int64), conditions.classes
-    known = int(conditions.datasets.counts[conditions.dataset[0]])
+    known = int(conditions.counts[conditions.dataset[0]])
     outputs = torch.tensor([known] * 1000 + [known + 1] * 500 + [0] * 500)
     orders = conditions.orders(rows, outputs, 0.5, torch.Generator().manual_seed(0))
     assert torch.equal(orders.sort(1).values, torch.arange(count).expand(2000, -1))

@@ -26,7 +26,6 @@ LARGEST = 2**20
 
 _EVEN = ("position_size", "time_size")
 _POSITIVE = ("layer_norm_eps", "temperature")
-_CHOICES = {"kind": ("bins", "regression"), "loss": ("nt_xent", "sigmoid"), "positives": ("all", "diagonal")}
 
 _STATED = ("architectures", "dtype", "transformers_version")
 """Fields of transformers that a file decides."""
@@ -36,6 +35,8 @@ _IGNORED = (
     *("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation"),
 )
 """Fields of transformers that mean nothing here, and attention, which is for the caller to choose."""
+_FIXED = {"interpolate": True, "kind": "bins", "loss": "nt_xent", "positives": "all"}
+"""Fields of joint models that have but one value; files may state it."""
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -82,9 +83,6 @@ class ModelConfig(PreTrainedConfig):
                 raise ValueError(f"{name} {value} is odd; sines and cosines come in pairs")
             if name in _POSITIVE and value <= 0:
                 raise ValueError(f"{name} {value} is not positive")
-        for name, choices in _CHOICES.items():
-            if (choice := getattr(self, name, choices[0])) not in choices:
-                raise ValueError(f"{name} {shown(choice)}: choose one of {', '.join(choices)}")
         if not 0 <= (dropout := getattr(self, "dropout", 0)) < 1:
             raise ValueError(f"dropout {dropout} is not between 0 and below 1")
 
@@ -105,7 +103,7 @@ def _stated(cls: type[PreTrainedConfig], values: Any, where: str) -> dict[str, A
         elif name in own:
             part = cls.sub_configs_defaults.get(name) if isinstance(value, dict) else None
             stated[name] = value if part is None else _stated(part.config_class, value, f"{where}: {name}")
-        elif name not in _IGNORED:
+        elif name not in _IGNORED and _FIXED.get(name) != value:
             raise SettingsError(f"{where}: unknown field {shown(name)}; remove it, or update weightspace")
     if (kind := stated.get("dtype")) is not None and str(kind).removeprefix("torch.") not in _DTYPES:
         raise SettingsError(f"{where}: dtype {shown(kind)}: choose one of {', '.join(_DTYPES)}")

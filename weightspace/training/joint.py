@@ -54,7 +54,6 @@ class TowerSettings:
         freeze_encoder: leave the weights of a given encoder as they are.
         hidden_size: width of the towers of datasets and of weights.
         projection_dim: width of the joint space and of the tower of results.
-        result_kind: ``kind`` of `ResultTowerConfig`.
     """
 
     encoder: EncoderSettings = field(default_factory=lambda: EncoderSettings(hidden_size=32, layers=1, heads=2))
@@ -67,12 +66,8 @@ class TowerSettings:
     dropout: float = 0.3
     projection_dim: int = 64
     bins: int = 12
-    interpolate: bool = True
     smoothing: float = 1.0
     pairs: tuple[str, ...] = PAIRS
-    loss: str = "nt_xent"
-    positives: str = "all"
-    result_kind: str = "bins"
     reconstruction_weight: float = 0.0
 
 
@@ -236,7 +231,6 @@ def _built(
         towers,
         name="towers",
         results=list(data.result_names),
-        kind=towers.result_kind,
         hidden_size=towers.projection_dim,
     )
     weights = config_from(WeightTowerConfig, towers, name="towers", encoder_config=encoder_config)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,6 @@ from weightspace.models.autoencoder.modeling_autoencoder import WeightAutoencode
 from weightspace.models.codec import LatentCodec
 from weightspace.models.joint.modeling_joint import JointModel
 from weightspace.models.loading import load_trained
-from weightspace.models.prior.configuration_prior import (
-    ConditionedPriorConfig,
-    WeightCodePriorConfig,
-    WeightPriorConfig,
-)
 from weightspace.models.prior.modeling_code_prior import WeightCodePriorModel
 from weightspace.models.prior.modeling_prior import WeightPriorModel
 from weightspace.settings import Fraction, FractionBelowOne, Settings
@@ -128,15 +123,15 @@ def train_prior(
         "autoencoder": trained_with(Path(autoencoder), "autoencoder", name="autoencoder"),
         "joint": trained_with(Path(joint), "joint", name="joint"),
     }
-    if isinstance(settings, CodePriorSettings) and given["autoencoder"].settings["encoder"].get("code_levels") is None:
-        raise SettingsError(f"autoencoder: {autoencoder} has no codes; train one with `encoder.code_levels` set")
 
     def prepare(split: Split) -> Prepared:
         for (name, record), folder in zip(given.items(), (autoencoder, joint), strict=True):
             ensure_same_test_runs(record, opened, split, settings.split_seed, f"{name} {folder}")
         codec = LatentCodec(*load_trained(autoencoder, WeightAutoencoderModel))
+        if isinstance(settings, CodePriorSettings) and codec.model.quantizer is None:
+            raise SettingsError(f"autoencoder: {autoencoder} has no codes; train one with `encoder.code_levels` set")
         joint_model, _ = load_trained(joint, JointModel)
-        conditions = Conditions.of(opened, joint_model, given["joint"].settings, allow_pickle=allow_pickle)
+        conditions = Conditions.of(opened, joint_model, allow_pickle=allow_pickle)
         extras = {
             "autoencoder": str(autoencoder),
             "joint": str(joint),
@@ -160,13 +155,13 @@ def _prepared(
     extras: Mapping[str, Any],
 ) -> Prepared:
     """Builds the prior around its autoencoder, and aligns the models of datasets that were not held out."""
-    loop, method = settings.loop, _method(settings)
+    loop, prior_class = settings.loop, _prior_class(settings)
     codec.model.config.name_or_path = ""  # cards must not show where it lies on this machine
     seen = ~zoo.index["dataset"].isin(joint.held_out_datasets).to_numpy()
     training = AlignedModels.of(zoo, split.train[seen[split.train]], codec)
     torch.manual_seed(loop.seed)
     config: Any = config_from(
-        method.config,
+        prior_class.config_class,
         settings.shape,
         name="shape",
         autoencoder_config=codec.model.config,
@@ -175,13 +170,11 @@ def _prepared(
         joint_identity=joint.identity,
         activations=conditions.activations,
     )
-    model = method.model(config)
+    model = prior_class(config)
     model.autoencoder.load_state_dict(codec.model.state_dict())
     if isinstance(model, WeightPriorModel):
         model.scaler.fit(training.tokens())
-    batches = PriorBatches(
-        training, conditions, settings.drop, loop.batch_size, loop.seed, method.draw, settings.shuffle_classes
-    )
+    batches = PriorBatches(training, conditions, settings)
     validation = split.validation[seen[split.validation]]
     chosen = np.random.default_rng(loop.seed).permutation(validation)[:_VALIDATION_MODELS]
     aligned = AlignedModels.of(zoo, np.sort(chosen), codec, references=training.references)
@@ -189,40 +182,19 @@ def _prepared(
     return Prepared(model, codec.extractor, batches, objective, extras)
 
 
-@dataclass(frozen=True)
-class _Method:
-    """What is particular to the training of one kind of prior.
-
-    Attributes:
-        loss: name of what is minimised besides the behaviour loss.
-        config: class of the configuration.
-        model: class of the model.
-        draw: draws further arguments of the model's forward for a batch.
-    """
-
-    loss: str
-    config: type[ConditionedPriorConfig]
-    model: type[WeightPriorModel] | type[WeightCodePriorModel]
-    draw: Callable[[Mapping[str, Tensor], torch.Generator], dict[str, Tensor]]
+def _prior_class(settings: PriorSettings) -> type[WeightPriorModel | WeightCodePriorModel]:
+    return WeightCodePriorModel if isinstance(settings, CodePriorSettings) else WeightPriorModel
 
 
-def _method(settings: PriorSettings) -> _Method:
+def _drawn(
+    settings: PriorSettings, latents: Float[Tensor, "batch n latent"], generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Draws what else the forward of a prior takes: which codes are known, or noise and times."""
     if isinstance(settings, CodePriorSettings):
-        draw = functools.partial(_known_tokens, unknown=settings.unknown)
-        return _Method("codes", WeightCodePriorConfig, WeightCodePriorModel, draw)
-    return _Method("flow", WeightPriorConfig, WeightPriorModel, _noise_and_times)
-
-
-def _noise_and_times(inputs: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-    latents = inputs["latents"]
+        shares = settings.unknown * torch.rand(len(latents), 1, generator=generator)
+        return {"known": torch.rand(latents.shape[:2], generator=generator) >= shares}
     noise = torch.randn(latents.shape, generator=generator)
     return {"noise": noise, "times": torch.rand(len(latents), generator=generator)}
-
-
-def _known_tokens(inputs: Mapping[str, Tensor], generator: torch.Generator, unknown: float) -> dict[str, Tensor]:
-    batch, length, _ = inputs["latents"].shape
-    shares = unknown * torch.rand(batch, 1, generator=generator)
-    return {"known": torch.rand(batch, length, generator=generator) >= shares}
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,29 +203,24 @@ class PriorBatches:
 
     models: AlignedModels
     conditions: Conditions
-    drop: float
-    batch_size: int
-    seed: int
-    draw: Callable[[Mapping[str, Tensor], torch.Generator], dict[str, Tensor]] = _noise_and_times
-    shuffle_classes: float = 0.0
+    settings: PriorSettings
 
     def __call__(self, start: int, process: int, processes: int) -> Iterator[Batch]:
         """Yields the micro-batches of one process from number ``start`` on."""
-        number, count = start, len(self.models.rows)
-        while True:
-            generator = seeded_generator(self.seed, number, process)
-            places = torch.randint(count, (self.batch_size,), generator=generator).numpy()
+        for number in itertools.count(start):
+            generator = seeded_generator(self.settings.loop.seed, number, process)
+            size = (self.settings.loop.batch_size,)
+            places = torch.randint(len(self.models.rows), size, generator=generator).numpy()
             yield self.batch(places, number, generator)
-            number += 1
 
     def batch(self, places: Int[np.ndarray, "batch"], number: int, generator: torch.Generator) -> Batch:
         """Puts models together, and draws what is asked of them and what else the model is given."""
         rows = self.models.rows[places]
         outputs = self.models.outputs(places)
-        orders = self.conditions.orders(rows, outputs, self.shuffle_classes, generator)
+        orders = self.conditions.orders(rows, outputs, self.settings.shuffle_classes, generator)
         inputs, parts = self.models.batch(places, orders)
-        inputs |= {**self.conditions.asked(rows, orders, self.drop, generator), "ordered": outputs > 0}
-        inputs |= self.draw(inputs, generator)
+        inputs |= {**self.conditions.asked(rows, orders, self.settings.drop, generator), "ordered": outputs > 0}
+        inputs |= _drawn(self.settings, inputs["latents"], generator)
         return Batch(inputs, parts, number, rows)
 
 
@@ -268,12 +235,11 @@ class PriorObjective(Objective):
         extractor: WeightFeatureExtractor,
         settings: PriorSettings,
     ) -> None:
-        self._method = _method(settings)
+        self._loss = _prior_class(settings).loss_name
         self._behaviour = BehaviourLoss(zoo, extractor, settings.behaviour, settings.loop.seed)
-        models = len(validation.rows)
-        seed = settings.loop.seed
-        batches = PriorBatches(validation, conditions, settings.drop, models, seed, self._method.draw)
-        self._validation = batches.batch(np.arange(models), 0, torch.Generator().manual_seed(seed))
+        batches = PriorBatches(validation, conditions, replace(settings, shuffle_classes=0.0))
+        generator = torch.Generator().manual_seed(settings.loop.seed)
+        self._validation = batches.batch(np.arange(len(validation.rows)), 0, generator)
 
     def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
         """``loss``, ``flow`` or ``codes`` and, where functions can be run, ``behaviour``."""
@@ -281,7 +247,7 @@ class PriorObjective(Objective):
         inputs = {name: value.to(device) for name, value in batch.inputs.items()}
         weight = self._behaviour.weight
         output = model(**inputs, decode=bool(weight))
-        losses = {"loss": output.loss, self._method.loss: output.loss}
+        losses = {"loss": output.loss, self._loss: output.loss}
         if weight:
             behaviour = self._behaviour_of(output.reconstruction.float(), batch)
             losses |= {"loss": (1 - weight) * output.loss + weight * behaviour, "behaviour": behaviour}

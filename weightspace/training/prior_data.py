@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,11 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from weightspace.data.features import DatasetFeatures, dataset_features
-from weightspace.data.image_encoders import open_image_encoder
+from weightspace.data.features import dataset_features
+from weightspace.data.image_encoders import DEFAULT_ENCODER, open_image_encoder
 from weightspace.errors import ZooError
 from weightspace.models.codec import LatentCodec
-from weightspace.models.joint.configuration_joint import ResultTowerConfig
 from weightspace.models.joint.modeling_joint import JointModel, unit
 from weightspace.networks.alignment import align
 from weightspace.schema import Architecture
@@ -156,47 +154,18 @@ def _references(
 
 
 @dataclass(frozen=True, eq=False)
-class SeenDatasets:
-    """What a joint model sees of datasets; number 0 is none, without images.
+class Conditions:
+    """What is known of each of a zoo's models, and what a joint model sees of their datasets.
 
     Attributes:
-        states: of each image; see `DatasetTower.image_states`.
-        labels: its class.
+        dataset: number of each model's dataset; 0 for none, which has neither images nor classes.
+        results: one column a result of the joint model, NaN where a value is missing.
+        activation: number of each model's activation; see `PriorCondition`.
+        activations: names of activations, from number 1 on.
+        states: of each dataset's images; see `DatasetTower.image_states`.
+        labels: class of each image.
         shares: 1 where there is an image, 0 elsewhere.
         counts: classes of each dataset.
-    """
-
-    states: Float[Tensor, "datasets images width"]
-    labels: Int[Tensor, "datasets images"]
-    shares: Float[Tensor, "datasets images"]
-    counts: Int[Tensor, " datasets"]
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, datasets: Sequence[DatasetFeatures], joint: JointModel) -> SeenDatasets:
-        """Looks at datasets, which get the numbers from 1 on."""
-        for dataset in datasets:
-            joint.ensure_image_encoder(dataset.encoder, dataset.encoder_digest)
-        tower, none = joint.dataset_model, torch.zeros(1)
-        seen = [tower.image_states(dataset.features.unsqueeze(0))[0] for dataset in datasets]
-        return cls(
-            pad_sequence([torch.zeros(1, tower.image_in.out_features), *seen], batch_first=True),
-            pad_sequence([none.long(), *(dataset.labels for dataset in datasets)], batch_first=True),
-            pad_sequence([none, *(torch.ones(len(dataset.labels)) for dataset in datasets)], batch_first=True),
-            torch.tensor([0, *(dataset.classes for dataset in datasets)]),
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class Conditions:
-    """What is known of each of a zoo's models.
-
-    Attributes:
-        dataset: number of its dataset; 0 where there is none.
-        results: one column a result of the joint model, NaN where a value is missing.
-        activation: number of its activation; see `PriorCondition`.
-        activations: names of activations, from number 1 on.
-        datasets: see `SeenDatasets`.
         joint: describes classes and embeds results.
         left_out: datasets that cannot be opened, with the reason; their models have none.
     """
@@ -205,54 +174,62 @@ class Conditions:
     results: Float[Tensor, "models results"]
     activation: Int[Tensor, " models"]
     activations: list[str]
-    datasets: SeenDatasets
+    states: Float[Tensor, "datasets images width"]
+    labels: Int[Tensor, "datasets images"]
+    shares: Float[Tensor, "datasets images"]
+    counts: Int[Tensor, " datasets"]
     joint: JointModel
     left_out: Mapping[str, str]
 
     @classmethod
-    def of(cls, zoo: Zoo, joint: JointModel, trained: Mapping[str, Any], *, allow_pickle: bool = False) -> Conditions:
+    @torch.no_grad()
+    def of(cls, zoo: Zoo, joint: JointModel, *, allow_pickle: bool = False) -> Conditions:
         """Gathers what is known of a zoo.
 
         Args:
             zoo: the zoo.
             joint: the joint model, on the CPU.
-            trained: the settings that it was trained with.
             allow_pickle: read plain tensors from a pickle where the image encoder has no safetensors file.
 
         Raises:
             WeightspaceError: the image encoder or all datasets cannot be opened, or it is another one by now.
         """
-        config = joint.config.result_config
-        assert isinstance(config, ResultTowerConfig)
+        tower, wanted = joint.dataset_model, joint.result_model.config.results
         columns = [
-            zoo.index[name].to_numpy(dtype=np.float64) if name in zoo.index else np.full(len(zoo), np.nan)
-            for name in config.results
+            zoo.index[name].to_numpy(dtype=np.float64) if name in zoo.index else np.full(len(zoo.index), np.nan)
+            for name in wanted
         ]
+        encoder = open_image_encoder(tower.config.image_encoder or DEFAULT_ENCODER, allow_pickle=allow_pickle)
+        joint.ensure_image_encoder(encoder.name, encoder.digest)
         names = zoo.index["dataset"].to_numpy()
-        encoder = open_image_encoder(trained["image_encoder"], allow_pickle=allow_pickle)
         opened, left_out = opened_datasets(
-            names, lambda name: dataset_features(name, encoder, images=trained["sample"])
+            names, lambda name: dataset_features(name, encoder, images=tower.config.sample)
         )
         if left_out and not opened:
             reason = next(iter(left_out.values()))
             raise ZooError(f"{zoo.location}: no dataset can be opened ({reason}); a prior needs one")
+        datasets, none = list(opened.values()), torch.zeros(1)
+        seen = [tower.image_states(dataset.features.unsqueeze(0))[0] for dataset in datasets]
         numbers = {name: number for number, name in enumerate(opened, start=1)}
         used = [None if family is None else str(family.activation) for family in zoo.families]
         activations = sorted({name for name in used if name is not None})
         return cls(
-            torch.tensor([numbers.get(name, 0) for name in names]),
-            torch.from_numpy(np.stack(columns, 1)).float(),
-            torch.tensor([0 if name is None else 1 + activations.index(name) for name in used]),
-            activations,
-            SeenDatasets.of(list(opened.values()), joint),
-            joint,
-            left_out,
+            dataset=torch.tensor([numbers.get(name, 0) for name in names]),
+            results=torch.from_numpy(np.stack(columns, 1)).float(),
+            activation=torch.tensor([0 if name is None else 1 + activations.index(name) for name in used]),
+            activations=activations,
+            states=pad_sequence([torch.zeros(1, tower.image_in.out_features), *seen], batch_first=True),
+            labels=pad_sequence([none.long(), *(one.labels for one in datasets)], batch_first=True),
+            shares=pad_sequence([none, *(torch.ones(len(one.labels)) for one in datasets)], batch_first=True),
+            counts=torch.tensor([0, *(one.classes for one in datasets)]),
+            joint=joint,
+            left_out=left_out,
         )
 
     @property
     def classes(self) -> int:
         """Classes of the dataset that has most."""
-        return max(1, int(self.datasets.counts.max()))
+        return max(1, int(self.counts.max()))
 
     def orders(
         self,
@@ -262,7 +239,7 @@ class Conditions:
         generator: torch.Generator,
     ) -> Int[Tensor, "batch classes"]:
         """Draws for a share of the models of ``rows`` in which order their classes come; see `orders_of_models`."""
-        counts = self.datasets.counts[self.dataset[rows]]
+        counts = self.counts[self.dataset[rows]]
         return orders_of_models(counts, outputs, self.classes, share, generator)
 
     @torch.no_grad()
@@ -288,10 +265,9 @@ class Conditions:
         stated = stated_results(results, generator)
         embedded = unit(self.joint.get_result_features(results, stated)) * stated.any(1, keepdim=True)
         kept = torch.rand(2, len(rows), 1, generator=generator) >= drop
-        seen = self.datasets
-        shares = seen.shares[numbers].exponential_(generator=generator) * seen.shares[numbers]
-        labels = renumbered_labels(seen.labels[numbers], orders)
-        moments = self.joint.dataset_model.class_moments(seen.states[numbers], labels, shares)
+        shares = self.shares[numbers].exponential_(generator=generator) * self.shares[numbers]
+        labels = renumbered_labels(self.labels[numbers], orders)
+        moments = self.joint.dataset_model.class_moments(self.states[numbers], labels, shares)
         missing = self.classes - moments.shape[1]
         return {
             "class_features": F.pad(moments, (0, 0, 0, missing)) * kept[0].unsqueeze(-1),

@@ -120,8 +120,8 @@ def ensure_same_test_runs(record: TrainingRecord, zoo: Zoo, split: Split, seed: 
     """
     if record.zoo_digest == zoo.digest and set(record.test_runs) != set(_runs(zoo, split.test)):
         raise SettingsError(
-            f"split_seed: {seed} tests on runs that the {model} was trained on; use {record.settings['split_seed']}, "
-            "which it was trained with"
+            f"split_seed: {seed} tests on runs that the {model} was trained on; use the one that it was trained with, "
+            f"{record.settings.get('split_seed')}"
         )
 
 

@@ -78,10 +78,7 @@ class ResultTowerConfig(ModelConfig):
 
     Args:
         results: names of the results, e.g. `test_accuracy`.
-        kind: `bins` for the table; `regression` for a small network on standardised values instead. Which results are
-            alike is a question of bins in both.
         bins: bins a result, of about equally many training models each.
-        interpolate: embed a value between the bins around it; otherwise all values of a bin are one.
         smoothing: standard deviation, in bins, of how far from its result a model still is a positive; 0 asks for the
             same bin.
         hidden_size: width of the embeddings.
@@ -91,9 +88,7 @@ class ResultTowerConfig(ModelConfig):
     base_config_key = "result_config"
 
     results: list[str] = field(default_factory=lambda: ["test_accuracy"])
-    kind: str = "bins"
     bins: int = 12
-    interpolate: bool = True
     smoothing: float | int = 1.0
     hidden_size: int = 64
 
@@ -115,8 +110,6 @@ class JointConfig(ModelConfig):
         projection_dim: width of the joint space.
         logit_scale_init_value: logarithm of the inverse temperature that training starts from, for each pair of towers.
         pairs: pairs of towers that are contrasted.
-        loss: `nt_xent` or `sigmoid`.
-        positives: `all` that belong to a row, or the `diagonal`: row i belongs to row i only, as in CLIP.
         reconstruction_weight: weight of the autoencoder's loss beside those of the pairs; keeps latents decodable.
     """
 
@@ -133,8 +126,6 @@ class JointConfig(ModelConfig):
     projection_dim: int = 64
     logit_scale_init_value: float | int = 2.6592
     pairs: list[str] = field(default_factory=lambda: list(PAIRS))
-    loss: str = "nt_xent"
-    positives: str = "all"
     reconstruction_weight: float | int = 0.0
 
     def validate_architecture(self) -> None:

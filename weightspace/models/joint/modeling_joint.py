@@ -12,7 +12,7 @@ from transformers.utils.generic import ModelOutput
 
 from weightspace.cards.facts import EncoderFacts
 from weightspace.errors import SettingsError
-from weightspace.losses import gather_rows, masked_mse, pairwise_nt_xent, pairwise_sigmoid
+from weightspace.losses import gather_rows, masked_mse, pairwise_nt_xent
 from weightspace.models.joint.configuration_joint import (
     PAIRS,
     DatasetTowerConfig,
@@ -65,8 +65,6 @@ class JointModel(WeightspaceModel):
       `smoothing`, those of which it nearly is, by so much less.
     - D, R: as often as models that were trained on D have R: the product of the two matrices above. Nothing else
       relates a dataset to a result, and similarities then learn log p(R | D) / p(R).
-
-    With `positives` of `"diagonal"` row i belongs to row i only.
     """
 
     config: JointConfig
@@ -89,8 +87,6 @@ class JointModel(WeightspaceModel):
         self.weight_projection = nn.Linear(2 * weight.hidden_size, size, bias=False)
         self.result_projection = nn.Linear(result.hidden_size, size, bias=False)
         self.logit_scale = nn.Parameter(torch.full((len(PAIRS),), float(config.logit_scale_init_value)))
-        if config.loss == "sigmoid":
-            self.logit_bias = nn.Parameter(torch.full((len(PAIRS),), -10.0))
         self.post_init()
 
     @property
@@ -239,8 +235,7 @@ class JointModel(WeightspaceModel):
         return self.logit_scale[number].clamp(max=_LARGEST_LOGIT_SCALE).exp()
 
     def _logits(self, number: int, one: Tensor, other: Tensor) -> Tensor:
-        logits = self._scale(number) * (one @ other.T)
-        return logits + self.logit_bias[number] if self.config.loss == "sigmoid" else logits
+        return self._scale(number) * (one @ other.T)
 
     def _add_losses(
         self,
@@ -300,14 +295,11 @@ class JointModel(WeightspaceModel):
         same = ((dataset_ids.unsqueeze(1) == dataset_ids) & present["dataset"]).float()
         true_of = self.result_model.agreement(results, stated).float()
         positives = {"dataset_weight": same, "weight_result": true_of.T, "dataset_result": same @ true_of.T}
-        if self.config.positives == "diagonal":
-            positives = dict.fromkeys(PAIRS, torch.eye(len(same), device=same.device))
-        score = pairwise_sigmoid if self.config.loss == "sigmoid" else pairwise_nt_xent
         losses = {}
         for pair in self.config.pairs:
             one, other = pair.split("_")
             logits = self._logits(PAIRS.index(pair), embeds[one][present[one]], embeds[other][present[other]])
-            losses[pair] = score(logits, positives[pair][present[one]][:, present[other]])
+            losses[pair] = pairwise_nt_xent(logits, positives[pair][present[one]][:, present[other]])
         return losses
 
 

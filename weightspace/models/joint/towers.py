@@ -265,10 +265,7 @@ class WeightTower(nn.Module):
 
 
 class ResultTower(nn.Module):
-    """An embedding table of bins for each result; the embeddings of the results that are stated add up.
-
-    With `kind` of `"regression"` a small network embeds standardised values in place of the table.
-    """
+    """An embedding table of bins for each result; the embeddings of the results that are stated add up."""
 
     edges: Tensor
 
@@ -277,18 +274,11 @@ class ResultTower(nn.Module):
         self.config = config
         count = len(config.results)
         self.register_buffer("edges", torch.linspace(0, 1, config.bins + 1).repeat(count, 1))
-        if config.kind == "bins":
-            self.table = nn.Embedding(count * config.bins, config.hidden_size)
-        else:
-            width = config.hidden_size
-            self.standardizer = Standardizer(count)
-            self.network = nn.Sequential(nn.Linear(2 * count, width), nn.GELU(), nn.Linear(width, width))
+        self.table = nn.Embedding(count * config.bins, config.hidden_size)
 
     @torch.no_grad()
     def fit(self, results: Float[Tensor, "models results"]) -> None:
         """Takes quantiles of the known values as edges; a result that nobody has keeps the edges it has."""
-        if self.config.kind == "regression":
-            self.standardizer.fit(results)
         points = torch.linspace(0, 1, self.config.bins + 1, dtype=torch.float64)
         for edges, values in zip(self.edges, results.double().unbind(1), strict=True):
             known = values[values.isfinite()]
@@ -322,7 +312,7 @@ class ResultTower(nn.Module):
         self, results: Float[Tensor, "batch results"], stated: Bool[Tensor, "batch results"]
     ) -> BaseModelOutputWithPooling:
         """Adds up what is stated; values that are not known count for nothing."""
-        embedded = self._looked_up(results) if self.config.kind == "bins" else self._computed(results)
+        embedded = self._looked_up(results)
         embedded = embedded * (stated & results.isfinite()).unsqueeze(-1)
         return BaseModelOutputWithPooling(last_hidden_state=embedded, pooler_output=embedded.sum(1))
 
@@ -330,15 +320,7 @@ class ResultTower(nn.Module):
         bins = self.config.bins
         # Bin b has its own embedding in its middle, at b + 1/2.
         middles = (self.bin_positions(results).nan_to_num() - 0.5).clamp(0, bins - 1)
-        middles = middles if self.config.interpolate else (middles + 0.5).floor().clamp(max=bins - 1)
         low = middles.floor().long().clamp(max=bins - 2)
         share = (middles - low).unsqueeze(-1).to(self.table.weight.dtype)
         first = low + bins * torch.arange(results.shape[1], device=low.device)
         return self.table(first) * (1 - share) + self.table(first + 1) * share
-
-    def _computed(self, results: Float[Tensor, "batch results"]) -> Float[Tensor, "batch results size"]:
-        values = self.standardizer(results.nan_to_num()).unsqueeze(-1)
-        which = torch.eye(results.shape[1], device=results.device).expand(len(results), -1, -1)
-        inputs = torch.cat([values * which, which], dim=-1)
-        embedded: Tensor = self.network(inputs.to(next(self.network.parameters()).dtype))
-        return embedded

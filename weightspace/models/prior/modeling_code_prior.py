@@ -49,6 +49,7 @@ class WeightCodePriorModel(ConditionedPrior):
 
     config: WeightCodePriorConfig
     base_model_prefix = "code_prior"
+    loss_name = "codes"
     causal = True
 
     def __init__(self, config: WeightCodePriorConfig) -> None:

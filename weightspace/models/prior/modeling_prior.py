@@ -87,6 +87,8 @@ class ConditionedPrior(WeightspaceModel):
     positions: PositionEmbedding
     main_input_name = "latents"
     causal = False
+    loss_name: str
+    """What training calls the loss."""
     supports_gradient_checkpointing = False
 
     def _add_conditioned_layers(self, config: ConditionedPriorConfig) -> None:
@@ -161,6 +163,7 @@ class WeightPriorModel(ConditionedPrior):
 
     config: WeightPriorConfig
     base_model_prefix = "prior"
+    loss_name = "flow"
     _keep_in_fp32_modules_strict = ["scaler"]  # noqa: RUF012
 
     def __init__(self, config: WeightPriorConfig) -> None:
