@@ -29,9 +29,9 @@ from weightspace.evaluation.baselines import nearest_datasets
 from weightspace.evaluation.comparison import SCRATCH, SPEARMAN, ZOO, ComparisonRow, accuracy_after
 from weightspace.evaluation.criteria import BETTER_THAN_BASELINES, Criterion, check
 from weightspace.files import atomic_write_text
+from weightspace.sampling.base import Sources
 from weightspace.sampling.evaluate import EvaluationPlan, EvaluationSettings, evaluate_samplers, plan_evaluation
 from weightspace.sampling.factory import open_sampler
-from weightspace.sampling.sources import Sources
 from weightspace.search.queries import dataset_for
 from weightspace.training.autoencoder import train_autoencoder
 from weightspace.training.joint import train_joint

@@ -11,8 +11,8 @@ from weightspace.cards.record import read_record
 from weightspace.data.image_encoders import OFFLINE_ENCODER
 from weightspace.demo import DemoSettings, run_demo
 from weightspace.errors import SettingsError
+from weightspace.evaluation.accuracy import FineTuning
 from weightspace.evaluation.comparison import SAMPLES, ComparisonSettings, accuracy_after
-from weightspace.evaluation.fine_tuning import FineTuning
 from weightspace.sampling.evaluate import EvaluationSettings
 from weightspace.training.autoencoder import AutoencoderSettings, EncoderSettings
 from weightspace.training.joint import JointSettings, TowerSettings

@@ -29,8 +29,7 @@ from weightspace.networks.flat import unflatten
 from weightspace.networks.infer import infer_architecture
 from weightspace.sampling.base import Condition
 from weightspace.sampling.kde import KdeSampler, KdeSettings
-from weightspace.sampling.objective import Objective
-from weightspace.sampling.select import BootstrappedSampler, SelectedSampler, SelectionSettings
+from weightspace.sampling.steps import BootstrappedSampler, Objective, SelectedSampler, SelectionSettings
 from weightspace.search.queries import dataset_for, parse_results
 from weightspace.settings import settings_from_mapping
 from weightspace.tokenizers import TOKENIZERS, get_tokenizer

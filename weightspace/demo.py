@@ -31,9 +31,9 @@ from weightspace.probes.rows import ProbeRow, rows_to_records
 from weightspace.probes.runs import MIN_RUNS, run_table
 from weightspace.probes.zoo import ENCODER, JOINT, describe_runs, probe_zoo
 from weightspace.report.page import Curve, PredictedTrue, Report, ZooMap, write_report
+from weightspace.sampling.base import Sources
 from weightspace.sampling.evaluate import EvaluationSettings, evaluate_samplers
 from weightspace.sampling.factory import open_sampler
-from weightspace.sampling.sources import Sources
 from weightspace.training.autoencoder import (
     AutoencoderSettings,
     EncoderSettings,

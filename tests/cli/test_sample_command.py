@@ -20,7 +20,7 @@ from weightspace.io.checkpoint import open_checkpoint
 from weightspace.io.writing import save_checkpoint
 from weightspace.networks.flat import flatten, unflatten
 from weightspace.publishing import PushPlan, push_folder
-from weightspace.sampling import writing
+from weightspace.sampling import request
 from weightspace.sampling.base import Condition
 from weightspace.zoo.dataset import Zoo, load_zoo
 from weightspace.zoo.importing import import_folder
@@ -309,7 +309,7 @@ class TestRefusals:
         (mine / "config.json").write_text(json.dumps(values | changes))
         words[words.index("--architecture") + 1] = str(mine)
         said = refusal(capsys, *words, "--output", tmp_path / "out")
-        assert f"{mine}: tensor {told}; put the config.json of this checkpoint beside it, or none" in said
+        assert f"{mine}/model.safetensors: tensor {told}; put the config.json of this checkpoint beside it, or none" in said
 
     @pytest.mark.parametrize("sampler", ["flow+selected", "kde"])
     def test_a_temperature_without_codes(
@@ -342,7 +342,7 @@ class TestRefusals:
                 raise OSError(28, "No space left on device", str(path))
             written.append(path)
 
-        monkeypatch.setattr(writing, "write_text", full)
+        monkeypatch.setattr(request, "write_text", full)
         (tmp_path / "there").mkdir()
         for name in ("there", "new"):
             assert "no room left on the disk" in refusal(capsys, *words, "--output", tmp_path / name)

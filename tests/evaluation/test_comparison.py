@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from weightspace.errors import SettingsError
-from weightspace.evaluation.accuracy import ModelSet, accuracies
+from weightspace.evaluation.accuracy import FineTuning, ModelSet, accuracies
 from weightspace.evaluation.comparison import (
     ALIGNED_AVERAGE,
     ANY,
@@ -32,7 +32,6 @@ from weightspace.evaluation.comparison import (
     accuracy_after,
     compare,
 )
-from weightspace.evaluation.fine_tuning import FineTuning
 from weightspace.networks.families import MLPConfig
 from weightspace.networks.infer import infer_architecture
 from weightspace.networks.permutation import permute, random_permutations

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from weightspace.errors import SettingsError
-from weightspace.evaluation.accuracy import ModelSet, accuracies, predictions
+from weightspace.evaluation.accuracy import FineTuning, ModelSet, accuracies, fine_tune, predictions
 from weightspace.evaluation.baselines import from_scratch
-from weightspace.evaluation.fine_tuning import FineTuning, fine_tune
 from weightspace.zoo.dataset import Zoo
 
 

@@ -32,7 +32,7 @@ DATASETS = {"one": dataset("one", 0), "two": dataset("two", 1, 20)}
 
 
 def recipe(number: int = 0, config: FamilyConfig = MLP, **changes: Any) -> Recipe:
-    plain = Recipe(f"run-{number}", "one", config, 0.01, 0.1, "kaiming_uniform", 0.0, 12, 6)
+    plain = Recipe("one", config, 0.01, 0.1, 12, 6, f"run-{number}")
     return replace(plain, **changes)
 
 

@@ -11,8 +11,7 @@ from weightspace.encoder import Encoder
 from weightspace.errors import SettingsError, WeightspaceError
 from weightspace.sampling import priors
 from weightspace.sampling.base import Condition, Sampler, sample
-from weightspace.sampling.codes import CodeSampler, CodeSettings
-from weightspace.sampling.flow import FlowSampler
+from weightspace.sampling.priors import CodeSampler, CodeSettings, FlowSampler
 
 
 @pytest.fixture(scope="module")

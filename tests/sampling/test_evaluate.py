@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from weightspace.cli.main import main
 from weightspace.encoder import load_encoder
 from weightspace.errors import SettingsError, WeightspaceError, ZooError
+from weightspace.evaluation.accuracy import FineTuning
 from weightspace.evaluation.comparison import (
     DISAGREEMENT,
     ERROR,
@@ -24,8 +25,8 @@ from weightspace.evaluation.comparison import (
     ComparisonSettings,
     accuracy_after,
 )
-from weightspace.evaluation.fine_tuning import FineTuning
 from weightspace.networks.families import FamilyConfig
+from weightspace.sampling.base import Sources, training_rows
 from weightspace.sampling.evaluate import (
     EvaluationSettings,
     bin_middles,
@@ -33,7 +34,6 @@ from weightspace.sampling.evaluate import (
     plan_evaluation,
 )
 from weightspace.sampling.factory import open_sampler
-from weightspace.sampling.sources import Sources, training_rows
 from weightspace.search.queries import described_dataset
 from weightspace.training.run import read_training
 from weightspace.zoo.dataset import Zoo, load_zoo

@@ -12,8 +12,14 @@ from weightspace.errors import SettingsError
 from weightspace.evaluation.baselines import from_scratch
 from weightspace.sampling.base import Condition, sample
 from weightspace.sampling.kde import KdeSampler
-from weightspace.sampling.objective import Objective
-from weightspace.sampling.refine import Decode, RefinedSampler, RefinementSettings, refine, refined_from_scratch
+from weightspace.sampling.steps import (
+    Decode,
+    Objective,
+    RefinedSampler,
+    RefinementSettings,
+    refine,
+    refined_from_scratch,
+)
 from weightspace.search.queries import parse_results
 from weightspace.zoo.dataset import Zoo
 

@@ -11,9 +11,16 @@ from weightspace.encoder import Encoder
 from weightspace.errors import SettingsError, ZooError
 from weightspace.sampling.base import Condition, Sampler, sample
 from weightspace.sampling.kde import KdeSampler
-from weightspace.sampling.objective import Objective, is_better, ranking
-from weightspace.sampling.refine import RefinedSampler
-from weightspace.sampling.select import BootstrappedSampler, SelectedSampler, SelectionSettings, refitted
+from weightspace.sampling.steps import (
+    BootstrappedSampler,
+    Objective,
+    RefinedSampler,
+    SelectedSampler,
+    SelectionSettings,
+    is_better,
+    ranking,
+    refitted,
+)
 from weightspace.search.queries import described_dataset, parse_results
 
 ALL = SelectionSettings(candidates=6, images=10_000)

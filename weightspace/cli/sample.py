@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from weightspace.evaluation.comparison import ComparisonRow
     from weightspace.evaluation.criteria import CriterionRow
     from weightspace.io.hub import HubOptions
-    from weightspace.sampling.request import SampledModels
-    from weightspace.sampling.writing import WrittenModel
+    from weightspace.sampling.request import SampledModels, WrittenModel
 
 _FROM_SAMPLER = "from the sampler"
 
@@ -82,10 +81,9 @@ def sample(
     The folder can be imported by `weightspace zoo import` and published by `weightspace push`.
     """
     from weightspace.encoder import load_encoder
+    from weightspace.sampling.base import Sources
     from weightspace.sampling.factory import default_sampler, open_sampler
-    from weightspace.sampling.request import SampleRequest, sample_models
-    from weightspace.sampling.sources import Sources
-    from weightspace.sampling.writing import ensure_empty, write_models
+    from weightspace.sampling.request import SampleRequest, ensure_empty, sample_models, write_models
     from weightspace.zoo.dataset import load_zoo
 
     request = SampleRequest(**values)
@@ -183,12 +181,12 @@ def evaluate_samples(
     baseline is undecided where the interval of the paired differences contains 0.
     """
     from weightspace.encoder import load_encoder
+    from weightspace.evaluation.accuracy import FineTuning
     from weightspace.evaluation.comparison import ComparisonSettings
     from weightspace.evaluation.criteria import check
-    from weightspace.evaluation.fine_tuning import FineTuning
+    from weightspace.sampling.base import Sources
     from weightspace.sampling.evaluate import EvaluationSettings, evaluate_samplers, plan_evaluation
     from weightspace.sampling.factory import default_sampler, open_sampler
-    from weightspace.sampling.sources import Sources
     from weightspace.zoo.dataset import load_zoo
     from weightspace.zoo.storage import write_text
 

@@ -182,21 +182,22 @@ class _TransformersEncoder(ImageEncoder):
             list(texts), padding="max_length", truncation=True, max_length=longest, return_tensors="pt"
         )
         with torch.inference_mode():
-            output = self._model.get_text_features(**inputs.to(self._device))
+            output = self._loaded[0].get_text_features(**inputs.to(self._device))
         return output.pooler_output.float().cpu().clone()
 
     def _encode(self, images: Float[Tensor, "n 3 height width"]) -> Tensor:
         pixels = (images * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
         pictures = [Image.fromarray(picture) for picture in pixels]
         inputs = self._processor(images=pictures, return_tensors="pt").to(self._device)
-        read = self._model.get_image_features if self._is_contrastive else self._model
+        model, is_without_pooler = self._loaded
+        read = model.get_image_features if self._is_contrastive else model
         try:
             output = read(pixel_values=inputs["pixel_values"])
-            pooled = output.last_hidden_state[:, 0] if self._is_without_pooler else output.pooler_output
+            pooled = output.last_hidden_state[:, 0] if is_without_pooler else output.pooler_output
             return pooled.flatten(1)
         except (AttributeError, IndexError, TypeError, ValueError) as error:
             raise SettingsError(
-                f"{self.name}: {type(self._model).__name__} has no features of single images ({_first_line(error)}); "
+                f"{self.name}: {type(model).__name__} has no features of single images ({_first_line(error)}); "
                 f"{_FIX_KIND}"
             ) from error
 
@@ -213,6 +214,7 @@ class _TransformersEncoder(ImageEncoder):
 
     @cached_property
     def _loaded(self) -> tuple[Any, bool]:
+        """The model, and whether it comes without a trained pooler, as DINO does: its class token is the feature."""
         from transformers import AutoModel
 
         build = partial(AutoModel.from_config, self._config, trust_remote_code=False, attn_implementation="eager")
@@ -229,15 +231,6 @@ class _TransformersEncoder(ImageEncoder):
         if untrained:
             raise SettingsError(f"{self._folder.where}: no weights for {untrained[0]}; choose a complete model")
         return model.eval().requires_grad_(False).to(self._device), bool(missing)
-
-    @property
-    def _model(self) -> Any:
-        return self._loaded[0]
-
-    @property
-    def _is_without_pooler(self) -> bool:
-        """Whether the model comes without a trained pooler, as DINO does: its class token is then the feature."""
-        return self._loaded[1]
 
     @cached_property
     def _processor(self) -> Any:

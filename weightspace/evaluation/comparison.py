@@ -19,7 +19,7 @@ from torch import Tensor
 
 from weightspace.data.images import load_images
 from weightspace.errors import SettingsError
-from weightspace.evaluation.accuracy import ModelSet, accuracies, predictions
+from weightspace.evaluation.accuracy import FineTuning, ModelSet, accuracies, fine_tune, predictions
 from weightspace.evaluation.baselines import (
     RESULT,
     average,
@@ -28,7 +28,6 @@ from weightspace.evaluation.baselines import (
     from_scratch,
     noisy_copies,
 )
-from weightspace.evaluation.fine_tuning import FineTuning, fine_tune
 from weightspace.evaluation.novelty import (
     KnownModels,
     Nearest,

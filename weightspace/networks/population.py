@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,31 +34,31 @@ class Recipe:
     """How one model of a population is trained.
 
     Attributes:
-        run_id: name of the run.
         dataset: image dataset id.
         config: architecture.
         learning_rate: of AdamW; annealed to zero by a half cosine over the run's own steps.
         weight_decay: of AdamW, decoupled.
-        initialization: scheme of the weights.
-        label_noise: fraction of training labels replaced by a uniformly drawn class.
         train_size: training images drawn from the dataset's training split, without replacement.
         steps: optimizer steps.
+        run_id: name of the run.
+        initialization: scheme of the weights, where none are given.
+        label_noise: fraction of training labels replaced by a uniformly drawn class.
     """
 
-    run_id: str
     dataset: str
     config: FamilyConfig
     learning_rate: float
     weight_decay: float
-    initialization: Initialization
-    label_noise: float
     train_size: int
     steps: int
+    run_id: str = ""
+    initialization: Initialization = "kaiming_uniform"
+    label_noise: float = 0.0
 
     def hyperparameters(self) -> dict[str, Any]:
         """The hyperparameters that a probe may predict, ready for JSON."""
-        values = asdict(self)
-        del values["run_id"], values["dataset"], values["config"], values["train_size"]
+        names = ("learning_rate", "weight_decay", "initialization", "label_noise", "steps")
+        values = {name: getattr(self, name) for name in names}
         return {**values, "family": self.config.family, "activation": self.config.activation}
 
 

@@ -1,4 +1,4 @@
-"""The interface of samplers: from a condition to latents that an autoencoder decodes to weights."""
+"""The interface of samplers: from a condition to latents that an autoencoder decodes, and what they are built from."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from weightspace.data.features import DatasetFeatures
+from weightspace.encoder import Encoder, saved_folder
 from weightspace.errors import ArchitectureError, SettingsError
 from weightspace.io.checkpoint import open_checkpoint
+from weightspace.io.folders import LocalFolder
 from weightspace.io.header import load_json_object
 from weightspace.io.hub import HubOptions
 from weightspace.io.locations import locate
@@ -24,6 +27,8 @@ from weightspace.networks.infer import infer_architecture
 from weightspace.networks.running_statistics import PREPROCESSOR
 from weightspace.schema import Architecture, TensorSpec
 from weightspace.search.queries import WantedResult
+from weightspace.training.run import read_training
+from weightspace.zoo.dataset import Zoo
 
 _COUNTER = "num_batches_tracked"
 _LARGEST = 2**26  # weights of a network that nothing but a config vouches for
@@ -80,12 +85,7 @@ class Condition:
         if location.endswith(".json") and Path(location).is_file():
             return cls.from_config(load_json_object(Path(location).read_bytes(), where=location), location)
         checkpoint = open_checkpoint(location, options=options)
-        try:
-            architecture = infer_architecture(
-                checkpoint.specs.values(), config=checkpoint.config, aliases=checkpoint.aliases
-            )
-        except ArchitectureError as error:
-            raise ArchitectureError(f"{location}: {error}") from error
+        architecture = checkpoint.architecture
         other = next((one for one in architecture.exclusions if not one.tensor.endswith(_COUNTER)), None)
         if other is not None:
             raise ArchitectureError(
@@ -160,3 +160,65 @@ def sample(
 ) -> Float[Tensor, "count params"]:
     """Samples flat weight vectors; see `Sampler.latents`."""
     return sampler.codec.decode(sampler.latents(condition, count, generator), condition.architecture)
+
+
+@dataclass(frozen=True, eq=False)
+class Sources:
+    """What samplers are built from; a sampler that needs what is missing is refused.
+
+    Attributes:
+        joint: the joint model that datasets and results are embedded with.
+        priors: folders of trained priors, or ``org/name`` on the Hub; ``flow`` and ``codes`` need one of their type.
+        zoo: models to sample around; ``kde`` needs it.
+        encoder: autoencoder whose latents ``kde`` samples; that of the first prior if left out.
+        options: how the Hub is reached.
+    """
+
+    joint: Encoder
+    priors: tuple[str, ...] = ()
+    zoo: Zoo | None = None
+    encoder: str | None = None
+    options: HubOptions | None = None
+
+
+def prior_type(location: str | Path, options: HubOptions | None = None) -> str | None:
+    """Returns the model type of a prior.
+
+    Raises:
+        WeightspaceError: there is no prior.
+    """
+    folder, _ = saved_folder(location, options, kind="prior")
+    kind: str | None = (LocalFolder(folder).read_json("config.json") or {}).get("model_type")
+    return kind
+
+
+def public_name(name: str, folder: Path) -> str:
+    """Names a model without its location on this machine: by its name on the Hub, or by its folder and identity."""
+    if not Path(name).is_absolute():
+        return name
+    record = read_training(folder)
+    return folder.resolve().name + ("" if record is None else f" ({record.identity})")
+
+
+def training_rows(zoo: Zoo, joint: Encoder) -> Int[np.ndarray, "rows"]:
+    """Returns the rows of a zoo that a joint model, and models that hold out the same runs, were trained on.
+
+    Raises:
+        SettingsError: the joint model was trained on another zoo.
+    """
+    record = read_training(joint.path)
+    if record is None or record.zoo_digest != zoo.digest:
+        known = "of which nothing is recorded" if record is None else f"of digest {record.zoo_digest}"
+        raise SettingsError(
+            f"{zoo.location}: a zoo of digest {zoo.digest}, but the joint model {joint.name} was trained on one "
+            f"{known}; give that zoo, or the joint model of this one"
+        )
+    held_out = zoo.index["run_id"].isin([*record.test_runs, *record.validation_runs])
+    held_out |= zoo.index["dataset"].isin(held_out_datasets(joint))
+    return np.flatnonzero(~held_out.to_numpy())
+
+
+def held_out_datasets(joint: Encoder) -> tuple[str, ...]:
+    """Returns the datasets that a joint model was not trained on although its zoo has models of them."""
+    record = read_training(joint.path)
+    return () if record is None else record.held_out_datasets

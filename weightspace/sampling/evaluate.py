@@ -26,10 +26,8 @@ from weightspace.evaluation.comparison import (
 from weightspace.io.hub import HubOptions
 from weightspace.models.joint.modeling_joint import JointModel
 from weightspace.networks.families import FamilyConfig
-from weightspace.sampling.base import Condition, Sampler, sample
-from weightspace.sampling.objective import Objective
-from weightspace.sampling.refine import RefinedSampler, refined_from_scratch
-from weightspace.sampling.sources import held_out_datasets, training_rows
+from weightspace.sampling.base import Condition, Sampler, held_out_datasets, sample, training_rows
+from weightspace.sampling.steps import Objective, RefinedSampler, refined_from_scratch
 from weightspace.search.queries import UNNAMED, WantedResult, dataset_for
 from weightspace.settings import NonEmpty, PositiveFloat, PositiveInt, Settings
 from weightspace.zoo.dataset import Zoo
@@ -243,18 +241,15 @@ def _runnable(
 
 def _usual(configs: Counter[FamilyConfig], activations: int) -> list[FamilyConfig]:
     """Of each family, the configs of the most frequent layout: one for each of its most frequent activations."""
-    layouts: dict[str, Counter[str]] = {}
+    layouts: dict[str, Counter[FamilyConfig]] = {}
     for config, models in configs.items():
-        layouts.setdefault(config.family, Counter())[_layout(config)] += models
+        layouts.setdefault(config.family, Counter())[replace(config, activation="relu")] += models
     usual: list[FamilyConfig] = []
     for counted in layouts.values():
-        layout, _ = counted.most_common(1)[0]
-        usual += [config for config, _ in configs.most_common() if _layout(config) == layout][:activations]
+        [(layout, _)] = counted.most_common(1)
+        alike = [config for config, _ in configs.most_common() if replace(config, activation="relu") == layout]
+        usual += alike[:activations]
     return sorted(usual, key=repr)
-
-
-def _layout(config: FamilyConfig) -> str:
-    return repr({name: value for name, value in config.to_dict().items() if name != "activation"})
 
 
 def _spread(names: list[str], count: int) -> list[str]:

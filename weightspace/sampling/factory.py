@@ -14,14 +14,10 @@ from typing import Any
 from weightspace.errors import SettingsError
 from weightspace.io.header import shown
 from weightspace.io.hub import HubOptions
-from weightspace.sampling.base import Sampler, SamplerStep
-from weightspace.sampling.codes import CodeSampler
-from weightspace.sampling.flow import FlowSampler
+from weightspace.sampling.base import Sampler, SamplerStep, Sources, public_name
 from weightspace.sampling.kde import KdeSampler
-from weightspace.sampling.priors import sampler_of_prior
-from weightspace.sampling.refine import RefinedSampler
-from weightspace.sampling.select import BootstrappedSampler, SelectedSampler
-from weightspace.sampling.sources import Sources, public_name
+from weightspace.sampling.priors import CodeSampler, FlowSampler, sampler_of_prior
+from weightspace.sampling.steps import BootstrappedSampler, RefinedSampler, SelectedSampler
 
 KDE, SELECTED, BOOTSTRAPPED, REFINED = "kde", "selected", "bootstrapped", "refined"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -17,9 +16,8 @@ from weightspace.errors import SettingsError
 from weightspace.models.codec import LatentCodec
 from weightspace.networks.alignment import align
 from weightspace.networks.families import FamilyConfig
-from weightspace.sampling.base import Condition
+from weightspace.sampling.base import Condition, Sources, public_name, training_rows
 from weightspace.sampling.priors import sampler_of_prior
-from weightspace.sampling.sources import Sources, public_name, training_rows
 from weightspace.schema import Architecture
 from weightspace.search.queries import joint_query
 from weightspace.settings import NonNegativeFloat, PositiveFloat, PositiveInt, Settings
@@ -143,7 +141,7 @@ class KdeSampler:
         layout = _layout(architecture)
         if layout not in self._anchors:
             headers = [header for header, own in self._zoo.architectures.items() if _layout(own) == layout]
-            rows = self._rows[np.isin(self._headers[self._rows], headers)]
+            rows = self._rows[self._zoo.index["header"].iloc[self._rows].isin(headers)]
             if not len(rows):
                 raise SettingsError(
                     f"{self._zoo.location}: none of {len(self._rows):,} models to sample around has the architecture "
@@ -188,11 +186,6 @@ class KdeSampler:
         aligned, _ = align(flat, reference, architecture)
         embeddings = F.normalize(self._joint.embed(flat, architecture), dim=1)
         return Anchors(architecture, families, aligned, self.codec.encode(aligned, architecture), embeddings)
-
-    @cached_property
-    def _headers(self) -> np.ndarray:
-        headers: np.ndarray = self._zoo.index["header"].to_numpy()
-        return headers
 
 
 def picked(
