@@ -309,7 +309,10 @@ class TestRefusals:
         (mine / "config.json").write_text(json.dumps(values | changes))
         words[words.index("--architecture") + 1] = str(mine)
         said = refusal(capsys, *words, "--output", tmp_path / "out")
-        assert f"{mine}/model.safetensors: tensor {told}; put the config.json of this checkpoint beside it, or none" in said
+        assert (
+            f"{mine}/model.safetensors: tensor {told}; put the config.json of this checkpoint beside it, or none"
+            in said
+        )
 
     @pytest.mark.parametrize("sampler", ["flow+selected", "kde"])
     def test_a_temperature_without_codes(

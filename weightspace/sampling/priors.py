@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from weightspace.encoder import Encoder, saved_folder
-from weightspace.errors import SettingsError, WeightspaceError
+from weightspace.errors import SettingsError
 from weightspace.io.header import shown
 from weightspace.io.hub import HubOptions
 from weightspace.models.codec import LatentCodec
@@ -72,10 +72,7 @@ class PriorSampler(Generic[P, S]):
         """
         if (found := prior_type(folder)) != (wanted := cls._prior_type()):
             raise SettingsError(f"{folder}: holds a model of type {shown(found)}; give a prior of type {wanted}")
-        try:
-            prior, extractor = load_trained(folder, cls.prior_class)
-        except WeightspaceError as error:
-            raise type(error)(f"{folder}: the prior cannot be loaded: {error}") from error
+        prior, extractor = load_trained(folder, cls.prior_class)
         record = read_training(joint.path)
         if record is None or prior.config.joint_identity != record.identity:
             raise SettingsError(
