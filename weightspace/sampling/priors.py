@@ -20,8 +20,8 @@ from weightspace.models.prior.modeling_code_prior import WeightCodePriorModel
 from weightspace.models.prior.modeling_prior import ConditionedPrior, Guidance, PriorCondition, WeightPriorModel
 from weightspace.sampling.base import Condition, Sources, prior_type, public_name
 from weightspace.search.queries import dataset_classes, result_query
-from weightspace.training.classes import output_count
 from weightspace.settings import NonNegativeFloat, PositiveInt, Settings
+from weightspace.training.classes import output_count
 from weightspace.training.run import read_training
 
 P = TypeVar("P", bound=ConditionedPrior)
