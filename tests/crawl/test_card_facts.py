@@ -14,7 +14,9 @@ from weightspace.crawl.card_facts import (
     CardFacts,
     card_facts,
     card_results,
+    card_text_facts,
     metric_columns,
+    metrics_left_out,
     trainer_facts,
     training_hyperparameters,
 )
@@ -174,6 +176,88 @@ The following hyperparameters were used during training:
         "mixed_precision_training": "Native AMP",
     }
     assert training_hyperparameters("- learning_rate: 1") == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "column"),
+    [
+        ("accuracy", 0.77, 0.77),
+        ("accuracy", 91.2, 0.912),
+        ("accuracy", "91.2 %", 0.912),
+        ("accuracy", 100, 1.0),
+        ("accuracy", 1, 1.0),
+        ("F1 (macro)", 88.0, 0.88),
+        ("eval_f1", 88.0, 0.88),
+        ("cos_sim_pearson", -12.5, -0.125),
+        ("bleu", 34.0, 0.34),
+        ("rougeL", 41.0, 0.41),
+        ("top-5 accuracy", 99.0, 0.99),
+        ("accuracy", 12345.0, None),
+        ("perplexity", 12.5, 12.5),
+        ("loss", 3.5, 3.5),
+        ("accuracy loss", 3.5, 3.5),
+        ("mean reward", 210.0, 210.0),
+        ("reward", "12%", 0.12),
+        ("accuracy", "about 90 %", None),
+    ],
+)
+def test_a_column_has_one_unit(name: str, value: Any, column: float | None) -> None:
+    found = card_facts({"cardData": index({"type": name, "value": value})}).metrics
+    assert found[0].value == value  # as written
+    results = card_results(found)
+    assert list(results.values()) == ([] if column is None else [pytest.approx(column)])
+
+
+def test_a_cut_card_is_counted() -> None:
+    many = [{"type": f"metric {i}", "value": i} for i in range(MAX_METRICS + 7)]
+    assert metrics_left_out({"cardData": index(*many)}) == 7
+    assert metrics_left_out({"model-index": index(*many[:3])["model-index"]}) == 0
+
+
+TRAINER_CARD = """
+This model is a fine-tuned version of [org/base](https://huggingface.co/org/base) on the mnist dataset.
+It achieves the following results on the evaluation set:
+- Loss: 0.3042
+- Accuracy: 91.5
+- F1: 0.9
+- Note: see below
+
+## Training procedure
+
+### Training hyperparameters
+
+- learning_rate: 5e-05
+
+### Training results
+
+| Training Loss | Epoch | Step | Validation Loss | Accuracy |
+|:-------------:|:-----:|:----:|:---------------:|:--------:|
+| 0.5           | 1.0   | 100  | 0.4             | 88.0     |
+| 0.4           | 2.0   | 200  | 0.3042          | 91.5     |
+| 0.3           | 3.0   | 300  | 0.35            | 91.0     |
+
+### Framework versions
+"""
+
+
+def test_results_in_the_text_of_a_trainer_card() -> None:
+    facts = card_text_facts(TRAINER_CARD)
+    assert facts.results == {"test_loss": 0.3042, "test_accuracy": 0.915, "epoch": 2.0, "step": 200.0}
+    assert facts.hyperparameters == {"learning_rate": 5e-05}
+    assert [(metric.name, metric.value) for metric in facts.metrics] == [
+        ("Loss", 0.3042),
+        ("Accuracy", 91.5),
+        ("F1", 0.9),
+        ("Note", "see below"),
+    ]
+    assert {metric.split for metric in facts.metrics} == {"evaluation"}
+
+
+@pytest.mark.parametrize("loss", ["0.31", "nan", "low"])
+def test_a_table_of_other_weights_gives_no_step(loss: str) -> None:
+    facts = card_text_facts(TRAINER_CARD.replace("- Loss: 0.3042", f"- Loss: {loss}"))
+    assert not facts.results.keys() & {"epoch", "step"}
+    assert card_text_facts("| Validation Loss |\n|--|\n| 1 |\n").results == {}
 
 
 def test_a_hostile_card_stays_short() -> None:

@@ -7,11 +7,13 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from kills import Killed, Watch, content
 from loopback_hub import LoopbackHub
 from safetensors.torch import save
 from torch import Tensor
@@ -54,10 +56,6 @@ def add(hub: LoopbackHub, number: int, **files: Any) -> str:
 def run(output: Path, settings: CrawlSettings | None = None, **options: Any) -> ZooSummary:
     plan = prepare_crawl(settings or CrawlSettings(), output, options.get("options"))
     return crawl(plan, output, **options)
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 @pytest.fixture(autouse=True)
@@ -131,6 +129,20 @@ def test_hyperparameters_of_a_trainer_card_are_read_once(hub: LoopbackHub, tmp_p
         {"learning_rate": 0.002, "seed": 42.0}
     ] * 3
     assert len(hub.seen("README.md", "GET")) == 1
+
+
+def test_results_in_the_text_of_a_trainer_card(hub: LoopbackHub, tmp_path: Path) -> None:
+    index = {"model-index": [{"name": "m", "results": [{"metrics": [{"type": "f1", "value": 88.25}]}]}]}
+    facts = json.dumps({"tags": ["generated_from_trainer"], **index})
+    text = "It achieves the following results on the evaluation set:\n- Loss: 0.5\n- Accuracy: 0.9\n- F1: 88.2\n"
+    for name, files in (("one", 1), ("two", 2)):
+        weights = {f"{i}/model.safetensors": save(tensors(10 * files + i)) for i in range(files)}
+        hub.create(f"org/{name}", {"README.md": f"---\n{facts}\n---\n{text}", **weights})
+    run(tmp_path / "zoo")
+    one, *several = sorted(load_zoo(tmp_path / "zoo").entries(), key=lambda entry: entry.run_id)
+    assert one.results == {"f1": 0.8825, "test_loss": 0.5, "test_accuracy": 0.9}
+    assert [metric.name for metric in one.metrics] == ["f1", "Loss", "Accuracy"]
+    assert [entry.results for entry in several] == [{}, {}]
 
 
 def sharded(seed: int) -> dict[str, Any]:
@@ -368,6 +380,44 @@ def test_killed_outright(hub: LoopbackHub, tmp_path: Path) -> None:
     assert content(tmp_path / "zoo") == content(tmp_path / "undisturbed")
     asked = {request.path.split("/")[2] for request in hub.requests[seen:] if "resolve" in request.path}
     assert asked == {f"m{number:03d}" for number in range(40)} - finished
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_killed_at_any_call_the_result_is_the_same(hub: LoopbackHub, tmp_path: Path) -> None:
+    for number in range(6):
+        add(hub, number, **({"model.safetensors": save({"ids": torch.arange(3)})} if number == 4 else {}))
+    watch = Watch()
+    watch.run(tmp_path / "undisturbed", lambda: run(tmp_path / "undisturbed", jobs=1))
+    expected, calls = content(tmp_path / "undisturbed"), watch.count
+    for fatal in range(1, calls + 1, calls // 7):
+        target = tmp_path / f"killed-{fatal}"
+        with pytest.raises(Killed):
+            watch.run(target, partial(run, target, jobs=1), fatal)
+        run(target, jobs=2)
+        assert content(target) == expected, fatal
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_models(hub: LoopbackHub, tmp_path: Path) -> None:
+    """A crawl of a thousand models of different headers takes as much memory as one of a hundred."""
+    for number in range(1000):
+        hub.create(f"org/m{number:04d}", {"model.safetensors": save({"w": torch.rand(120 + number, 64)})})
+    code = (
+        "import resource, sys\n"
+        "from weightspace.crawl.plan import CrawlSettings\n"
+        "from weightspace.crawl.run import crawl, prepare_crawl\n"
+        "from weightspace.zoo import writer\n"
+        "writer.SHARD_BYTES = 2**22\n"
+        "crawl(prepare_crawl(CrawlSettings(limit=int(sys.argv[2])), sys.argv[1]), sys.argv[1])\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)\n"
+    )
+    peaks = {}
+    for count in (100, 1000):
+        words = [sys.executable, "-c", code, str(tmp_path / f"zoo-{count}"), str(count)]
+        peaks[count] = int(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+    fetched = sum(file.stat().st_size for file in (tmp_path / "zoo-1000" / "weights").iterdir())
+    assert fetched > 150 * 2**20
+    assert peaks[1000] - peaks[100] < 40 * 2**20
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "partial"])

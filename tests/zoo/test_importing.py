@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import json
 import os
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from kills import Killed, Watch, content
 
 from weightspace.errors import ZooError
 from weightspace.io.checkpoint import open_checkpoint_bytes
@@ -22,9 +23,9 @@ GOOD = checkpoint_bytes({"fc.weight": torch.arange(6.0).view(2, 3), "fc.bias": t
 
 def fill(folder: Path, rows, files) -> Path:
     """Writes the files (bytes by path) and one line a row; a row that is no mapping is written as it is."""
-    for name, content in files.items():
+    for name, blob in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
+        (folder / name).write_bytes(blob)
     lines = [json.dumps(row) if isinstance(row, dict) else row for row in rows]
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     return folder
@@ -373,47 +374,17 @@ def test_datasets_are_relative_to_the_folder(folder, output, given, opened, monk
     assert load_zoo(output).index["dataset"].tolist() == [opened.format(folder=folder, parent=folder.parent)]
 
 
-class Killed(BaseException):
-    """Ends a call to the file system as a kill would, as far as files are concerned."""
-
-
-class Watch:
-    """Counts the calls that change or open files below a folder, and raises `Killed` at one of them."""
-
-    def __init__(self):
-        self.folder, self.count, self.fatal = "", 0, 0
-        sys.addaudithook(self)
-
-    def __call__(self, event, arguments):
-        changes = event in ("open", "os.rename", "os.remove", "os.truncate", "os.mkdir")
-        if self.folder and changes and self.folder in str(arguments[0]):
-            self.count += 1
-            if self.count == self.fatal:
-                raise Killed
-
-    def run(self, folder, output, fatal=0):
-        self.folder, self.count, self.fatal = str(output), 0, fatal
-        try:
-            return import_folder(folder, output)
-        finally:
-            self.folder = ""
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
 def test_killed_at_any_moment_the_result_is_the_same(folder, output, tmp_path, monkeypatch):
     rows = [{"file": f"{n}.safetensors"} for n in range(6)] + [{"file": "gone.safetensors"}]
     fill(folder, rows, {f"{n}.safetensors": GOOD for n in range(6)})
     monkeypatch.setattr(writer, "SHARD_MODELS", 2)
     watch = Watch()
-    watch.run(folder, tmp_path / "undisturbed")
+    watch.run(tmp_path / "undisturbed", lambda: import_folder(folder, tmp_path / "undisturbed"))
     expected, calls = content(tmp_path / "undisturbed"), watch.count
     assert calls > 30
     for fatal in range(1, calls + 1, calls // 6):
         target = tmp_path / f"killed-{fatal}"
         with pytest.raises(Killed):
-            watch.run(folder, target, fatal)
-        watch.run(folder, target)
+            watch.run(target, partial(import_folder, folder, target), fatal)
+        import_folder(folder, target)
         assert content(target) == expected, fatal

@@ -21,8 +21,8 @@ from weightspace.zoo.storage import RESULTS, weights_schema
 MAX_CARD_BYTES = 2**20
 """Longest card whose text is read."""
 
-MAX_METRICS = 1000
-"""Most metrics of one card; the rest is left out."""
+MAX_METRICS = 10_000
+"""Most metrics of one card; the crawl says how many more it has."""
 
 MAX_METRIC_COLUMNS = 100
 """Most result columns that a crawl adds for the metrics of its cards; rare ones are left out."""
@@ -31,8 +31,18 @@ _LONGEST_TEXT, _LONGEST_NAME = 300, 60
 _MOST_NAMES, _MOST_HYPERPARAMETERS = 1000, 200
 _TEST_SPLITS = frozenset({"test", "validation", "valid", "val", "dev", "eval", "evaluation"})
 _HYPERPARAMETERS = re.compile(r"^#+ *Training hyper-?parameters *$", re.IGNORECASE | re.MULTILINE)
+_ACHIEVED = re.compile(r"^.*achieves the following results on the evaluation set: *$", re.IGNORECASE | re.MULTILINE)
+_PERCENT = re.compile(r"(\d{1,3}(?:\.\d{1,20})?) ?%")
 _BULLET = re.compile(r"[-*] +([\w.\- ]{1,60}?) *: *(.{1,300})")
 _STATE_SETTINGS = ("max_steps", "num_train_epochs", "train_batch_size")
+_FRACTIONS = re.compile(
+    r"""_(accuracy|acc|f1|fscore|precision|recall|sensitivity|specificity|auc|auroc|ap|map|m?iou|dice|jaccard|em|match
+    |(sacre)?bleu|rouge(1|2|l|lsum)?|meteor|chrf|ndcg|mrr|pearson|spearman|matthews|mcc|kappa|v_measure|top[15])_""",
+    re.VERBOSE,
+)
+"""Names of metrics that are 1 at best: a larger value is a percentage."""
+
+_NO_FRACTIONS = re.compile("_(loss|error|time|std|count|size)_")
 _SPEEDS = ("_runtime", "_per_second", "_compilation_time")
 _FORMAT_COLUMNS = frozenset({*weights_schema(()).names, *RESULTS})
 
@@ -72,9 +82,14 @@ def card_facts(row: Mapping[str, Any]) -> CardFacts:
         library=_name(row.get("library_name")),
         base_models=base_models,
         datasets=_names(card.get("datasets")) or _tagged(tags, "dataset"),
-        metrics=tuple(itertools.islice(_model_index(card.get("model-index") or row.get("model-index")), MAX_METRICS)),
+        metrics=tuple(itertools.islice(_model_index(row), MAX_METRICS)),
         trained_by_trainer="generated_from_trainer" in tags,
     )
+
+
+def metrics_left_out(row: Mapping[str, Any]) -> int:
+    """Counts the metrics of a row of the listing that are above the limit."""
+    return sum(1 for _ in itertools.islice(_model_index(row), MAX_METRICS, None))
 
 
 def metric_columns(models: Iterable[Iterable[ReportedMetric]]) -> tuple[str, ...]:
@@ -86,29 +101,44 @@ def metric_columns(models: Iterable[Iterable[ReportedMetric]]) -> tuple[str, ...
 def card_results(metrics: Iterable[ReportedMetric]) -> dict[str, float]:
     """Returns the results that a card states unambiguously.
 
-    Each kind of metric with a single value becomes a column of its name. ``test_accuracy`` (a fraction) and
-    ``test_loss`` are the accuracy and the loss on a test or validation split, if there is a single one.
+    Each kind of metric with a single value becomes a column of its name. Percentages become fractions, so that a column
+    has one unit; what is neither a possible fraction nor a percentage of such a metric is left out. ``test_accuracy``
+    and ``test_loss`` are the accuracy and the loss on a test or validation split, if there is a single one.
     """
     values: dict[str, set[float]] = defaultdict(set)
     for metric in metrics:
-        if isinstance(metric.value, str):
+        name, value = column_of(metric.name), _in_one_unit(metric)
+        if name is None or value is None:
             continue
-        name = _column(metric.name)
-        if name is not None:
-            values[name].add(metric.value)
+        values[name].add(value)
         if metric.split is not None and metric.split.lower() in _TEST_SPLITS:
-            for known, value in _test_result(metric.name, metric.value).items():
-                values[known].add(value)
+            for known, result in _test_result(metric.name, value).items():
+                values[known].add(result)
     return {name: min(found) for name, found in values.items() if len(found) == 1}
+
+
+def _in_one_unit(metric: ReportedMetric) -> float | None:
+    """The value as a fraction if the metric is 1 at best; None if it is no number or impossible."""
+    if isinstance(metric.value, str):
+        percent = _PERCENT.fullmatch(metric.value)
+        return None if percent is None else float(percent[1]) / 100
+    name = f"_{column_of(metric.name)}_"
+    if not _FRACTIONS.search(name) or _NO_FRACTIONS.search(name):
+        return metric.value
+    value = metric.value if abs(metric.value) <= 1 else metric.value / 100
+    return value if abs(value) <= 1 else None
 
 
 def training_hyperparameters(card: str) -> dict[str, float | str]:
     """Reads the list below "Training hyperparameters" in a card that transformers' Trainer wrote."""
-    heading = _HYPERPARAMETERS.search(card)
-    if heading is None:
-        return {}
+    return _listed(card, _HYPERPARAMETERS)
+
+
+def _listed(card: str, heading: re.Pattern[str]) -> dict[str, float | str]:
+    """Reads the names and values of the list below a heading, up to the next one."""
+    start = heading.search(card)
     found: dict[str, float | str] = {}
-    for line in card[heading.end() :].splitlines():
+    for line in () if start is None else card[start.end() :].splitlines():
         if line.startswith("#") or len(found) == _MOST_HYPERPARAMETERS:
             break
         match = _BULLET.fullmatch(line.strip())
@@ -117,9 +147,38 @@ def training_hyperparameters(card: str) -> dict[str, float | str]:
     return found
 
 
+def card_text_facts(card: str) -> TrainerFacts:
+    """Reads the text of a card that transformers' Trainer wrote: its hyper-parameters, and the results of its weights.
+
+    Step and epoch are those of the row of the table of results that has the same loss: the last row may be of other
+    weights than the best ones, which are kept.
+    """
+    achieved = _listed(card, _ACHIEVED)
+    metrics = tuple(ReportedMetric(name, value, split="evaluation") for name, value in achieved.items())
+    results = {name: value for name, value in card_results(metrics).items() if name in RESULTS}
+    loss = next((value for name, value in achieved.items() if name.lower() == "loss"), None)
+    for row in _table(card):
+        if loss is not None and row.get("validation loss") == loss:
+            results |= {name: value for name in ("epoch", "step") if _is_number(value := row.get(name))}  # type: ignore[misc]
+    return TrainerFacts(results, training_hyperparameters(card), metrics)
+
+
+def _table(card: str) -> Iterator[dict[str, float | str]]:
+    """Yields the rows of the card's first table with a column of validation losses."""
+    head: list[str] = []
+    for line in card.splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")] if line.startswith("|") else []
+        if head and not cells:
+            return
+        if head:
+            yield dict(zip(head, map(_number, cells), strict=False))
+        elif "Validation Loss" in cells:
+            head = [cell.lower() for cell in cells]
+
+
 @dataclass(frozen=True)
 class TrainerFacts:
-    """Metadata of a checkpoint in the ``trainer_state.json`` beside it.
+    """Metadata of a checkpoint in the ``trainer_state.json`` beside it, or in the card that the Trainer wrote.
 
     Attributes:
         results: ``step``, ``epoch``, and test loss and accuracy of an evaluation at this step.
@@ -145,8 +204,8 @@ def trainer_facts(state: Mapping[str, Any]) -> TrainerFacts:
         if name.startswith("eval_") and not name.endswith(_SPEEDS) and _name(name)
     ][:MAX_METRICS]
     for metric in metrics:
-        if not isinstance(metric.value, str):
-            results |= _test_result(metric.name.removeprefix("eval_"), metric.value)
+        if (value := _in_one_unit(metric)) is not None:
+            results |= _test_result(metric.name.removeprefix("eval_"), value)
     settings = {name: float(state[name]) for name in _STATE_SETTINGS if _is_number(state.get(name))}
     return TrainerFacts(results, settings, tuple(metrics))
 
@@ -154,17 +213,19 @@ def trainer_facts(state: Mapping[str, Any]) -> TrainerFacts:
 def _test_result(name: str, value: float) -> dict[str, float]:
     """The result column for a metric on a test split, if there is one."""
     name = name.lower()
-    if name == "accuracy" and 0 <= value <= 100:
-        return {"test_accuracy": value if value <= 1 else value / 100}
+    if name == "accuracy" and value >= 0:
+        return {"test_accuracy": value}
     return {"test_loss": value} if name == "loss" else {}
 
 
-def _column(name: str) -> str | None:
+def column_of(name: str) -> str | None:
+    """Returns the result column of a metric's name; None if it has no letter or digit."""
     plain = re.sub("[^a-z0-9]+", "_", name.lower()).strip("_")[:_LONGEST_NAME]
     return f"metric_{plain}" if plain in _FORMAT_COLUMNS else plain or None
 
 
-def _model_index(index: Any) -> Iterator[ReportedMetric]:
+def _model_index(row: Mapping[str, Any]) -> Iterator[ReportedMetric]:
+    index = as_object(row.get("cardData")).get("model-index") or row.get("model-index")
     for result in (result for model in as_list(index) for result in as_list(as_object(model).get("results"))):
         dataset = as_object(as_object(result).get("dataset"))
         name = _name(dataset.get("type")) or _name(dataset.get("name"))

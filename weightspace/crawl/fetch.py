@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,8 +14,9 @@ from weightspace.crawl.card_facts import (
     MAX_CARD_BYTES,
     TrainerFacts,
     card_results,
+    card_text_facts,
+    column_of,
     trainer_facts,
-    training_hyperparameters,
 )
 from weightspace.crawl.plan import CARD, TRAINER_STATE, CrawlSettings, Item
 from weightspace.crawl.spool import Fetched
@@ -42,6 +43,7 @@ _AT_ONCE = 8 * 2**20
 """Largest file that is read whole before its header is looked at, which saves a request."""
 
 _MOST_MISMATCHES = 10
+_NOTHING = TrainerFacts({}, {}, ())
 
 
 class Room:
@@ -102,11 +104,11 @@ def _entry(hub: HubRepo, item: Item, loaded: _Loaded) -> ZooEntry:
     repo, path = item.repo, item.path
     facts, checkpoint = repo.facts, loaded.checkpoint
     state = hub.read_json(_beside(path, TRAINER_STATE))
-    trainer = trainer_facts(state) if state is not None else TrainerFacts({}, {}, ())
+    trainer = trainer_facts(state) if state is not None else _NOTHING
+    has_text = facts.trained_by_trainer and CARD in repo.files
+    text = _card_text(hub.repo_id, hub.sha, hub.options) if has_text else _NOTHING
     hyperparameters: dict[str, Any] = {} if facts.library is None else {"library": facts.library}
-    if facts.trained_by_trainer and CARD in repo.files:
-        hyperparameters |= _card_settings(hub.repo_id, hub.sha, hub.options)
-    hyperparameters |= trainer.hyperparameters
+    hyperparameters |= {**text.hyperparameters, **trainer.hyperparameters}
     bases, config = facts.base_models, checkpoint.config
     if path in repo.adapters:
         config = checkpoint.adapter_config if config is None else config
@@ -119,14 +121,17 @@ def _entry(hub: HubRepo, item: Item, loaded: _Loaded) -> ZooEntry:
         if adapter.mismatches:
             hyperparameters["adapter_mismatches"] = list(adapter.mismatches[:_MOST_MISMATCHES])
         bases = bases or ((adapter.base_model,) if adapter.base_model else ())
-    # With several checkpoints, the card does not say which one it describes.
-    results = card_results(facts.metrics) if len(repo.checkpoints) == 1 else {}
+    results, metrics = dict(trainer.results), facts.metrics
+    if len(repo.checkpoints) == 1:  # with several, the card does not say which one it describes
+        results |= {**text.results, **card_results(facts.metrics)}
+        stated = {column_of(metric.name) for metric in metrics}
+        metrics += tuple(metric for metric in text.metrics if column_of(metric.name) not in stated)
     return ZooEntry(
         model_id=repo.model_id(path),
         run_id=repo.repo_id,
         ref=hub.ref(path),
         dataset=facts.datasets[0] if len(facts.datasets) == 1 else None,
-        results={**trainer.results, **results},
+        results=results,
         hyperparameters=hyperparameters,
         config=config,
         licence=facts.licence,
@@ -134,7 +139,7 @@ def _entry(hub: HubRepo, item: Item, loaded: _Loaded) -> ZooEntry:
         lineage=repo.lineage or bases,
         task=facts.task,
         datasets=facts.datasets,
-        metrics=facts.metrics + trainer.metrics,
+        metrics=metrics + trainer.metrics,
         content=loaded.content,
     )
 
@@ -216,12 +221,12 @@ def _remote_weights(remote: Checkpoint, sharded: bool) -> RemoteWeights:
 
 
 @lru_cache(maxsize=64)
-def _card_settings(repo_id: str, sha: str, options: HubOptions) -> Mapping[str, float | str]:
-    """Hyper-parameters in the text of a card, which the checkpoints of a repository share."""
+def _card_text(repo_id: str, sha: str, options: HubOptions) -> TrainerFacts:
+    """Facts in the text of a card, which the checkpoints of a repository share."""
     card = HubRepo(repo_id, sha, [HubEntry(CARD)], options).open(CARD)
     if card.size > MAX_CARD_BYTES:
         raise ZooError(f"its card has {card.size} bytes; the limit is {MAX_CARD_BYTES}")
-    return training_hyperparameters(bytes(card.read(0, card.size)).decode("utf-8", "replace"))
+    return card_text_facts(bytes(card.read(0, card.size)).decode("utf-8", "replace"))
 
 
 def _beside(path: str, name: str) -> str:

@@ -16,7 +16,7 @@ import httpx2
 from huggingface_hub import constants, get_token
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-from weightspace.crawl.card_facts import CardFacts, as_list, as_object, card_facts
+from weightspace.crawl.card_facts import MAX_METRICS, CardFacts, as_list, as_object, card_facts, metrics_left_out
 from weightspace.dtypes import DTYPES
 from weightspace.errors import HubError, SettingsError, WeightspaceError, ZooError
 from weightspace.io.checkpoint import ADAPTER_CONFIG, INDEX
@@ -327,6 +327,9 @@ def _planned(row: Any, *, signed_in: bool) -> PlannedRepo:
     size = None  # adapters have no counts in the listing
     if isinstance(counts, dict) and all(isinstance(count, int) for count in counts.values()):
         size = sum(count * (DTYPES[dtype].itemsize if dtype in DTYPES else 4) for dtype, count in counts.items())
+    if count := metrics_left_out(row):
+        reason = f"{count:,} of its metrics are left out; the limit is {MAX_METRICS:,}"
+        repo = replace(repo, problems=(*repo.problems, (f"{repo_id}:{CARD}", reason)))
     return replace(repo, facts=facts, size=size)
 
 
