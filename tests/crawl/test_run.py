@@ -145,6 +145,20 @@ def test_results_in_the_text_of_a_trainer_card(hub: LoopbackHub, tmp_path: Path)
     assert [entry.results for entry in several] == [{}, {}]
 
 
+def test_damaged_side_files_are_notes(hub: LoopbackHub, tmp_path: Path) -> None:
+    add(hub, 0, **{"config.json": '\ufeff{"hidden": [5]}', "trainer_state.json": '{"global_step": 10, "log_hist'})
+    add(hub, 1, **{"config.json": "[" * 100_000})
+    add(hub, 2, **{"trainer_state.json": "[]"})
+    summary = run(tmp_path / "zoo")
+    assert (summary.models, summary.skipped) == (3, ())
+    entries = list(load_zoo(tmp_path / "zoo").entries())
+    assert all(entry.config is None and "step" not in entry.results for entry in entries)
+    notes = [note for entry in entries for note in entry.hyperparameters["notes"]]
+    named = ("config", "trainer_state", "config", "trainer_state")
+    assert [name in note for name, note in zip(named, notes, strict=True)] == [True] * 4
+    assert all(note.endswith("it is not used") for note in notes)
+
+
 def sharded(seed: int) -> dict[str, Any]:
     parts = [dict(list(tensors(seed).items())[:2]), dict(list(tensors(seed).items())[2:])]
     names = [f"model-0000{part + 1}-of-00002.safetensors" for part in range(2)]
@@ -600,8 +614,21 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "none": ({"model.safetensors": blob({})}, "none of its 0 tensors has floating point entries"),
     "integers": ({"model.safetensors": save({"w": torch.ones(3, dtype=torch.int32)})}, "floating point"),
     "nan": ({"model.safetensors": save({"w": torch.tensor([1.0, torch.nan])})}, "1 NaN or infinite values of 2"),
-    "config": ({"model.safetensors": save(tensors(3)), "config.json": "[" * 100_000}, "config.json"),
-    "state": ({"model.safetensors": save(tensors(4)), "trainer_state.json": "[]"}, "trainer_state.json"),
+    "foreign": (
+        {"model.safetensors": save(tensors(3)), "config.json": '{"family": "mlp", "width": 3}'},
+        "mlp config: unknown key 'width'",
+    ),
+    "others": (
+        {
+            "model.safetensors": save(tensors(4)),
+            "config.json": '{"family": "mlp", "image_shape": [1, 9, 9], "classes": 3}',
+        },
+        "the config describes",
+    ),
+    "hollow": (
+        {"model.safetensors": save({**tensors(4), **{f"e{i}": torch.empty(0) for i in range(4)}})},
+        "4 of its 8 tensors are empty",
+    ),
     "quantised": (
         {
             "model.safetensors": save({"w.qweight": torch.ones(4, 4, dtype=torch.int32), "w.scales": torch.ones(4)}),

@@ -119,6 +119,7 @@ PROBLEMS = {
     "lineage": (ROW | {"lineage": "org/base"}, GOOD, "lineage must be a list"),
     "hyperparameters": (ROW | {"hyperparameters": [1]}, GOOD, "hyperparameters must be an object"),
     "results": (ROW | {"results": {"size": 3}}, GOOD, "'size' cannot be a result"),
+    "metric too large": (ROW | {"metrics": [{"name": "a", "value": 10**400}]}, GOOD, "metrics must be"),
     "ref": (ROW | {"ref": {"repo": "org/name"}}, GOOD, "ref must have location"),
     "ref text": (ROW | {"ref": "https://host/model"}, GOOD, "URLs are not opened"),
     "named twice": ({"file": "./good.safetensors"}, None, "stands in line 1 already"),
@@ -276,6 +277,10 @@ TRAPS = {
     "empty tensors": (
         lambda d, out: (d / WEIGHTS).write_bytes(checkpoint_bytes({"w": torch.empty(0, 8)})),
         "none of its 1 tensors has floating point entries",
+    ),
+    "half of it empty": (
+        lambda d, out: (d / WEIGHTS).write_bytes(checkpoint_bytes({"a": torch.ones(2), "b": torch.empty(0)})),
+        "1 of its 2 tensors are empty, e.g. 'b'; save it again",
     ),
     "no tensors": (
         lambda d, out: (d / WEIGHTS).write_bytes(checkpoint_bytes({})),

@@ -34,7 +34,7 @@ from weightspace.io.hub import HubEntry, HubOptions, is_transient
 from weightspace.io.hub_repo import HubFile, HubRepo
 from weightspace.io.reader import ByteSource, MemorySource
 from weightspace.schema import ZooEntry
-from weightspace.zoo.storage import MAX_BLOB_BYTES, check_finite, check_usable, content_digest, header_digest
+from weightspace.zoo.storage import MAX_BLOB_BYTES, check_entry, check_finite, content_digest, header_digest
 from weightspace.zoo.writer import RemoteWeights, Skip
 
 T = TypeVar("T")
@@ -103,7 +103,8 @@ def fetch_model(
 def _entry(hub: HubRepo, item: Item, loaded: _Loaded) -> ZooEntry:
     repo, path = item.repo, item.path
     facts, checkpoint = repo.facts, loaded.checkpoint
-    state = hub.read_json(_beside(path, TRAINER_STATE))
+    notes = list(checkpoint.notes)
+    state = hub.read_side_file(_beside(path, TRAINER_STATE), notes)
     trainer = trainer_facts(state) if state is not None else _NOTHING
     has_text = facts.trained_by_trainer and CARD in repo.files
     text = _card_text(hub.repo_id, hub.sha, hub.options) if has_text else _NOTHING
@@ -121,6 +122,8 @@ def _entry(hub: HubRepo, item: Item, loaded: _Loaded) -> ZooEntry:
         if adapter.mismatches:
             hyperparameters["adapter_mismatches"] = list(adapter.mismatches[:_MOST_MISMATCHES])
         bases = bases or ((adapter.base_model,) if adapter.base_model else ())
+    if notes:
+        hyperparameters["notes"] = notes
     results, metrics = dict(trainer.results), facts.metrics
     if len(repo.checkpoints) == 1:  # with several, the card does not say which one it describes
         results |= {**text.results, **card_results(facts.metrics)}
@@ -178,10 +181,13 @@ def _loaded(folder: Folder, path: str, settings: CrawlSettings, room: Room) -> I
         parts = [MemorySource(_read_whole(file), where=file.where) for file in files]
         joined = Checkpoint("the checkpoint", [(part, header_of(part)) for part in parts]) if sharded else None
         blob = bytes(parts[0].read(0, size)) if joined is None else joined.to_bytes()
-        config, adapter_config = (folder.read_json(_beside(path, name)) for name in ("config.json", ADAPTER_CONFIG))
+        notes: list[str] = []
+        config, adapter_config = (
+            folder.read_side_file(_beside(path, name), notes) for name in ("config.json", ADAPTER_CONFIG)
+        )
         source = MemorySource(blob, where=path)
         header = header_of(source)
-        checkpoint = Checkpoint(path, [(source, header)], config, adapter_config=adapter_config)
+        checkpoint = Checkpoint(path, [(source, header)], config, adapter_config=adapter_config, notes=notes)
         _check(checkpoint, settings)
         check_finite(blob, header)
         yield _Loaded(checkpoint, blob, content_digest(blob, header))
@@ -189,7 +195,7 @@ def _loaded(folder: Folder, path: str, settings: CrawlSettings, room: Room) -> I
 
 def _check(checkpoint: Checkpoint, settings: CrawlSettings) -> None:
     """Refuses what is no model, and models above the limit."""
-    check_usable(checkpoint)
+    check_entry(checkpoint)
     count = sum(spec.numel for spec in checkpoint.specs.values())
     if settings.max_params is not None and count > settings.max_params:
         raise ZooError(f"{count:,} parameters are above the limit of {settings.max_params:,} that was asked for")

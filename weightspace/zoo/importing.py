@@ -26,6 +26,7 @@ import stat
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -37,7 +38,7 @@ from weightspace.io.checkpoint import ADAPTER_CONFIG, open_checkpoint
 from weightspace.io.header import load_json_object, parse_header, shown
 from weightspace.io.locations import parse_ref
 from weightspace.schema import ModelRef, ReportedMetric, ZooEntry
-from weightspace.zoo.storage import MAX_BLOB_BYTES, RESULTS, check_finite, check_usable, weights_schema
+from weightspace.zoo.storage import MAX_BLOB_BYTES, RESULTS, check_entry, check_finite, weights_schema
 from weightspace.zoo.writer import Candidate, Skip, ZooSummary, ZooWriter, cut_shards
 
 METADATA = "metadata.jsonl"
@@ -46,6 +47,8 @@ MAX_ROW_BYTES = 2**24
 """Longest row of an import folder's metadata."""
 
 _BESIDE = ("config.json", ADAPTER_CONFIG)
+_INDEXES = "*.index*.json"
+_SOURCES = ("*.safetensors", _INDEXES, *_BESIDE)
 _BOM = b"\xef\xbb\xbf"
 _KEYS = {
     *("file", "model_id", "run_id", "run", "dataset", "licence", "license", "base_model", "lineage", "ref"),
@@ -105,26 +108,22 @@ class _Row:
 def _settings(folder: Path) -> dict[str, Any]:
     """Identifies the content of the folder, so that a changed folder gives another zoo."""
     digest = hashlib.sha256()
-    for path in [folder / METADATA, *_walk(folder)]:
-        if path.name.endswith((".safetensors", ".json")) or path.name == METADATA:
-            content = b"" if _obstacle(folder, path) else _sha256(path)
-            digest.update(os.fsencode(path.relative_to(folder)) + b"\n" + content + b"\n")
+    for path in sorted(_walk(folder)):
+        if path != folder / METADATA and not any(fnmatch(path.name, pattern) for pattern in _SOURCES):
+            continue
+        content = ""
+        with suppress(OSError):  # the model that needs it is refused
+            if _obstacle(folder, path) is None:
+                with path.open("rb") as file:
+                    content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(os.fsencode(path.relative_to(folder)) + f"\n{content}\n".encode())
     return {"imported_from": folder.name, "content": digest.hexdigest()[:16]}
 
 
-def _sha256(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest().encode()
-    except OSError:
-        return b""  # the model that needs it is refused
-
-
 def _walk(folder: Path) -> Iterator[Path]:
-    """Yields what is in the tree of a folder and no folder itself, in one order; links to folders are not followed."""
-    for parent, folders, names in os.walk(folder):
-        folders.sort()
-        yield from (Path(parent, name) for name in sorted(names))
+    """Yields what is in the tree of a folder and no folder itself; links to folders are not followed."""
+    for parent, _, names in os.walk(folder):
+        yield from (Path(parent, name) for name in names)
 
 
 def _obstacle(folder: Path, path: Path, *, kinds: Collection[int] = (stat.S_IFREG,)) -> str | None:
@@ -191,7 +190,7 @@ def _read_metadata(folder: Path) -> tuple[list[_Row], list[Skip]]:
             problems.append(Skip(name, str(error)))
         else:
             rows.append(_Row(file, path, sum(part.stat().st_size for part in _files(path) if part.is_file()), entry))
-    for path in _walk(folder):
+    for path in sorted(_walk(folder)):
         if path.name.endswith(".safetensors") and path not in named:
             if not _obstacle(folder, path) and path.resolve() in named:
                 continue
@@ -287,6 +286,8 @@ def _metrics(values: Any) -> tuple[ReportedMetric, ...]:
         texts = (metric.name, metric.dataset or "", metric.split or "")
         if not all(isinstance(text, str) for text in texts) or not isinstance(metric.value, str | float | int):
             raise ZooError(f"metrics must have texts and a number or a text as value, got {shown(values)}")
+        if isinstance(metric.value, int):
+            _number(metric.name, int(metric.value))  # fits a float
     return metrics
 
 
@@ -315,14 +316,14 @@ def _load(folder: Path, row: _Row) -> Candidate:
         if row.size > MAX_BLOB_BYTES:
             raise ZooError(f"{row.size} bytes do not fit a zoo row; the limit is {MAX_BLOB_BYTES}")
         parent = row.path if row.path.is_dir() else row.path.parent
-        beside = [parent / name for name in _BESIDE] + [*parent.glob("*.index*.json")]
+        beside = [parent / name for name in _BESIDE] + [*parent.glob(_INDEXES)]
         for path in filter(os.path.lexists, [*_files(row.path), *beside]):
             if obstacle := _obstacle(folder, path):
                 raise ZooError(f"{path.name} {obstacle}")
         source = open_checkpoint(row.path)
         weights = Path(source.where)
         blob = source.to_bytes() if len(source.sources) > 1 else Path(source.sources[0].where).read_bytes()
-        check_usable(source)
+        check_entry(source)
         check_finite(blob, parse_header(blob, file_size=len(blob), where=row.file))
     except OSError as error:
         return Skip(row.file, f"cannot be read ({error.strerror}); fetch it again")

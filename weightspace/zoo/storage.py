@@ -211,7 +211,7 @@ def check_finite(blob: bytes | bytearray, header: Header) -> None:
 
 
 def check_usable(checkpoint: Checkpoint) -> None:
-    """Refuses a checkpoint that no encoder could ever be given, as every row of a zoo must be.
+    """Refuses a checkpoint that no encoder could ever be given.
 
     Raises:
         WeightspaceError: its numbers are not the weights, none of them is a floating point number, or its config
@@ -220,6 +220,21 @@ def check_usable(checkpoint: Checkpoint) -> None:
     checkpoint.ensure_weights()
     if not checkpoint.architecture.numel:
         raise ZooError(f"{checkpoint.where}: none of its {len(checkpoint.specs)} tensors has floating point entries")
+
+
+def check_entry(checkpoint: Checkpoint) -> None:
+    """Refuses a checkpoint that must not enter a zoo.
+
+    Raises:
+        WeightspaceError: see `check_usable`; or at least half of its tensors are empty.
+    """
+    check_usable(checkpoint)
+    empty = [name for name, spec in checkpoint.specs.items() if not spec.numel]
+    if 2 * len(empty) >= len(checkpoint.specs):
+        raise ZooError(
+            f"{checkpoint.where}: {len(empty)} of its {len(checkpoint.specs)} tensors are empty, e.g. "
+            f"{shown(empty[0])}; save it again with all weights gathered (ZeRO-3 leaves such files)"
+        )
 
 
 def _nonfinite(blob: bytes | bytearray, start: int, stop: int, dtype: str) -> int:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,15 @@ from weightspace.io.writing import checkpoint_bytes
 from weightspace.networks.families import Activation, FamilyConfig, Initialization, family_config
 from weightspace.networks.population import Recipe, Snapshot, train_population
 from weightspace.schema import ModelRef, ZooEntry
+from weightspace.settings import (
+    Fraction,
+    NonEmpty,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveFraction,
+    PositiveInt,
+    Settings,
+)
 from weightspace.zoo.dataset import Zoo, load_zoo
 from weightspace.zoo.writer import ZooWriter
 
@@ -26,7 +35,7 @@ _RUNS_TOGETHER = 256
 
 
 @dataclass(frozen=True)
-class ZooSettings:
+class ZooSettings(Settings):
     """Which runs a zoo has. Every run draws one value of each list; datasets and architectures are dealt in turn.
 
     Attributes:
@@ -51,53 +60,39 @@ class ZooSettings:
     """
 
     dataset: str = "digits"
-    class_subsets: tuple[tuple[int, ...] | None, ...] = (
+    class_subsets: NonEmpty[tuple[int, ...] | None] = (
         (0, 1, 2, 3, 4),
         (5, 6, 7, 8, 9),
         (0, 2, 4, 6, 8),
         (1, 3, 5, 7, 9),
     )
-    rotations: tuple[int, ...] = (0, 90, 180, 270)
-    polarities: tuple[Literal["normal", "inverted"], ...] = ("normal", "inverted")
-    architectures: tuple[dict[str, Any], ...] = (
+    rotations: NonEmpty[int] = (0, 90, 180, 270)
+    polarities: NonEmpty[Literal["normal", "inverted"]] = ("normal", "inverted")
+    architectures: NonEmpty[dict[str, Any]] = (
         {"family": "mlp", "hidden": [24]},
         {"family": "cnn", "channels": [24], "kernel_size": 7, "stride": 4},
     )
-    runs: int = 1200
+    runs: PositiveInt = 1200
     seed: int = 0
-    activations: tuple[Activation, ...] = ("relu", "gelu", "tanh")
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
-    weight_decays: tuple[float, ...] = (0.0, 0.01, 0.1, 1.0)
-    initializations: tuple[Initialization, ...] = (
+    activations: NonEmpty[Activation] = ("relu", "gelu", "tanh")
+    learning_rates: NonEmpty[PositiveFloat] = (1e-3, 3e-3, 1e-2)
+    weight_decays: NonEmpty[NonNegativeFloat] = (0.0, 0.01, 0.1, 1.0)
+    initializations: NonEmpty[Initialization] = (
         "kaiming_uniform",
         "kaiming_normal",
         "xavier_uniform",
         "xavier_normal",
     )
-    label_noise: tuple[float, ...] = (0.0, 0.1, 0.25)
-    train_sizes: tuple[int, ...] = (60, 120, 250, 500)
-    steps: tuple[int, ...] = (250, 500, 1000)
-    checkpoints: tuple[float, ...] = (0.2, 0.6, 1.0)
-    batch_size: int = 32
+    label_noise: NonEmpty[Fraction] = (0.0, 0.1, 0.25)
+    train_sizes: NonEmpty[PositiveInt] = (60, 120, 250, 500)
+    steps: NonEmpty[PositiveInt] = (250, 500, 1000)
+    checkpoints: NonEmpty[PositiveFraction] = (0.2, 0.6, 1.0)
+    batch_size: PositiveInt = 32
     device: str = "auto"
 
     def __post_init__(self) -> None:
         """Refuses empty grids and impossible values."""
-        for setting in fields(self):
-            if getattr(self, setting.name) == ():
-                raise SettingsError(f"{setting.name}: the list is empty, give at least one value")
-        for name in ("runs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name}: {getattr(self, name)} is too small, give 1 or more")
-        for name in ("train_sizes", "steps"):
-            if min(getattr(self, name)) < 1:
-                raise SettingsError(f"{name}: {min(getattr(self, name))} is too small, give 1 or more")
-        for name, low, high in (("checkpoints", 0, 1), ("label_noise", -1e-9, 1)):
-            wrong = [value for value in getattr(self, name) if not low < value <= high]
-            if wrong:
-                raise SettingsError(f"{name}: {wrong[0]} is no share, give values up to 1")
-        if min(self.learning_rates) <= 0 or min(self.weight_decays) < 0:
-            raise SettingsError("learning_rates must be positive and weight_decays at least 0")
+        super().__post_init__()
         if len({subset and len(subset) for subset in self.class_subsets}) > 1:
             raise SettingsError("class_subsets: give subsets of one length; the models share their number of outputs")
 
