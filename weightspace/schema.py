@@ -40,7 +40,7 @@ class ModelRef:
         return f"{self.location}{revision}{subfolder}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorSpec:
     """Name, shape and safetensors dtype (``"F32"``, ``"BF16"``, ``"F8_E4M3"``, ...) of one stored tensor."""
 

@@ -200,3 +200,24 @@ def test_a_checkpoint_goes_by_its_stem(name: str, stem: str) -> None:
 def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere: cannot be listed"):
         catalogue(LocalFolder(tmp_path), "nowhere")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_config(tmp_path: Path) -> None:
+    parts(tmp_path, {"model.safetensors": ["a"]})
+    (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf" + b'{"model_type": "x"}')
+    assert open_checkpoint(tmp_path).config == {"model_type": "x"}
+    assert not open_checkpoint(tmp_path).notes
+
+
+@pytest.mark.parametrize(
+    "text", ["", '{"a": 1,}', '{"a": 1, "a": 2}', "null", '{"a": ' + "9" * 5000 + "}", '{"a": [' + "0," * 5_000_000]
+)
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json"])
+def test_side_files_that_cannot_be_read_are_a_short_note(tmp_path: Path, name: str, text: str) -> None:
+    parts(tmp_path, {"model.safetensors": ["a"]})
+    (tmp_path / name).write_text(text)
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.config is None and checkpoint.adapter_config is None
+    (note,) = checkpoint.notes
+    assert note.startswith(f"{tmp_path / name}: ") and note.endswith("; it is not used")
+    assert len(note) < 300 + len(str(tmp_path))

@@ -551,3 +551,32 @@ def test_real_files_read_like_safetensors_reads_them() -> None:
         expected = safetensors.torch.load_file(file)
         assert set(checkpoint.specs) == set(expected)
         assert all(same_bits(checkpoint.tensor(name), tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("shapes", "named"),
+    [
+        ({}, "none of its 0 tensors has floating point entries"),
+        ({"a": (0,), "b": (0, 4)}, "none of its 2 tensors has"),
+        ({"a": (0,), "b": (0,), "c": (3,)}, "2 of 3 tensors such as 'a' are empty, as DeepSpeed"),
+        ({"q.lora_A.weight": (0,), "q.lora_B.weight": (4, 2), "v": (2,)}, "'q.lora_A.weight' are empty"),
+    ],
+)
+def test_what_zero3_leaves_is_no_model(shapes: dict[str, tuple[int, ...]], named: str) -> None:
+    blob = checkpoint_bytes({name: torch.zeros(shape) for name, shape in shapes.items()})
+    with pytest.raises(CheckpointError, match=f"here: .*{named}"):
+        open_checkpoint_bytes(blob, where="here").ensure_weights()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "coverage"),
+    [
+        ({"a": torch.ones(4)}, 1.0),
+        ({"a": torch.ones(4), "ids": torch.ones(2, dtype=torch.int64)}, 0.5),
+        ({"a": torch.ones(4), "b": torch.ones(4), "head": torch.empty(0), "tail": torch.empty(0)}, 0.5),
+        ({"ids": torch.ones(2, dtype=torch.int64)}, 0.0),
+        ({}, 0.0),
+    ],
+)
+def test_coverage_counts_all_that_the_header_lists(tensors: dict[str, Tensor], coverage: float) -> None:
+    assert open_checkpoint_bytes(checkpoint_bytes(tensors), where="here").coverage == coverage

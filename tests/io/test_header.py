@@ -183,7 +183,7 @@ def test_tensor_count_is_bounded() -> None:
 
     assert len(parse(blob(content(25_000), bytes(25_000))).tensors) == 25_000
     few = {str(i): 0 for i in range(header_module.MAX_TENSORS + 1)}
-    with pytest.raises(CheckpointError, match="100001 tensors are above the limit of 100000"):
+    with pytest.raises(CheckpointError, match="400001 tensors are above the limit of 400000"):
         parse(blob(few))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -9,9 +11,16 @@ import click
 from weightspace.cli.options import COUNT, Result, command
 from weightspace.cli.output import listing, printable, reasons, table
 
+_MOST_LINES = 100
+_NUMBER = re.compile(r"\d+")
+_NUMBER_IN_NAME = re.compile(r"\.\d+(?=\.)")
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from weightspace.inspection import AdapterFacts, Inspection, Survey
     from weightspace.io.hub import HubOptions
+    from weightspace.schema import LayerSpec
 
 
 @command("pickle", "hub")
@@ -43,17 +52,7 @@ def _one(inspection: Inspection) -> list[str]:
     dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in inspection.dtypes.items()) or "none"
     tokens = ", ".join(f"{count:,} {name}" for name, count in inspection.token_counts.items())
     order = "forward order" if architecture.ordered else "order of names, the forward order is not known"
-    rows = [
-        (
-            layer.name,
-            layer.kind,
-            "  ".join(
-                f"{t.name.removeprefix(f'{layer.name}.') or t.name} {_shape(t.shape)} {t.dtype}" for t in layer.tensors
-            ),
-            layer.numel,
-        )
-        for layer in architecture.layers
-    ]
+    rows = _layer_rows(architecture.layers)
     groups = [
         f"{group.size} channels: "
         + ", ".join(
@@ -63,13 +62,16 @@ def _one(inspection: Inspection) -> list[str]:
         for group in architecture.groups
     ]
     left_out = [(f"{e.tensor} ({inspection.left_out[e.tensor]:,} entries)", e.reason) for e in architecture.exclusions]
+    if len(left_out) > _MOST_LINES:
+        left_out = _alike([(e.tensor, e.reason) for e in architecture.exclusions])
     lines = [
         printable(inspection.location),
         f"parameters  {inspection.parameters:,} ({dtypes})",
         f"tokens      {tokens} (of {inspection.token_size} entries)",
         f"layers      {len(architecture.layers)} ({order})",
         *(table(("layer", "kind", "tensors", "parameters"), rows) if rows else ()),
-        *listing("permutation groups", groups),
+        *listing("permutation groups", groups[:_MOST_LINES]),
+        *([f"  ... and {len(groups) - _MOST_LINES:,} more"] if len(groups) > _MOST_LINES else ()),
         *listing("left out of the tokens", left_out),
         *listing("stored once, used twice", [f"{alias} is {kept}" for alias, kept in architecture.aliases]),
         *listing("notes", (*inspection.notes, *architecture.notes)),
@@ -82,6 +84,38 @@ def _one(inspection: Inspection) -> list[str]:
         counts = [(name, f"{count:,}") for name, count in inspection.not_finite.items()]
         lines += listing("NaN or infinite", counts)
     return lines
+
+
+def _layer_rows(layers: Sequence[LayerSpec]) -> list[tuple[str, str, str, int]]:
+    """One row a layer; for many, one for all that differ in the numbers in their names only."""
+    rows = [
+        (
+            layer.name,
+            layer.kind,
+            "  ".join(
+                f"{t.name.removeprefix(f'{layer.name}.') or t.name} {_shape(t.shape)} {t.dtype}" for t in layer.tensors
+            ),
+            layer.numel,
+        )
+        for layer in layers
+    ]
+    if len(rows) <= _MOST_LINES:
+        return rows
+    counts: Counter[tuple[str, str, str]] = Counter()
+    totals: Counter[tuple[str, str, str]] = Counter()
+    for name, kind, tensors, numel in rows:
+        alike = (_NUMBER.sub("*", name), kind, _NUMBER_IN_NAME.sub(".*", tensors))
+        counts[alike] += 1
+        totals[alike] += numel
+    return [
+        (f"{name} ({counts[name, kind, tensors]:,})", kind, tensors, total)
+        for (name, kind, tensors), total in totals.items()
+    ]
+
+
+def _alike(left_out: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    counts = Counter((_NUMBER.sub("*", name), reason) for name, reason in left_out)
+    return [(f"{name} ({count:,} tensors)", reason) for (name, reason), count in counts.items()]
 
 
 def _adapter(adapter: AdapterFacts) -> list[str]:

@@ -400,7 +400,7 @@ def _alpha_and_scaling(
     pairs: tuple[LoraPair, ...], config: LoraConfig, findings: list[tuple[str, str]], component: str = ""
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Returns alpha and scaling by module, and adds to ``findings`` where ranks are others than the config says."""
-    paths = {pair.module: pair.module.removeprefix(f"{component}.") for pair in pairs}
+    paths = {pair.module: pair.module.removeprefix(f"{component or pair.component}.") for pair in pairs}
     ranks, refused_ranks = match_patterns(config.rank_pattern, list(paths.values()))
     alphas, refused_alphas = match_patterns(config.alpha_pattern, list(paths.values()))
     findings += [("is a pattern that could take too long to evaluate", text) for text in refused_ranks + refused_alphas]

@@ -128,14 +128,35 @@ class Checkpoint:
         """How the stored numbers are quantised, or None where they are the weights themselves."""
         return quantization_of(self.specs, self.config)
 
+    @cached_property
+    def coverage(self) -> float:
+        """Share of what the header lists that floating point entries make up: of the bytes, and of the tensors.
+
+        Empty tensors, as DeepSpeed's ZeRO-3 leaves them, have no bytes, so that they count as tensors.
+        """
+        floats = [spec for spec in self.specs.values() if spec.dtype.startswith(("F", "BF"))]
+        held = sum(1 for spec in floats if spec.numel)
+        stored, kept = (sum(byte_count(spec, self.where) for spec in specs) for specs in (self.specs.values(), floats))
+        return kept / stored * held / len(floats) if stored and floats else 0.0
+
     def ensure_weights(self) -> None:
         """Refuses a checkpoint whose stored numbers are not the weights.
 
         Raises:
-            CheckpointError: it is quantised; the error names the method and what to do.
+            CheckpointError: it is quantised, or its tensors or most of them are empty; the error says what to do.
         """
         if self.quantization is not None:
             raise CheckpointError(f"{self.where}: {self.quantization.reason}")
+        floats = [spec for spec in self.specs.values() if spec.dtype.startswith(("F", "BF"))]
+        empty = [spec.name for spec in floats if not spec.numel]
+        if len(empty) == len(floats):
+            raise CheckpointError(f"{self.where}: none of its {len(self.specs)} tensors has floating point entries")
+        factors = [name for name in empty if ".lora_" in name]
+        if 2 * len(empty) > len(floats) or factors:
+            raise CheckpointError(
+                f"{self.where}: {len(empty)} of {len(floats)} tensors such as {shown((factors or empty)[0])} are empty, "
+                "as DeepSpeed ZeRO-3 saves them; gather the weights before saving"
+            )
 
     def tensor(self, name: str) -> Tensor:
         """Reads one tensor, or the tensor that an alias stands for: these bytes and no others.

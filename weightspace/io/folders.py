@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from codecs import BOM_UTF8
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -76,7 +77,8 @@ class Folder(ABC):
             raise CheckpointError(
                 f"{source.where}: {source.size} bytes of JSON are above the limit of {MAX_HEADER_BYTES}"
             )
-        return load_json_object(source.read(0, source.size), where=source.where)
+        # Some editors of Windows begin a file with a byte order mark.
+        return load_json_object(bytes(source.read(0, source.size)).removeprefix(BOM_UTF8), where=source.where)
 
     def read_side_file(self, name: str, notes: list[str]) -> dict[str, Any] | None:
         """Reads a JSON object that weights can do without: one that cannot be read is a line in ``notes``, and None.

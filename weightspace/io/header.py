@@ -23,11 +23,14 @@ from weightspace.errors import CheckpointError
 from weightspace.io.reader import ByteSource, Piece, gather, open_file
 from weightspace.schema import TensorSpec
 
-MAX_HEADER_BYTES = 32 * 2**20
-"""Longest JSON that is parsed: three times what 100,000 tensors with long names take."""
+MAX_HEADER_BYTES = 64 * 2**20
+"""Longest JSON that is parsed: what `MAX_TENSORS` tensors with names of usual length take."""
 
-MAX_TENSORS = 100_000
-"""Most tensors of one checkpoint."""
+MAX_TENSORS = 400_000
+"""Most tensors of one checkpoint; the largest mixtures of experts have above 200,000."""
+
+MAX_JSON_VALUES = 10 * MAX_TENSORS
+"""Most values in a JSON text, which bounds the memory that it takes once it is parsed."""
 
 MAX_AXES = 64
 """Most axes of one tensor; torch itself goes no further in many operations."""
@@ -47,7 +50,7 @@ _IMPOSTORS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredTensor:
     """One tensor of a file.
 
@@ -147,7 +150,7 @@ def parse_header(raw: bytes | bytearray | memoryview, *, file_size: int, where: 
     metadata = _metadata(content.pop("__metadata__", None), where)
     if len(content) > MAX_TENSORS:
         raise CheckpointError(
-            f"{where}: {len(content)} tensors are above the limit of {MAX_TENSORS}; split the checkpoint"
+            f"{where}: {len(content)} tensors are above the limit of {MAX_TENSORS}; read it in several files"
         )
     tensors = [_stored_tensor(name, entry, size, where) for name, entry in content.items()]
     tensors.sort(key=lambda tensor: (tensor.start, tensor.end))
@@ -196,6 +199,9 @@ def load_json_object(raw: bytes | bytearray | memoryview, *, where: str) -> dict
     """
     if len(raw) > MAX_HEADER_BYTES:
         raise CheckpointError(f"{where}: {len(raw)} bytes of JSON are above the limit of {MAX_HEADER_BYTES}")
+    # An upper bound: marks in texts count too.
+    if (values := sum(bytes(raw).count(mark) for mark in b",[{")) > MAX_JSON_VALUES:
+        raise CheckpointError(f"{where}: {values} values of JSON are above the limit of {MAX_JSON_VALUES}")
     try:
         content = json.loads(str(raw, "utf-8"), object_pairs_hook=_without_duplicates)
     except RecursionError:

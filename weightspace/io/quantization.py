@@ -88,6 +88,10 @@ _SCALES = (
 _SIGNS = (  # of those that fit, the first counts
     _Sign("gptq", _WORDS, "qweight", ("qzeros", "scales", "g_idx")),
     _Sign("awq", _WORDS, "qweight", ("qzeros", "scales")),
+    _Sign("awq", ("I16", "U16"), "qweight", ("qzeros", "scales")),
+    _Sign("awq", ("I16", "U16"), "qweight", ("scaled_zeros", "scales")),
+    _Sign("marlin", _WORDS, "B", ("s", "workspace")),
+    _Sign("marlin", _WORDS, "B", ("s", "meta")),
     _Sign("bitsandbytes-4bit", (*_BYTES, *_FLOATS), "weight", ("weight.absmax", "weight.quant_map")),
     _Sign("bitsandbytes-8bit", ("I8",), "weight", ("SCB",)),
     _Sign("compressed-tensors", _INTEGERS, "weight_packed", ("weight_scale",)),
@@ -139,6 +143,7 @@ _UNKNOWN = ("numbers in a layout of its own", "the library that wrote it")
 _METHODS: Mapping[str, tuple[str, str]] = {
     "gptq": (_GROUPS, "gptqmodel"),
     "awq": (_GROUPS, "gptqmodel"),
+    "marlin": (_GROUPS, "gptqmodel"),
     "auto-round": (_GROUPS, "auto-round"),
     "bitsandbytes": ("integers or 4-bit codes, beside scales by block", "bitsandbytes"),
     "bitsandbytes-4bit": ("two 4-bit codes a byte, beside scales by block", "bitsandbytes"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,8 @@ from weightspace.schema import Architecture, Exclusion, TensorSpec
 
 # Weights and activations of a network that groups are tried on, at most: 128 MiB in float64.
 _LARGEST_RUN = 2**24
+
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "module")
 
 
 def infer_architecture(
@@ -43,7 +46,10 @@ def infer_architecture(
     """
     architecture = _unordered(tuple(specs), tuple(aliases))
     if config is not None and (family := family_config(config)) is not None:
-        described, stored = family.shapes(), {spec.name: spec.shape for spec in architecture.tensors}
+        stored = {spec.name: spec.shape for spec in architecture.tensors}
+        wrappers = _wrappers(stored)
+        prefix = "".join(f"{wrapper}." for wrapper in wrappers)
+        described = {prefix + name: shape for name, shape in family.shapes().items()}
         for name in sorted(described.keys() | stored.keys()):
             if described.get(name) != stored.get(name):
                 raise ArchitectureError(
@@ -51,12 +57,25 @@ def infer_architecture(
                     f"{stored.get(name)}; put the config.json of this checkpoint beside it, or none"
                 )
         # On "meta": nothing is allocated, whatever the config says.
-        return _traced(architecture, template(family), torch.empty(2, *family.image_shape, device="meta"))
+        module: nn.Module = template(family)
+        for wrapper in reversed(wrappers):
+            module = nn.Sequential(OrderedDict({wrapper: module}))
+        return _traced(architecture, module, torch.empty(2, *family.image_shape, device="meta"))
     if aliases:
         alias, kept = aliases[0]
         note = f"Permutation groups are left out: {alias} and {kept} are one tensor, used twice."
         return replace(architecture, notes=(note,))
     return replace(find_chains(architecture.layers), exclusions=architecture.exclusions)
+
+
+def _wrappers(names: Iterable[str]) -> list[str]:
+    """Finds what wrappers of modules, as of torch.compile and DDP, put before all names."""
+    found: list[str] = []
+    rest = list(names)
+    while rest and (wrapper := next((w for w in _WRAPPERS if all(name.startswith(f"{w}.") for name in rest)), None)):
+        found.append(wrapper)
+        rest = [name.removeprefix(f"{wrapper}.") for name in rest]
+    return found
 
 
 def architecture_of(module: nn.Module, example: Tensor) -> Architecture:
