@@ -275,7 +275,7 @@ def embed(
         allow_pickle: also read plain tensors from pickled checkpoints.
 
     Returns:
-        One row a model: ``model_id``, ``location`` (pinned to a commit on the Hub), ``share`` of its bytes that was
+        One row a model: ``model_id``, ``location`` (pinned to a commit on the Hub), ``share`` of all its bytes and tensors that was
         read, the zoo's metadata where there is any, and ``embedding``. ``attrs["left_out"]`` of the frame lists what
         cannot be embedded, as ``[location, reason]``.
 
@@ -357,7 +357,7 @@ def _embedded(encoder: Encoder, checkpoint: Checkpoint, max_bytes: int | None, s
     return {
         "model_id": _model_id(checkpoint),
         "location": str(checkpoint.ref),
-        "share": share,
+        "share": share * checkpoint.coverage,
         "embedding": embedding.numpy(),
     }
 

@@ -153,8 +153,9 @@ class Checkpoint:
             raise CheckpointError(f"{self.where}: none of its {len(self.specs)} tensors has floating point entries")
         factors = [name for name in empty if ".lora_" in name]
         if 2 * len(empty) > len(floats) or factors:
+            first = shown((factors or empty)[0])
             raise CheckpointError(
-                f"{self.where}: {len(empty)} of {len(floats)} tensors such as {shown((factors or empty)[0])} are empty, "
+                f"{self.where}: {len(empty)} of {len(floats)} tensors such as {first} are empty, "
                 "as DeepSpeed ZeRO-3 saves them; gather the weights before saving"
             )
 
