@@ -275,8 +275,8 @@ def embed(
         allow_pickle: also read plain tensors from pickled checkpoints.
 
     Returns:
-        One row a model: ``model_id``, ``location`` (pinned to a commit on the Hub), ``share`` of all its bytes and tensors that was
-        read, the zoo's metadata where there is any, and ``embedding``. ``attrs["left_out"]`` of the frame lists what
+        One row a model: ``model_id``, ``location`` (pinned to a commit on the Hub), ``share`` of its bytes and tensors
+        that was read, the zoo's metadata where there is any, and ``embedding``. ``attrs["left_out"]`` lists what
         cannot be embedded, as ``[location, reason]``.
 
     Raises:

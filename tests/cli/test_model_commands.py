@@ -120,9 +120,7 @@ def test_embed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("weightspace.encoder.embed", embed)
     monkeypatch.setattr("weightspace.encoder.save_embeddings", lambda *arguments: written.append(arguments))
     words = ("embed", "zoo", "file.safetensors", "--encoder", "enc", "--output", "e.parquet")
-    assert invoke(*words) == (
-        "e.parquet: 2 embeddings of 3 numbers\nestimated from a sample: 1\n  b: 25.000% of its bytes\n"
-    )
+    assert invoke(*words) == ("e.parquet: 2 embeddings of 3 numbers\nread in part: 1\n  b: 25.000% of it\n")
     limits = ("--max-bytes", "1.5MB", "--seed", "3", "--token", "secret", "--local-files-only", "--allow-pickle")
     record = json.loads(invoke(*words, *limits, "--json"))
     assert record == {"output": "e.parquet", "models": 2, "size": 3, "sampled": {"b": 0.25}, "left_out": []}

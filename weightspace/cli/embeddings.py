@@ -55,8 +55,8 @@ def embed(locations: tuple[str, ...], encoder: str, output: Path, **reading: Any
     shares = {str(model): float(share) for model, share in zip(sampled["model_id"], sampled["share"], strict=True)}
     lines = [f"{output}: {len(frame):,} embeddings of {size} numbers"]
     if shares:
-        estimated = [f"{model}: {share:.3%} of its bytes" for model, share in shares.items()]
-        lines += listing("estimated from a sample", estimated)
+        estimated = [f"{model}: {share:.3%} of it" for model, share in shares.items()]
+        lines += listing("read in part", estimated)
     left_out = [(location, reason) for location, reason in frame.attrs.get("left_out", ())]
     if left_out:
         lines += listing("left out", left_out)

@@ -57,8 +57,6 @@ _COMPONENT = re.compile(r"(unet|text_encoder(?:_\d)?|transformer(?:_\d)?|prior|c
 _WRAPPERS = re.compile(r"^(module\.)+|(?:(?<=\.)|^)(_orig_mod|_fsdp_wrapped_module)\.")
 """What DDP, torch.compile and FSDP put before the names of a module that they wrap."""
 
-_CONV_ALPHA = "conv_alpha"  # kohya's alpha of convolutions, another one than that of the file
-
 FLAT_COMPONENT = re.compile(r"lora_(unet|te\d?|transformer|prior)_")
 """How kohya's names begin that stand for a path without dots."""
 # PEFT keeps one pair for several experts, and B A would mix them. Only the module's name gives it away.
@@ -367,11 +365,11 @@ def _scaling_of(
     for component, config in configs.items():
         if isinstance(config, str):
             continue
-        # A network's own statement goes before one for all of them.
+        # A network's own statement goes before one for all of them; kohya's convolutions have an alpha of their own.
         own = tuple(
             pair
             for pair in pairs
-            if component == _stated_for(pair, configs) and not (pair.kind == "conv" and _CONV_ALPHA in str(metadata))
+            if component == _stated_for(pair, configs) and not (pair.kind == "conv" and "conv_alpha" in str(metadata))
         )
         contradicted = len(findings)
         alphas_of, scaling_of = _alpha_and_scaling(own, config, findings, component)
