@@ -4,7 +4,7 @@
 
 A loopback Hub in a process of its own serves small models. The same requests (HEAD and GET of weights and config, in as
 many threads, by the same client) are sent by a plain loop that looks at nothing, and by a crawl into a zoo. The
-difference of the two times, divided by the models, is the overhead; the bar is 10 ms. The two take turns, and the
+difference of the two times, divided by the models, is the overhead; the limit is 10 ms. The two take turns, and the
 medians count.
 """
 
@@ -50,8 +50,7 @@ def fill(folder: Path, models: int) -> None:
 
 def plain_requests(models: int) -> float:
     """Sends what a crawl sends, and drops the answers."""
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.file_download import get_hf_file_metadata
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.utils import build_hf_headers, get_session
 
     from weightspace.crawl.plan import CrawlSettings, make_plan

@@ -2,7 +2,7 @@
 
 For each seed, 8 of the demo's 32 variants of digits are held out of everything: a zoo without their models is made, and
 an autoencoder and a joint model are trained on it with the demo's settings, a quantised autoencoder with twice as many
-numbers a token, and a prior on each with its own defaults. Samplers are then asked for models of 8 seen and of the 8
+numbers a token, and a prior on each with its own defaults. Samplers then sample models for 8 seen and of the 8
 unseen datasets, and evaluated as `weightspace evaluate-samples` does.
 
     python benchmarks/sampling.py --demo demo --output sampling --seeds 0 1 2
@@ -128,7 +128,7 @@ def outcomes(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
     checked: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for rows in found.values():
         for row in check([ComparisonRow(**record) for record in rows], CRITERIA):
-            key = (row.datasets, row.measure, row.subject, row.asked)
+            key = (row.datasets, row.measure, row.subject, row.requirement)
             checked.setdefault(key, {}).setdefault(row.sampler, []).append(row.outcome)
     yield f"| datasets | measure | of | criterion | {' | '.join(SAMPLERS)} |"
     yield "|---" * (4 + len(SAMPLERS)) + "|"

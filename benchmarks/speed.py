@@ -90,7 +90,7 @@ class Result:
         baseline: what it is compared with.
         ours: median of the library.
         theirs: median of the baseline, scaled to the same number of models.
-        bar: the ratio to reach; None where there is none.
+        goal: the ratio to reach; None where there is none.
         unit: of ``ours`` and ``theirs``.
     """
 
@@ -98,7 +98,7 @@ class Result:
     baseline: str
     ours: float
     theirs: float
-    bar: float | None
+    goal: float | None
     unit: str = "ms"
 
     @property
@@ -107,7 +107,7 @@ class Result:
 
     @property
     def met(self) -> bool | None:
-        return None if self.bar is None else self.ratio >= self.bar
+        return None if self.goal is None else self.ratio >= self.goal
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ def measure_alignment(size: Size) -> list[Result]:
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def measure_training(size: Size, family: str, bar: float) -> Result:
+def measure_training(size: Size, family: str, goal: float) -> Result:
     """Trains ``size.stacked`` models together and ``size.alone`` one after another, and compares times a model."""
     settings = ZooSettings()
     chosen = next(config for config in settings.architectures if config["family"] == family)
@@ -296,7 +296,7 @@ def measure_training(size: Size, family: str, bar: float) -> Result:
     fast, slow = medians(size.repetitions, lambda: together(recipes), one_by_one)
     name = f"train {size.stacked} {family.upper()}s for {size.steps} steps"
     scaled = slow * size.stacked / size.alone
-    return Result(name, f"torch.optim.AdamW, {size.alone} models one by one, scaled", fast, scaled, bar)
+    return Result(name, f"torch.optim.AdamW, {size.alone} models one by one, scaled", fast, scaled, goal)
 
 
 def check_training(snapshot: Snapshot, alone: list[tuple[torch.nn.Module, float, float]], family: str) -> None:
@@ -421,7 +421,7 @@ def peak_so_far() -> float:
 
 
 def print_table(results: list[Result]) -> None:
-    head = ("work", "baseline", "ours", "baseline's", "ratio", "bar", "met")
+    head = ("work", "baseline", "ours", "baseline's", "ratio", "goal", "met")
     rows = [
         (
             result.what,
@@ -429,7 +429,7 @@ def print_table(results: list[Result]) -> None:
             f"{result.ours:,.4g} {result.unit}",
             f"{result.theirs:,.4g} {result.unit}",
             f"{result.ratio:.3g}",
-            "" if result.bar is None else f"{result.bar:g}",
+            "" if result.goal is None else f"{result.goal:g}",
             {None: "", True: "yes", False: "no"}[result.met],
         )
         for result in results

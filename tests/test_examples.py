@@ -63,7 +63,7 @@ def test_benchmarks_compare_equal_things(tmp_path: Path) -> None:
     printed = run("benchmarks/speed.py", "--quick", "--json", tmp_path / "speed.json")
     record = json.loads((tmp_path / "speed.json").read_text())
     assert record["machine"] in printed
-    assert {result["bar"] for result in record["results"]} == {25, 50, 5, 20, 2.5, 0.25, None}
+    assert {result["goal"] for result in record["results"]} == {25, 50, 5, 20, 2.5, 0.25, None}
     assert all(result["ratio"] > 0 for result in record["results"])
 
 

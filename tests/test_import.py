@@ -31,6 +31,12 @@ def test_tokenizing_needs_no_heavy_library() -> None:
     assert run(f"import sys, {modules}; print([name for name in {heavy} if name in sys.modules])") == "[]"
 
 
+@pytest.mark.slow
+def test_probing_needs_neither_transformers_nor_datasets() -> None:
+    code = "import sys, weightspace.probes.probe; print({'datasets', 'transformers'} & set(sys.modules))"
+    assert run(code) == "set()"
+
+
 def test_every_public_name_is_there() -> None:
     for name in weightspace.__all__:
         assert getattr(weightspace, name) is not None

@@ -89,8 +89,8 @@ def test_an_encoder_goes_up_without_the_state_of_its_training(hub: LoopbackHub, 
     assert set(files_of(hub, "org/encoder")) == {*expected, "training.json"} == {file.path for file in plan.files}
     left_out = dict(plan.left_out)
     assert left_out["checkpoints"] == "state of the training" and "pickle" in left_out["optimizer.bin"]
-    assert done is not None and done.commit == hub.repository("org/encoder").at("main").sha
-    assert done.url == f"{hub.url}/org/encoder/commit/{done.commit}" and done.pull_request is None
+    assert done is not None and done.oid == hub.repository("org/encoder").at("main").sha
+    assert done.commit_url == f"{hub.url}/org/encoder/commit/{done.oid}" and done.pr_url is None
     assert {path: path.read_bytes() for path in encoder.rglob("*") if path.is_file()} == before
 
 
@@ -137,7 +137,7 @@ def test_an_encoder_names_the_commit_of_its_zoo(hub: LoopbackHub, encoder: Path,
     assert zoo is not None
     push_folder(encoder, "org/encoder", replace(OURS, zoo="org/zoo"))
     card = ModelCard.load("org/encoder")
-    assert card.data.datasets == ["org/zoo"] and f"at commit {zoo.commit}" in card.text
+    assert card.data.datasets == ["org/zoo"] and f"at commit {zoo.oid}" in card.text
     mixed_zoo(tmp_path / "other", {"a": ("./a", None)})
     push_folder(tmp_path / "other", "org/other", OURS)
     with pytest.raises(
@@ -189,14 +189,14 @@ def test_a_second_push_changes_what_changed_in_one_commit(hub: LoopbackHub, enco
     _, first = push_folder(encoder, "org/encoder", OURS)
     plan, again = push_folder(encoder, "org/encoder", OURS)
     assert first is not None and again is not None
-    assert plan.present == first.commit == again.commit and not plan.makes_public
+    assert plan.present == first.oid == again.oid and not plan.makes_public
     put = len(hub.seen(method="PUT"))
     tensors = open_checkpoint(encoder).tensors()
     save_checkpoint({name: value + 1 for name, value in tensors.items()}, encoder / "model.safetensors")
     _, changed = push_folder(encoder, "org/encoder", replace(OURS, message="Train again"))
     head = hub.repository("org/encoder").at("main")
-    assert changed is not None and head.sha == changed.commit and head.title == "Train again"
-    assert head.parent is not None and head.parent.sha == first.commit
+    assert changed is not None and head.sha == changed.oid and head.title == "Train again"
+    assert head.parent is not None and head.parent.sha == first.oid
     assert len(hub.seen(method="PUT")) == put + 1
 
 
@@ -251,10 +251,10 @@ def test_a_branch_is_made_and_main_stays(hub: LoopbackHub, encoder: Path) -> Non
     _, first = push_folder(encoder, "org/encoder", OURS)
     _, other = push_folder(encoder, "org/encoder", PushSettings(licence="mit", revision="next"))
     assert first is not None and other is not None
-    assert hub.repository("org/encoder").at("main").sha == first.commit != other.commit
+    assert hub.repository("org/encoder").at("main").sha == first.oid != other.oid
     assert "license: mit" in text_of(hub, "org/encoder", "README.md", revision="next")
     again, _ = push_folder(encoder, "org/encoder", PushSettings(licence="mit", revision="next"))
-    assert again.present == other.commit
+    assert again.present == other.oid
 
 
 def test_a_pull_request_changes_nothing_yet(hub: LoopbackHub, encoder: Path) -> None:
@@ -265,8 +265,8 @@ def test_a_pull_request_changes_nothing_yet(hub: LoopbackHub, encoder: Path) -> 
     settings = PushSettings(licence="mit", create_pr=True)
     _, done = push_folder(encoder, "org/encoder", settings, options=HubOptions(token=visitor))
     assert first is not None and done is not None
-    assert done.pull_request == f"{hub.url}/org/encoder/discussions/1"
-    assert hub.repository("org/encoder").at("main").sha == first.commit
+    assert done.pr_url == f"{hub.url}/org/encoder/discussions/1"
+    assert hub.repository("org/encoder").at("main").sha == first.oid
     with pytest.raises(WeightspaceError, match="revision next: a pull request is opened against the default branch"):
         push_folder(encoder, "org/encoder", PushSettings(create_pr=True, revision="next"))
 
@@ -389,7 +389,7 @@ def test_a_zoo_goes_up_whole(hub: LoopbackHub, tiny_zoo: Zoo) -> None:
     assert done is not None and (plan.kind, plan.repo_type) == ("zoo", "dataset")
     assert ("ledger.jsonl", "only needed to go on writing") in plan.left_out
     zoo = load_zoo("org/zoo")
-    assert zoo.digest == tiny_zoo.digest and zoo.location == f"org/zoo@{done.commit}"
+    assert zoo.digest == tiny_zoo.digest and zoo.location == f"org/zoo@{done.oid}"
     assert [zoo.blob(row) for row in range(48)] == [tiny_zoo.blob(row) for row in range(48)]
     card = DatasetCard.load("org/zoo")
     card.validate()

@@ -240,7 +240,7 @@ def _report(
         retrieval=tables.retrieval,
         explanation=tables.explanation,
         samples=[asdict(row) for row in tables.samples],
-        sample_bars=[asdict(row) for row in check(tables.samples)],
+        sample_criteria=[asdict(row) for row in check(tables.samples)],
         curves=curves,
         predictions=shown,
         zoo_map=ZooMap(

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from weightspace.cli.main import main
+from weightspace.probes.explain import explain
 from weightspace.probes.representations import statistics_of_rows
 from weightspace.probes.runs import run_table
 from weightspace.probes.statistics import weight_statistics
@@ -20,6 +21,12 @@ from weightspace.zoo.dataset import Zoo
 
 def words(zoo: Zoo, encoder: Path, *more: str) -> list[str]:
     return ["explain", str(zoo.path), "--encoder", str(encoder), "--draws", "100", *more]
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of draws changes no word of what is printed."""
+    monkeypatch.setattr("weightspace.probes.explain.explain", lambda *inputs, draws, seed: explain(*inputs, draws=10))
 
 
 def refused(text: str) -> Any:
@@ -55,7 +62,7 @@ def test_tables_for_people(tiny_zoo: Zoo, tiny_encoder: Path, capsys: pytest.Cap
 def test_only_what_training_held_out(
     tiny_zoo: Zoo, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Three or four of 24 runs are held out, which are too few for any question: see which ones are asked.
+    # Three or four of 24 runs are held out, which are too few for any question: see which ones are taken.
     assert main(words(tiny_zoo, tiny_encoder, "--held-out")) == 2
     held_out = read_training(tiny_encoder).test_runs  # type: ignore[union-attr]
     assert f"{len(held_out)} runs with all factors known are too few" in capsys.readouterr().err
@@ -83,5 +90,5 @@ def test_weight_statistics_stand_in_the_order_of_the_runs(tiny_zoo: Zoo) -> None
     expected = weight_statistics(tiny_zoo.flat(rows), architecture)
     assert comparable
     assert torch.equal(torch.from_numpy(alone).float(), expected)
-    places = np.flatnonzero(np.isin(table.rows, rows))
-    assert np.array_equal(described[places, : expected.shape[1]], alone)
+    positions = np.flatnonzero(np.isin(table.rows, rows))
+    assert np.array_equal(described[positions, : expected.shape[1]], alone)

@@ -141,7 +141,7 @@ def test_the_folder_is_a_zoo_to_import_and_models_to_push(
     assert plan.kind == "models"
     assert {file.path for file in plan.files} >= {"README.md", "metadata.jsonl", "sample-0002/config.json"}
     assert "sampled and not trained" in plan.card
-    assert "Result asked for: 0.3" in plan.card
+    assert "Requested result: 0.3" in plan.card
     assert "Sampler: flow, seed 0" in plan.card
     everything = plan.card + plan.record.to_json() + (tmp_path / "out" / "metadata.jsonl").read_text()
     assert str(tmp_path.parent) not in everything

@@ -59,7 +59,7 @@ def test_models_are_compared_dataset_by_dataset() -> None:
     assert (one.sampler, one.datasets, one.subject) == ("it", "seen", "samples - 95 % of zoo models of the condition")
     assert (one.value, one.low, one.high) == (expected.value, expected.low, expected.high)
     assert one.value == pytest.approx(0.7 - 0.95 * 0.71)
-    assert (one.asked, one.holds, one.of, one.outcome) == ("at least 0", 3, 3, "met")
+    assert (one.requirement, one.holds, one.of, one.outcome) == ("at least 0", 3, 3, "met")
 
 
 @pytest.mark.parametrize(
@@ -79,21 +79,21 @@ def test_a_bound_within_the_interval_is_undecided(value: float, half: float | No
             ComparisonRow("it", "seen", SPEARMAN, SAMPLES, value, round(value - half, 9), value + half, rows[0].values)
         ]
     (one,) = check(rows, CRITERIA)
-    assert (one.asked, one.outcome) == ("at least 0.8", outcome)
+    assert (one.requirement, one.outcome) == ("at least 0.8", outcome)
 
 
 @pytest.mark.parametrize(("ours", "outcome"), [(0.4, "met"), (0.5, "met"), (0.6, "not met")])
 def test_errors_may_overlap_as_much_and_no_more(ours: float, outcome: str) -> None:
     rows = [row(OVERLAP, SAMPLES, (ours, ours)), row(OVERLAP, INDEPENDENT, (0.5, 0.5))]
     (one,) = check(rows)
-    assert (one.subject, one.asked, one.outcome) == (f"samples - {INDEPENDENT}", "at most 0", outcome)
+    assert (one.subject, one.requirement, one.outcome) == (f"samples - {INDEPENDENT}", "at most 0", outcome)
 
 
 @pytest.mark.parametrize(("last", "holds", "outcome"), [(0.9, 3, "met"), (0.5, 2, "not met"), (0.1, 2, "not met")])
 def test_training_from_scratch_has_to_be_beaten_on_every_dataset(last: float, holds: int, outcome: str) -> None:
     rows = [row(ONE, SAMPLES, (0.9, 0.9, last)), row(ONE, SCRATCH, (0.5, 0.5, 0.5))]
     (one,) = check(rows, CRITERIA)
-    assert (one.asked, one.holds, one.of, one.outcome) == ("above 0 on every dataset", holds, 3, outcome)
+    assert (one.requirement, one.holds, one.of, one.outcome) == ("above 0 on every dataset", holds, 3, outcome)
 
 
 def test_criteria_depend_on_the_datasets() -> None:
@@ -116,7 +116,7 @@ def test_criteria_depend_on_the_datasets() -> None:
         *always,
     ]
     # Equal is not above.
-    assert {one.outcome for one in found if one.asked.startswith("above")} == {"not met"}
+    assert {one.outcome for one in found if one.requirement.startswith("above")} == {"not met"}
 
 
 def test_every_sampler_is_checked_by_its_own_rows() -> None:

@@ -229,6 +229,7 @@ def test_rare_categories_weigh_as_much_as_common_ones() -> None:
     assert math.isnan(row.scores["auc"].permuted) and "no neuron permutation" in row.note
 
 
+@pytest.mark.slow
 def test_numbers_are_probed_alike_with_and_without_labels_beside_them(zoo: tuple, labels: dict[str, Labels]) -> None:
     chosen = {"x": ("boosting", "extra-trees")}
     alone, beside = (

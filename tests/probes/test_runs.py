@@ -92,7 +92,7 @@ def test_a_zoo_that_knows_nothing(tmp_path: Path) -> None:
 def test_runs_of_another_zoo(tmp_path: Path) -> None:
     zoo = zoo_of(tmp_path, [{}] * 12)
     assert run_table(zoo, ["r003", "r007"]).rows.tolist() == [3, 7]
-    with pytest.raises(ZooError, match="none of the 1 runs asked for; give runs of this zoo"):
+    with pytest.raises(ZooError, match="none of the 1 requested runs; give runs of this zoo"):
         run_table(zoo, ["other"])
 
 

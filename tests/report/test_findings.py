@@ -245,13 +245,13 @@ def test_an_auc_that_is_missing_is_said() -> None:
     )
 
 
-def bar(outcome: criteria.Outcome, **changes: Any) -> dict[str, Any]:
+def criterion(outcome: criteria.Outcome, **changes: Any) -> dict[str, Any]:
     made = criteria.CriterionRow(
         sampler="kde",
         datasets="seen",
         measure=proof.accuracy_after(0),
         subject=f"samples - 95 % of {proof.ZOO}",
-        asked="at least 0",
+        requirement="at least 0",
         value=-0.0161,
         low=-0.0302,
         high=0.0103,
@@ -266,9 +266,11 @@ def test_outcomes_of_criteria_are_outcomes_of_findings() -> None:
     assert set(get_args(criteria.Outcome)) <= set(get_args(findings.Outcome))
 
 
-def test_every_bar_of_a_sampler_is_told_with_its_number() -> None:
-    alone = bar("met", measure=proof.SPEARMAN, subject=proof.SAMPLES, asked="at least 0.8", value=0.9, low=None)
-    (verdict,) = sample_verdicts([alone, bar("undecided")])
+def test_every_criterion_of_a_sampler_is_named_with_its_number() -> None:
+    alone = criterion(
+        "met", measure=proof.SPEARMAN, subject=proof.SAMPLES, requirement="at least 0.8", value=0.9, low=None
+    )
+    (verdict,) = sample_verdicts([alone, criterion("undecided")])
     assert (verdict.subject, verdict.outcome) == ("Samples of kde, seen datasets", "undecided")
     assert verdict.text == (
         "Undecided: accuracy after 0 epochs, samples \N{MINUS SIGN} 95 % of zoo models of the condition "
@@ -292,7 +294,9 @@ def test_one_bar_that_is_not_met_is_enough(outcomes: Sequence[criteria.Outcome],
 
 
 def test_samplers_and_kinds_of_datasets_have_verdicts_of_their_own() -> None:
-    found = sample_verdicts([bar("met"), bar("met", datasets="unseen"), bar("not met", sampler="flow")])
+    found = sample_verdicts(
+        [criterion("met"), criterion("met", datasets="unseen"), criterion("not met", sampler="flow")]
+    )
     assert [(verdict.subject, verdict.outcome) for verdict in found] == [
         ("Samples of kde, seen datasets", "met"),
         ("Samples of kde, unseen datasets", "met"),

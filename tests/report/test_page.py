@@ -230,7 +230,7 @@ def report() -> Report:
             *proof_rows(HOSTILE, 0.8012345),
             *proof_rows("kde", 0.6012345, "unseen"),
         ],
-        sample_bars=[
+        sample_criteria=[
             dataclasses.asdict(bar)
             for sampler in ("kde", HOSTILE)
             for bar in check([proof.ComparisonRow(**row) for row in proof_rows(sampler, 0.9012345)], CRITERIA)
@@ -307,7 +307,7 @@ def test_every_number_of_the_records_is_on_the_page_with_all_its_digits(page: Pa
     for part in ("facts", "probes", "reconstruction", "retrieval", "settings"):
         assert numbers(records[part])
         assert {repr(number) for number in numbers(records[part])} <= shown, part
-    for row in (*records["samples"], *records["sample_bars"]):
+    for row in (*records["samples"], *records["sample_criteria"]):
         assert {repr(row[name]) for name in ("value", "low", "high")} <= shown, row
     for row in records["explanation"]["clusters"]:
         if row["label"] == "dataset":
@@ -324,8 +324,8 @@ def test_every_number_of_the_records_is_on_the_page_with_all_its_digits(page: Pa
     assert page.text.index(records["headlines"][0]) < page.text.index("Findings")
     for verdict in records["verdicts"]:
         assert verdict["text"] in page.text and verdict["outcome"] in page.text
-    assert [bar["outcome"] for bar in records["sample_bars"]] == ["met", "met", "met", "not met"] * 2
-    assert records["sample_bars"][0]["sampler"] == "kde"
+    assert [bar["outcome"] for bar in records["sample_criteria"]] == ["met", "met", "met", "not met"] * 2
+    assert records["sample_criteria"][0]["sampler"] == "kde"
     assert "differences taken dataset by dataset" in " ".join(page.text.split())
 
 

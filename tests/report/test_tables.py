@@ -130,22 +130,22 @@ def test_untrained_weights_refined_alike_stand_below_the_references() -> None:
     assert table.lines[-1].cells[1] == Cell(0.3, 0.3 - 0.1, 0.3 + 0.1)
 
 
-def bar(sampler: str, measure: str, outcome: criteria.Outcome, datasets: proof.Group = "seen") -> dict[str, Any]:
+def criterion(sampler: str, measure: str, outcome: criteria.Outcome, datasets: proof.Group = "seen") -> dict[str, Any]:
     subject = f"samples - {proof.BEST}"
     made = criteria.CriterionRow(sampler, datasets, measure, subject, 0.1, None, None, "above 0", 2, 3, outcome)
     return dataclasses.asdict(made)
 
 
-def test_what_is_asked_of_samplers_stands_side_by_side() -> None:
+def test_criteria_of_samplers_stand_side_by_side() -> None:
     seen, unseen = criterion_tables(
         [
-            bar("kde", proof.OVERLAP, "met"),
-            bar("flow", proof.OVERLAP, "not met"),
-            bar("flow", proof.DISTANCE, "undecided"),
-            bar("flow", proof.OVERLAP, "met", "unseen"),
+            criterion("kde", proof.OVERLAP, "met"),
+            criterion("flow", proof.OVERLAP, "not met"),
+            criterion("flow", proof.DISTANCE, "undecided"),
+            criterion("flow", proof.OVERLAP, "met", "unseen"),
         ]
     )
-    assert seen.name == "What is asked of samples on seen datasets"
+    assert seen.name == "Criteria of samples on seen datasets"
     assert seen.columns == (("kde", ""), ("flow", ""))
     overlap, distance = seen.lines
     assert (overlap.name, overlap.about) == (

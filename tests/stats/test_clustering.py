@@ -97,7 +97,7 @@ def test_the_nearest_run_is_another_one(monkeypatch: pytest.MonkeyPatch) -> None
 def test_agreement_counts_the_nearest_run_that_is_there() -> None:
     neighbours, labels = np.array([[1, 2], [0, 2], [0, 1]]), np.array([0, 0, 1])
     assert agreement(neighbours, labels, np.ones(3)) == pytest.approx(2 / 3)
-    # Without the run 0, the run 1 has the run 2 for a neighbour; all runs are still asked.
+    # Without the run 0, the run 1 has the run 2 for a neighbour; all runs still count.
     assert agreement(neighbours, labels, np.array([0.2, 1.4, 1.4])) == pytest.approx(0.2 / 3)
 
 
@@ -142,6 +142,7 @@ def test_clusters_that_two_architectures_do_not_share_are_not_found_across() -> 
     assert across["nearest neighbour"].value < 0.6 < within["nearest neighbour"].value
 
 
+@pytest.mark.slow
 def test_labels_that_mean_nothing_reach_small_p_values_as_seldom_as_they_should() -> None:
     generator = np.random.default_rng(0)
     found = [clustering(some_units(30, seed=seed), labels_of(30, 3, seed), None, generator, 39) for seed in range(60)]

@@ -77,6 +77,7 @@ def test_a_shared_geometry_is_found_across_spaces_of_different_size() -> None:
         assert found.null_high < 0.5 < found.low < found.value < found.high
 
 
+@pytest.mark.slow
 def test_unrelated_geometries_reach_small_p_values_as_seldom_as_they_should() -> None:
     generator = np.random.default_rng(0)
     p_values = []

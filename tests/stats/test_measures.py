@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -11,8 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import balanced_accuracy_score, r2_score, roc_auc_score
 
-from weightspace.errors import SettingsError
-from weightspace.stats.measures import auc, balanced_accuracy, evaluate_metric, kendall_tau, r2, spearman
+from weightspace.stats.measures import auc, balanced_accuracy, kendall_tau, r2, spearman
 from weightspace.stats.resampling import RunBootstrap, pooled_interval
 
 RUNS = np.array(["a", "b", "a", "c", "c", "c", "b", "d", "e", "e"])
@@ -125,20 +122,3 @@ def test_interval_pools_splits_and_leaves_undefined_replicates_out() -> None:
     low, high = pooled_interval([np.linspace(0, 1, 101), np.linspace(1, 2, 101), np.full(50, np.nan)])
     assert (low, high) == (pytest.approx(0.05, abs=0.01), pytest.approx(1.95, abs=0.01))
     assert all(math.isnan(end) for end in pooled_interval([np.full(3, np.nan)]))
-
-
-def test_metrics_of_the_evaluate_library_work_offline() -> None:
-    pytest.importorskip("evaluate")
-    targets, predictions = [0.0, 1.0, 2.0, 3.0], [0.0, 2.0, 1.0, 3.0]
-    assert evaluate_metric("r2").compute(predictions=predictions, references=targets) == {"r2": pytest.approx(0.6)}
-    tau = evaluate_metric("kendall_tau").compute(predictions=predictions, references=targets)
-    assert tau == {"kendall_tau": pytest.approx(2 / 3)}
-    with pytest.raises(SettingsError, match="'mse'"):
-        evaluate_metric("mse")
-
-
-def test_importing_probes_does_not_import_evaluate() -> None:
-    code = (
-        "import sys, weightspace.probes.probe; assert not {'evaluate', 'datasets', 'transformers'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

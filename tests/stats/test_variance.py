@@ -51,6 +51,7 @@ def test_sums_of_squares_are_those_of_fitted_models() -> None:
     assert found["residual"].share.p_value is None
 
 
+@pytest.mark.slow
 def test_known_shares_lie_in_their_intervals() -> None:
     truth = {"a": 0.3, "b": 0.1, "c": 0.0}
     inside = dict.fromkeys([*truth, "residual"], 0)

@@ -1,4 +1,4 @@
-"""Commands that embed models and read what embeddings tell: embed, probe, explain, atlas and search."""
+"""Commands that embed models and read what embeddings say: embed, probe, explain, atlas and search."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from weightspace.cli.options import COUNT, PATH, USER_ERROR, Amount, Result, command, encoder_option, output_option
-from weightspace.cli.output import listing, reasons, table
 from weightspace.errors import SettingsError
+from weightspace.printing import listing, reasons, table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -91,7 +91,7 @@ def probe(
     from weightspace.probes.zoo import probe_zoo
 
     rows = probe_zoo(zoo, encoders, targets, seeds=seeds, unseen_datasets=unseen_datasets)
-    return rows_to_records(rows), [format_table(rows)]
+    return rows_to_records(rows), format_table(rows).splitlines()
 
 
 @command()
@@ -101,7 +101,7 @@ def probe(
 @click.option("--draws", type=click.IntRange(min=100), default=1000, help="Permutations and bootstrap replicates.")
 @click.option("--seed", type=int, default=0, help="Seed of the draws.")
 def explain(zoo: Path, encoder: str, held_out: bool, draws: int, seed: int) -> Result:
-    """Say what the weights of a zoo's models tell of their data.
+    """Say what the weights of a zoo's models reveal about their data.
 
     Do models of similar datasets cluster, within an architecture and between them? Which characteristics of the data,
     and which hyper-parameters, determine the weights most? The encoder's embedding stands beside s(W), the statistics
@@ -109,7 +109,7 @@ def explain(zoo: Path, encoder: str, held_out: bool, draws: int, seed: int) -> R
 
     Every run counts once, by its last checkpoint. P-values come from permutations and are not corrected for their
     number; intervals hold 95 % and are about these datasets. An encoder that saw the datasets of its training runs
-    places these runs by them: judge such a one by --held-out.
+    groups these runs by them: judge such a one by --held-out.
     """
     from weightspace.encoder import load_encoder
     from weightspace.probes.explain import explain as explain_runs
@@ -145,12 +145,14 @@ def _explained(answer: Explanation) -> list[str]:
                 for row in answer.clusters
             ],
         ),
-        "\nAre models of similar datasets similar? (Spearman's correlation over pairs of datasets)",
+        "",
+        "Are models of similar datasets similar? (Spearman's correlation over pairs of datasets)",
         *table(
             ("description", "weights of", "compared with", "datasets", *estimate),
             [(row.description, row.models, row.other, row.datasets, *_cells(row.estimate)) for row in answer.geometry],
         ),
-        "\nWhat determines the weights? (share of variance, omega squared)",
+        "",
+        "What determines the weights? (share of variance, omega squared)",
         *table(
             ("description", "models", "runs", "factor", "kind", "df", *estimate),
             [
@@ -226,11 +228,11 @@ def search(
     """
     from weightspace.search.finding import Query, find_models, open_index
 
-    asked = Query(**question)
+    query = Query(**question)
     index, loaded = open_index(zoo, encoder, options, allow_pickle=allow_pickle)
     if save_index is not None:
         index.save(save_index)
-    answer = find_models(index, loaded, asked, count, options, allow_pickle=allow_pickle)
+    answer = find_models(index, loaded, query, count, options, allow_pickle=allow_pickle)
     found = [
         {"rank": rank, "score": float(score), **_known(index.models.iloc[int(row)])}
         for rank, (score, row) in enumerate(zip(answer.scores, answer.rows, strict=True), start=1)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from weightspace.cli.options import COUNT, Result, command
-from weightspace.cli.output import listing, printable, reasons, table
+from weightspace.printing import listing, reasons, table
 
 _MOST_LINES = 100
 _NUMBER = re.compile(r"\d+")
@@ -65,7 +65,7 @@ def _one(inspection: Inspection) -> list[str]:
     if len(left_out) > _MOST_LINES:
         left_out = _alike([(e.tensor, e.reason) for e in architecture.exclusions])
     lines = [
-        printable(inspection.location),
+        inspection.location,
         f"parameters  {inspection.parameters:,} ({dtypes})",
         f"tokens      {tokens} (of {inspection.token_size} entries)",
         f"layers      {len(architecture.layers)} ({order})",
@@ -121,7 +121,7 @@ def _alike(left_out: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 def _adapter(adapter: AdapterFacts) -> list[str]:
     ranks, scalings = (", ".join(f"{value:g}" for value in values) for values in (adapter.ranks, adapter.scalings))
     return [
-        f"LoRA adapter of {printable(adapter.base_model or 'no base model named')}",
+        f"LoRA adapter of {adapter.base_model or 'no base model named'}",
         f"{adapter.modules} modules, rank {ranks or 'none'}, scaling {scalings or 'unknown'}",
         f"named as by {', '.join(adapter.namings) or 'no trainer known'}",
         *(["untrained: no module has an update"] if adapter.untrained else ()),

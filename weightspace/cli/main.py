@@ -1,4 +1,4 @@
-"""Entry point of the command line: the commands, and what becomes of errors."""
+"""Entry point of the command line: the commands, and exit codes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from weightspace import __version__
 from weightspace.cli.embeddings import atlas, embed, explain, probe, search
 from weightspace.cli.inspect import inspect
 from weightspace.cli.options import USER_ERROR
-from weightspace.cli.output import printable
 from weightspace.cli.push import push
 from weightspace.cli.sample import evaluate_samples, sample
 from weightspace.cli.train import demo, train
 from weightspace.cli.zoo import crawl, zoo
 from weightspace.errors import WeightspaceError
+from weightspace.printing import emit, emit_warnings
 
 _INTERRUPTED = 128 + 2  # what shells report for a program that SIGINT ended
 _BROKEN_PIPE = 128 + 13
@@ -65,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what stands after the program's name; ``sys.argv`` by default. ``--debug`` may stand anywhere.
     """
     tune_process()
+    emit_warnings()
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -77,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except click.exceptions.Exit as request:
         return request.exit_code
     except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message(), err=True)
+        emit(error.format_message().splitlines(), err=True)
         return USER_ERROR
     except click.ClickException as error:
         return _fail(error.format_message(), USER_ERROR, debug=False)
@@ -124,5 +125,6 @@ def _fail(message: str, code: int, debug: bool) -> int:
         traceback.print_exc()
     # A progress bar leaves its line open.
     start = "\n" if sys.stderr.isatty() else ""
-    click.echo(f"{start}error: {printable(' '.join(message.split()))}", err=True)
+    click.echo(start, nl=False, err=True)
+    emit([f"error: {' '.join(message.split())}"], err=True)
     return code

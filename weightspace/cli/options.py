@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 import click
 
-from weightspace.cli.output import print_json
 from weightspace.errors import SettingsError
+from weightspace.printing import emit, emit_json
 from weightspace.settings import read_settings
 
 T = TypeVar("T")
@@ -111,10 +111,9 @@ def command(*shared: str, group: click.Group | None = None) -> Callable[[Callabl
                 values["options"] = HubOptions(token=values.pop("token"), local_files_only=local)
             record, lines, *code = function(**values)
             if as_json:
-                print_json(record)
+                emit_json(record)
             else:
-                for line in lines:
-                    click.echo(line)
+                emit(lines)
             if any(code):
                 raise click.exceptions.Exit(code[0])
 

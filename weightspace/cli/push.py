@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from weightspace.cli.options import PATH, Result, command
-from weightspace.cli.output import listing, printable, reasons
+from weightspace.printing import emit, listing, reasons
 
 if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
     from weightspace.io.hub import HubOptions
-    from weightspace.publishing import Published, PushPlan
+    from weightspace.publishing import PushPlan
 
 _LISTED = 40
 
@@ -55,19 +57,19 @@ def push(
             save_card.parent.mkdir(parents=True, exist_ok=True)
             save_card.write_text(plan.card, encoding="utf-8")
             save_card.with_suffix(".json").write_text(plan.record.to_json(), encoding="utf-8")
-        return not dry_run and (yes or not plan.makes_public or _asked(plan))
+        return not dry_run and (yes or not plan.makes_public or _confirmed(plan))
 
     plan, done = push_folder(folder, repo_id, PushSettings(**how), options=options, confirm=confirm)
     if done is None:
         outcome = "nothing was sent"
-    elif done.commit == plan.present:
+    elif done.oid == plan.present:
         outcome = "the repository holds all of it already; nothing was changed"
     else:
-        outcome = f"published: {done.pull_request or done.url}"
+        outcome = f"published: {done.pr_url or done.commit_url}"
     return _record(plan, done), [outcome]
 
 
-def _asked(plan: PushPlan) -> bool:
+def _confirmed(plan: PushPlan) -> bool:
     if not sys.stdin.isatty():
         raise click.UsageError(
             f"{plan.repo_id} would be a new public repository and there is nobody to ask; give --yes or --private"
@@ -83,18 +85,16 @@ def _show(plan: PushPlan) -> None:
     lines = [
         f"{plan.kind} to {what} {plan.repo_type} repository {plan.repo_id}{branch}{how}",
         f"files: {len(plan.files):,}, {plan.bytes:,} bytes",
-        *(f"  {printable(file.path)}  {file.size:,}" for file in plan.files[:_LISTED]),
+        *(f"  {file.path}  {file.size:,}" for file in plan.files[:_LISTED]),
         *([f"  and {len(plan.files) - _LISTED:,} more"] if len(plan.files) > _LISTED else ()),
         *(listing("left out", plan.left_out) if plan.left_out else ()),
         *(listing("removed there", plan.removed) if plan.removed else ()),
     ]
-    for line in lines:
-        click.echo(line)
-    for notice in plan.notices:
-        click.echo(f"note: {printable(notice)}", err=True)
+    emit(lines)
+    emit((f"note: {notice}" for notice in plan.notices), err=True)
 
 
-def _record(plan: PushPlan, done: Published | None) -> dict[str, Any]:
+def _record(plan: PushPlan, done: CommitInfo | None) -> dict[str, Any]:
     return {
         "repository": plan.repo_id,
         "type": plan.repo_type,
@@ -106,8 +106,8 @@ def _record(plan: PushPlan, done: Published | None) -> dict[str, Any]:
         "left_out": reasons(plan.left_out),
         "removed": list(plan.removed),
         "notices": list(plan.notices),
-        "changed": done is not None and done.commit != plan.present,
-        "commit": done.commit if done else None,
-        "url": done.url if done else None,
-        "pull_request": done.pull_request if done else None,
+        "changed": done is not None and done.oid != plan.present,
+        "commit": done.oid if done else None,
+        "url": done.commit_url if done else None,
+        "pull_request": done.pr_url if done else None,
     }

@@ -19,7 +19,7 @@ from weightspace.cli.options import (
     output_option,
     temperature_option,
 )
-from weightspace.cli.output import table
+from weightspace.printing import table
 
 if TYPE_CHECKING:
     from weightspace.evaluation.comparison import ComparisonRow
@@ -230,7 +230,15 @@ def _lines(rows: Sequence[ComparisonRow], criteria: Sequence[CriterionRow], samp
         ]
         lines += table(("measure", "of", *samplers), measured)
         held = [
-            (row.sampler, row.outcome, row.measure, row.subject, _number(row), row.asked, f"{row.holds} of {row.of}")
+            (
+                row.sampler,
+                row.outcome,
+                row.measure,
+                row.subject,
+                _number(row),
+                row.requirement,
+                f"{row.holds} of {row.of}",
+            )
             for row in criteria
             if row.datasets == group
         ]

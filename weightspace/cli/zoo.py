@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from weightspace.cli.options import COUNT, PATH, Amount, Result, command, output_option, settings_from
-from weightspace.cli.output import listing, printable, reasons, table
+from weightspace.printing import emit, listing, reasons, table
 
 if TYPE_CHECKING:
     from weightspace.crawl.plan import Plan
@@ -150,8 +150,7 @@ def crawl(output: Path, jobs: int, ray: bool, dry_run: bool, options: HubOptions
         record["repositories"] = [repo.repo_id for repo in plan.repos if repo.checkpoints]
         return record, [*lines, *listing("cannot be fetched", plan.problems)]
     plan = prepare_crawl(settings, output, options)
-    for line in _planned(plan)[1]:
-        click.echo(line, err=True)
+    emit(_planned(plan)[1], err=True)
     summary = crawl_hub(plan, output, jobs=jobs, options=options, ray=ray)
     record, lines = _written(output, summary)
     return {**record, "bytes": summary.fetched}, lines
@@ -178,7 +177,7 @@ def _planned(plan: Plan) -> tuple[dict[str, Any], list[str]]:
     lines = [f"plan: {plan.models:,} models of {len(wanted):,} repositories, {record['bytes']:,} bytes{unknown}"]
     for title in ("licences", "tasks", "not_asked_for"):
         counts = list(record[title].items())
-        parts = [f"{printable(name)} {count:,}" for name, count in counts[:_MOST_SHOWN]]
+        parts = [f"{name} {count:,}" for name, count in counts[:_MOST_SHOWN]]
         parts += [f"{len(counts) - _MOST_SHOWN} more"] if len(counts) > _MOST_SHOWN else []
         lines += [f"  {title.replace('_', ' ')}: {', '.join(parts)}"] if parts else []
     return record, [*lines, *([f"  cannot be fetched: {len(plan.problems):,}"] if plan.problems else [])]

@@ -78,7 +78,7 @@ class CriterionRow:
     """A criterion applied to a sampler; the first seven fields are those of a `ComparisonRow`.
 
     Attributes:
-        asked: the side and the bound.
+        requirement: the side and the bound.
         holds: number of datasets that the criterion holds on by themselves.
         of: number of datasets.
         outcome: see `Criterion.outcome`.
@@ -91,7 +91,7 @@ class CriterionRow:
     value: float
     low: float | None
     high: float | None
-    asked: str
+    requirement: str
     holds: int
     of: int
     outcome: Outcome

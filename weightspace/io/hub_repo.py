@@ -19,14 +19,15 @@ import httpx2
 from huggingface_hub import (
     DatasetInfo,
     HfApi,
+    HfFileMetadata,
     ModelInfo,
     constants,
+    get_hf_file_metadata,
     hf_hub_download,
     hf_hub_url,
     try_to_load_from_cache,
 )
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.file_download import HfFileMetadata, get_hf_file_metadata
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, tqdm
 
 from weightspace.errors import HubError

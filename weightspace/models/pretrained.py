@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -12,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils.hub import cached_file
 
 from weightspace.cards.facts import EncoderFacts
 from weightspace.cards.record import CARD, RECORD, CardRecord, parse_record, weights_digest, write_card
@@ -34,8 +36,6 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _OURS = ("_from_auto", "_from_pipeline", "adapter_kwargs", "trust_remote_code", "use_safetensors", "weights_only")
 """Options of transformers that the models of this library leave no choice in."""
-_GENERATED = "This model card has been automatically generated"
-"""Part of the card that transformers writes where there is none."""
 
 
 class WeightspaceModel(PreTrainedModel):
@@ -104,33 +104,60 @@ class WeightspaceModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         initialize(module)
 
-    def _upload_modified_files(self, working_dir: Any, repo_id: str, *arguments: Any, **options: Any) -> Any:
-        folder, token = Path(working_dir), options.get("token")
-        published = _cached_record(repo_id, token=token)
-        if published is not None:
-            shutil.copyfile(published, folder / RECORD)
-        if _GENERATED in (folder / CARD).read_text(encoding="utf-8"):
-            (folder / CARD).unlink()
-        facts, record = self.card_facts(), self._record(token)
-        if record is not None and record.weights == weights_digest(folder) and isinstance(record.facts, EncoderFacts):
-            facts = record.facts
-        write_card(folder, replace(facts, name=repo_id.partition("/")[2], location=repo_id))
-        return super()._upload_modified_files(working_dir, repo_id, *arguments, **options)
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "50GB",
+        tags: list[str] | None = None,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+    ) -> str:
+        """Publishes the model with its card; the arguments are those of transformers."""
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/pr"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            for present in (CARD, RECORD):
+                published = _cached(api, repo_id, present)
+                if published is not None:
+                    shutil.copyfile(published, folder / present)
+            facts, record = self.card_facts(), self._record(api)
+            if record is not None and record.weights == weights_digest(folder):
+                facts = record.facts if isinstance(record.facts, EncoderFacts) else facts
+            facts = replace(facts, name=repo_id.partition("/")[2], location=repo_id, tags=(*facts.tags, *(tags or ())))
+            write_card(folder, facts)
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message or f"Upload {type(self).__name__}",
+                commit_description=commit_description,
+            )
 
-    def _record(self, token: str | bool | None) -> CardRecord | None:
+    def _record(self, api: HfApi) -> CardRecord | None:
         """Reads the record beside the weights that the model was loaded from."""
-        if not self.name_or_path:
-            return None
-        revision = getattr(self.config, "_commit_hash", None)
-        path = _cached_record(self.name_or_path, token=token, revision=revision)
+        path = _cached(api, self.name_or_path, RECORD, getattr(self.config, "_commit_hash", None))
         return None if path is None else parse_record(path.read_text(encoding="utf-8"), where=str(path))
 
 
-def _cached_record(location: str, **options: Any) -> Path | None:
-    """Finds ``card.json`` in a folder or a repository; None if it cannot be had."""
-    errors = ("gated_repo", "missing_entries", "connection_errors")
-    path = cached_file(location, RECORD, **options, **{f"_raise_exceptions_for_{error}": False for error in errors})
-    return None if path is None else Path(path)
+def _cached(api: HfApi, location: str, name: str, revision: str | None = None) -> Path | None:
+    """Finds a file of a folder or a repository; None if it cannot be had."""
+    local = Path(location, name)
+    if local.parent.is_dir():
+        return local if location and local.is_file() else None
+    try:
+        return Path(api.hf_hub_download(location, name, revision=revision))
+    except (OSError, HFValidationError):
+        return None
 
 
 def weight_files(folder: Folder) -> tuple[str, ...]:

@@ -256,7 +256,8 @@ def _first_line(error: Exception) -> str:
 
 def _apply(spaces: _Spaces, known: dict[Node, Axes], node: Node) -> None:
     value, operation = node.meta.get("val"), node.target
-    schema = operation._schema if isinstance(operation, torch._ops.OpOverload) else None
+    # Torch has no public way to the names of arguments; without them, everything keeps its order.
+    schema = getattr(operation, "_schema", None)
     rule = None if schema is None else _rule(schema.name.removeprefix("aten::"))
     if schema is not None and rule is not None and isinstance(value, Tensor):
         arguments = {argument.name: argument.default_value for argument in schema.arguments}

@@ -138,7 +138,7 @@ def explain(
     """Answers both questions for each description of a zoo's runs.
 
     Columns are drawn in to their 1st and 99th percentile and standardised, for each architecture by itself unless
-    architectures are to be told apart. They are not whitened: that would lift directions in which models hardly differ
+    architectures are to be distinguished. They are not whitened: that would lift directions in which models hardly differ
     to the rank of those in which they do. Clustering compares directions (cosine), the other two use the columns as
     they are.
 
@@ -357,5 +357,5 @@ def _variance_rows(
         notes.append(f"What determines the weights of {scope.name} cannot be said: {error}.")
         return []
     joint = [share.name for share in shares if JOINT in share.name]
-    notes += [f"{name} cannot be told apart among the runs of {scope.name}; their share is one." for name in joint]
+    notes += [f"{name} cannot be separated among the runs of {scope.name}; their share is one." for name in joint]
     return [VarianceRow(description, scope.name, len(values), share) for share in shares]

@@ -146,27 +146,18 @@ def _same_models(columns: Mapping[str, np.ndarray]) -> Iterator[tuple[list[str],
 # --- one probe on one split ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """One measure of one probe on one split."""
-
-    value: float
-    replicates: Float[np.ndarray, "replicates"]
-    permuted: float
+_Metric = Callable[[np.ndarray, np.ndarray], Any]
 
 
 @dataclass(frozen=True)
 class _Result:
-    """One probe, one target, one split; measures by their names."""
+    """One probe, one target, one split; by measure its value, its replicates, and its value on permuted models."""
 
-    measured: Mapping[str, _Measured]
+    measured: Mapping[str, tuple[float, Float[np.ndarray, "replicates"], float]]
     dimensions: int
     notes: tuple[str, ...]
-    chance: float = _NAN
-    predictions: Predictions | None = None
-
-
-_Metric = Callable[[np.ndarray, np.ndarray], Any]
+    chance: float
+    predictions: Predictions | None
 
 
 def _results(
@@ -181,11 +172,11 @@ def _results(
     train, validation, test = split.train, split.validation, split.test
     widths = tuple(columns.shape[1] for _, columns in group.values())
     values = np.hstack([columns for _, columns in group.values()])
-    places = {name: slice(end - width, end) for name, end, width in zip(group, np.cumsum(widths), widths, strict=True)}
+    slices = {name: slice(end - width, end) for name, end, width in zip(group, np.cumsum(widths), widths, strict=True)}
     shares = values[train].mean(axis=0)
     for name, (target, _) in group.items():
         exclusive = isinstance(target, Labels) and target.exclusive
-        if exclusive and not (values[test, places[name]] * shares[places[name]]).any():
+        if exclusive and not (values[test, slices[name]] * shares[slices[name]]).any():
             raise ZooError(
                 f"target {name!r}: no category of the test models has a training model; choose another target"
             )
@@ -199,70 +190,69 @@ def _results(
             predicted, permuted = predict(seen), np.full((len(test), values.shape[1]), np.nan)
             if movable.any():
                 permuted[movable] = predict(moved[movable])
-            for name, place in places.items():
-                outcome = Predictions(test, values[test, place], predicted[:, place], permuted[:, place])
-                target = group[name][0]
-                if isinstance(target, Labels):
-                    result = _labels_result(target, shares[place], outcome, bootstrap, fitted.dimensions)
-                else:
-                    result = _numbers_result(outcome, bootstrap, fitted.dimensions)
+            for name, own in slices.items():
+                outcome = Predictions(test, values[test, own], predicted[:, own], permuted[:, own])
+                result = _judged(group[name][0], shares[own], outcome, bootstrap, fitted.dimensions)
                 yield (name, representation, estimator), result
 
 
-def _measured(metric: _Metric, resampled: _Metric, outcome: Predictions, moved: np.ndarray) -> _Measured:
-    """Applies a metric, and its resampled version, to what was predicted."""
-    truth, predicted = outcome.targets, outcome.predicted
-    return _Measured(
-        metric(truth, predicted), resampled(truth, predicted), metric(truth[moved], outcome.permuted[moved])
-    )
-
-
-def _numbers_result(columns: Predictions, bootstrap: RunBootstrap, dimensions: int) -> _Result:
-    numbers = (side[:, 0] for side in (columns.targets, columns.predicted, columns.permuted))
-    outcome = Predictions(columns.rows, *numbers)
-    moved, notes = np.isfinite(outcome.permuted), []
-    if np.ptp(outcome.targets) == 0:
-        notes.append("R2 and tau are undefined where all test targets are equal")
-    elif np.ptp(outcome.predicted) == 0:
-        notes.append("tau is undefined where all predictions are equal")
-    measured = {
-        R2.name: _measured(r2, bootstrap.r2, outcome, moved),
-        TAU.name: _measured(kendall_tau, bootstrap.kendall_tau, outcome, moved),
-    }
-    return _Result(measured, dimensions, (*notes, *_permutation_notes(moved)), predictions=outcome)
-
-
-def _labels_result(
-    labels: Labels, shares: np.ndarray, outcome: Predictions, bootstrap: RunBootstrap, dimensions: int
+def _judged(
+    target: Shaped[np.ndarray, "_models"] | Labels,
+    shares: np.ndarray,
+    outcome: Predictions,
+    bootstrap: RunBootstrap,
+    dimensions: int,
 ) -> _Result:
-    def groups(metric: _Metric) -> _Metric:
+    """Applies the metrics of a target, and their resampled versions, to what was predicted."""
+    truth, predicted, permuted = outcome.targets, outcome.predicted, outcome.permuted
+    moved = np.isfinite(permuted).all(axis=1)
+    metrics = _label_metrics(target, shares, bootstrap) if isinstance(target, Labels) else _number_metrics(bootstrap)
+    measured = {
+        name: (metric(truth, predicted), resampled(truth, predicted), metric(truth[moved], permuted[moved]))
+        for name, (metric, resampled) in metrics.items()
+    }
+    notes, chance, predictions = [], _NAN, None
+    if isinstance(target, Labels):
+        chance = target.chance(truth)
+        notes = [target.note] if target.note else []
+        positive = truth == 1
+        if not (positive.any(axis=0) & ~positive.all(axis=0)).all():
+            notes.append("the AUC leaves out labels that all test models have, or none")
+    else:
+        predictions = Predictions(outcome.rows, truth[:, 0], predicted[:, 0], permuted[:, 0])
+        if np.ptp(truth) == 0:
+            notes.append("R2 and tau are undefined where all test targets are equal")
+        elif np.ptp(predicted) == 0:
+            notes.append("tau is undefined where all predictions are equal")
+    if not moved.any():
+        notes.append("no neuron permutation of the test models is known")
+    elif not moved.all():
+        notes.append("permuted columns leave out test models without a known permutation")
+    return _Result(measured, dimensions, tuple(notes), chance, predictions)
+
+
+def _number_metrics(bootstrap: RunBootstrap) -> dict[str, tuple[_Metric, _Metric]]:
+    def of_numbers(metric: _Metric) -> _Metric:
+        return lambda truth, predicted: metric(truth[:, 0], predicted[:, 0])
+
+    return {
+        R2.name: (of_numbers(r2), of_numbers(bootstrap.r2)),
+        TAU.name: (of_numbers(kendall_tau), of_numbers(bootstrap.kendall_tau)),
+    }
+
+
+def _label_metrics(labels: Labels, shares: np.ndarray, bootstrap: RunBootstrap) -> dict[str, tuple[_Metric, _Metric]]:
+    def of_groups(metric: _Metric) -> _Metric:
         return lambda truth, predicted: metric(labels.members(truth), labels.answers(predicted, shares))
 
-    def areas(truth: np.ndarray, predicted: np.ndarray, metric: _Metric = auc) -> np.ndarray:
-        return np.array([metric(truth[:, i] == 1, predicted[:, i]) for i in range(len(labels.names))])
+    def of_labels(metric: _Metric) -> _Metric:
+        return lambda truth, scores: np.array([metric(truth[:, i] == 1, scores[:, i]) for i in range(truth.shape[1])])
 
-    moved = np.isfinite(outcome.permuted).all(axis=1)
-    measured = {
-        BALANCED_ACCURACY.name: _measured(
-            groups(balanced_accuracy), groups(bootstrap.balanced_accuracy), outcome, moved
-        ),
-        AUC.name: _measured(
-            lambda truth, predicted: _mean(areas(truth, predicted)),
-            lambda truth, predicted: _column_means(areas(truth, predicted, bootstrap.auc)),
-            outcome,
-            moved,
-        ),
+    areas, resampled = of_labels(auc), of_labels(bootstrap.auc)
+    return {
+        BALANCED_ACCURACY.name: (of_groups(balanced_accuracy), of_groups(bootstrap.balanced_accuracy)),
+        AUC.name: (lambda *sides: _mean(areas(*sides)), lambda *sides: _column_means(resampled(*sides))),
     }
-    notes = [labels.note] if labels.note else []
-    if not np.isfinite(areas(outcome.targets, outcome.predicted)).all():
-        notes.append("the AUC leaves out labels that all test models have, or none")
-    return _Result(measured, dimensions, (*notes, *_permutation_notes(moved)), labels.chance(outcome.targets))
-
-
-def _permutation_notes(moved: np.ndarray) -> list[str]:
-    if not moved.any():
-        return ["no neuron permutation of the test models is known"]
-    return [] if moved.all() else ["permuted columns leave out test models without a known permutation"]
 
 
 def _row(
@@ -277,11 +267,8 @@ def _row(
     models = int(np.isfinite(columns[:, 0]).sum())
     scores = {}
     for measure in results[0].measured:
-        same = [result.measured[measure] for result in results]
-        low, high = pooled_interval(one.replicates for one in same)
-        scores[measure] = Score(
-            _mean(one.value for one in same), low, high, permuted=_mean(one.permuted for one in same)
-        )
+        values, replicates, permuted = zip(*(result.measured[measure] for result in results), strict=True)
+        scores[measure] = Score(_mean(values), *pooled_interval(replicates), permuted=_mean(permuted))
     return ProbeRow(
         representation=representation,
         estimator=estimator,

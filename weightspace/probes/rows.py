@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from weightspace.files import json_ready
+from weightspace.printing import table
 from weightspace.stats.resampling import Estimate
 
 _PRINTED_LABELS = 12
@@ -143,17 +144,19 @@ def format_table(rows: Sequence[ProbeRow]) -> str:
         same = [row for row in rows if row.target == target]
         titles = [measure.title for measure in same[0].measures]
         head = ["representation", "estimator", "dims", *(f"{title} [95 %]" for title in titles)]
-        lines = [[*head, *(f"{title} permuted" for title in titles)]]
-        for row in same:
-            scores = [row.scores[measure.name] for measure in row.measures]
-            permuted = [_number(score.permuted) for score in scores]
-            lines.append([row.representation, row.estimator, str(row.dimensions), *map(_cell, scores), *permuted])
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        texts = [_heading(same[0])]
-        for line in lines:
-            aligned = [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
-            texts.append("  " + "  ".join(aligned).rstrip())
-        tables.append("\n".join([*texts, *(f"  note: {note} ({where})" for note, where in _notes(same).items())]))
+        lines = table(
+            [*head, *(f"{title} permuted" for title in titles)],
+            (
+                (
+                    *(row.representation, row.estimator, row.dimensions),
+                    *(_cell(row.scores[measure.name]) for measure in row.measures),
+                    *(_number(row.scores[measure.name].permuted) for measure in row.measures),
+                )
+                for row in same
+            ),
+        )
+        notes = (f"  note: {note} ({where})" for note, where in _notes(same).items())
+        tables.append("\n".join([_heading(same[0]), *lines, *notes]))
     return "\n\n".join(tables)
 
 

@@ -81,7 +81,7 @@ def run_table(zoo: Zoo, runs: Collection[str] | None = None) -> RunTable:
     if runs is not None:
         rows = rows[zoo.index["run_id"].iloc[rows].isin(runs).to_numpy()]
     if not len(rows):
-        raise ZooError(f"{zoo.location}: none of the {len(runs or ())} runs asked for; give runs of this zoo")
+        raise ZooError(f"{zoo.location}: none of the {len(runs or ())} requested runs; give runs of this zoo")
     index = zoo.index.iloc[rows]
     entries = [zoo.entry(row) for row in rows]
     sizes = [{name: entry.results[name] for name in ("train_size",) if name in entry.results} for entry in entries]

@@ -52,7 +52,7 @@ class Labels:
     def answers(
         self, predicted: Float[np.ndarray, "test labels"], shares: Float[np.ndarray, " labels"]
     ) -> Bool[np.ndarray, "test groups"]:
-        """Decides in which groups a probe places each model.
+        """Decides in which groups each model belongs, by a probe.
 
         A prediction estimates the probability of a label. The answer is the category whose probability is the largest
         multiple of its share among the training models, and "yes" to a label that is more probable than its share: by
@@ -113,7 +113,7 @@ def read_target(zoo: Zoo, name: str) -> Targets:
 
 
 def class_membership(zoo: Zoo) -> Labels:
-    """Tells which classes each model was trained on, by the datasets that can be opened.
+    """Finds the classes that each model was trained on, by the datasets that can be opened.
 
     A class is known by its name, in whatever dataset it stands. A name that is only a number means nothing beyond its
     dataset, so it is taken with the base of the dataset: ``digits:3``. A class that all datasets have asks nothing of a

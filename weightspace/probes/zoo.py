@@ -49,7 +49,7 @@ def probe_zoo(
     With ``unseen_datasets`` the test models are of datasets that no probe was trained on. Where a joint model is probed
     these are its ``held_out_datasets``; else each seed draws 15 % of the datasets. An autoencoder holds out no
     datasets: it is tested on runs that it never saw, of datasets whose other models it has seen, and a note says so.
-    Datasets are told apart by their ids, so that two variants of one base are two datasets.
+    Datasets are distinguished by their ids, so that two variants of one base are two datasets.
 
     Args:
         zoo: a zoo or its folder.
@@ -76,11 +76,11 @@ def probe_zoo(
         representations[_name(one)] = encoder_features(one, blocks)
     trained = [(one, _training_on(opened, one)) for one in encoders]
     splitting = _unseen_datasets(opened, trained) if unseen_datasets else {"test_runs": _held_out(trained)}
-    with tqdm(desc="probe", unit="probe", leave=False) as bar:
+    with tqdm(desc="probe", unit="probe", leave=False) as progress:
 
         def advance(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+            progress.total = total
+            progress.update(done - progress.n)
 
         runs = opened.index["run_id"].to_numpy()
         rows = probe_table(representations, columns, runs, seeds, progress=advance, **splitting)

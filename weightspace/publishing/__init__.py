@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from weightspace.publishing.plan import PlannedFile, Published, PushPlan, PushSettings
-from weightspace.publishing.push import push_folder
+from weightspace.publishing.contents import PlannedFile, PushSettings
+from weightspace.publishing.push import PushPlan, push_folder
 
-__all__ = ["PlannedFile", "Published", "PushPlan", "PushSettings", "push_folder"]
+__all__ = ["PlannedFile", "PushPlan", "PushSettings", "push_folder"]

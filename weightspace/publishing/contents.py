@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 from weightspace.cards.facts import EncoderFacts, Facts, ModelFacts, ModelsFacts, TrainingZoo
 from weightspace.cards.record import CARD, RECORD, known_facts
@@ -22,22 +22,21 @@ from weightspace.errors import WeightspaceError
 from weightspace.io.checkpoint import INDEX, Checkpoint, find_checkpoints, open_in
 from weightspace.io.folders import LocalFolder
 from weightspace.io.header import header_of, load_json_object, shown
-from weightspace.io.hub import HubOptions
+from weightspace.io.hub import HubOptions, RepoType
 from weightspace.io.locations import is_repo_id
 from weightspace.io.reader import open_file
-from weightspace.publishing.plan import Kind, PlannedFile, PushSettings
 from weightspace.zoo.dataset import Zoo, load_zoo
 from weightspace.zoo.facts import architecture_name, obstacle, zoo_facts
 from weightspace.zoo.remote import open_zoo_repo
 from weightspace.zoo.storage import COPY_OF, read_state
 from weightspace.zoo.transfer import copy_zoo, without_folders
 
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
-_PLACES = ("zoo", "encoder", "autoencoder", "joint")
+_INPUTS = ("zoo", "encoder", "autoencoder", "joint")
 _TRAINING, _METADATA = "training.json", "metadata.jsonl"
 _TEXTS = ("LICENSE*", "LICENCE*", "NOTICE*", "CITATION.cff")
-_ENCODER = (*WEIGHTS, *_TEXTS, "config.json", "preprocessor_config.json", "processor_config.json")
+_ENCODER = (*_WEIGHTS, *_TEXTS, "config.json", "preprocessor_config.json", "processor_config.json")
 _MODELS = (
     *(*_ENCODER, "adapter_config.json", "generation_config.json", _METADATA, "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "vocab.json", "vocab.txt", "merges.txt"),
@@ -54,29 +53,90 @@ _LISTED_MODELS = 50
 _NO_LICENCE = "no licence is named, and without one nobody may use it; name one with --license"
 
 
+Kind = Literal["encoder", "zoo", "models"]
+
+
+@dataclass(frozen=True)
+class PushSettings:
+    """How something is published.
+
+    Attributes:
+        private: make a new repository private.
+        revision: branch to push to, made if it is not there; the default branch if None.
+        create_pr: open a pull request instead of changing a branch.
+        licence: licence id of what is published, as the Hub writes it.
+        zoo: ``org/name`` where the zoo that an encoder was trained on lies on the Hub.
+        replace_card: replace a card that people have changed outside of its notes.
+        message: first line of the commit.
+    """
+
+    private: bool = False
+    revision: str | None = None
+    create_pr: bool = False
+    licence: str | None = None
+    zoo: str | None = None
+    replace_card: bool = False
+    message: str | None = None
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """A file to be published: its path in the repository, its bytes or where they lie, and their number."""
+
+    path: str
+    content: Path | bytes
+    size: int
+
+
 @dataclass(frozen=True)
 class Contents:
     """What of a folder is published.
 
     Attributes:
+        kind: what the folder holds.
         facts: what the card says.
         files: without the card and its facts.
         left_out: ``(file, reason)`` of what stays.
         notices: what the publisher should know, one sentence each.
     """
 
+    kind: Kind
     facts: Facts
     files: tuple[PlannedFile, ...]
     left_out: tuple[tuple[str, str], ...] = ()
     notices: tuple[str, ...] = ()
 
+    @property
+    def repo_type(self) -> RepoType:
+        """The type of repository that it belongs in."""
+        return "dataset" if self.kind == "zoo" else "model"
 
-def kind_of(folder: Path) -> Kind:
-    """Tells what a folder holds.
+    @property
+    def superseded(self) -> tuple[str, ...]:
+        """Patterns of the files of a repository that are removed where the new files do not replace them."""
+        return tuple(f"{kind}/*.parquet" for kind in _SHARDS) if self.kind == "zoo" else _WEIGHTS
+
+
+def gather(folder: Path, repo_id: str, settings: PushSettings, options: HubOptions, workspace: Path) -> Contents:
+    """Finds out what a folder holds, and what of it is published.
+
+    Args:
+        folder: of an encoder, a zoo or models.
+        repo_id: where it goes.
+        settings: how it is published.
+        options: how the Hub is reached.
+        workspace: an empty folder for a copy of a zoo that may not leave this machine as it is.
 
     Raises:
-        WeightspaceError: there is nothing to publish in it, or a training in it is not finished.
+        WeightspaceError: there is nothing to publish, or it is unfinished, damaged or may not be published.
     """
+    kind = _kind_of(folder)
+    if kind == "zoo":
+        return _zoo_contents(folder, repo_id, settings, workspace)
+    return (_encoder_contents if kind == "encoder" else _models_contents)(folder, repo_id, settings, options)
+
+
+def _kind_of(folder: Path) -> Kind:
     if not folder.is_dir():
         raise WeightspaceError(f"{folder}: no such folder; give the folder of an encoder, a zoo or models")
     if (folder / "zoo.json").is_file():
@@ -96,12 +156,8 @@ def kind_of(folder: Path) -> Kind:
     return "encoder" if CONFIG_MAPPING[model_type].__module__.startswith("weightspace.") else "models"
 
 
-def encoder_contents(folder: Path, repo_id: str, settings: PushSettings, options: HubOptions) -> Contents:
-    """Gathers a model that this library registers with transformers.
-
-    Raises:
-        WeightspaceError: its weights are missing or damaged, or it was not trained on the zoo that is named.
-    """
+def _encoder_contents(folder: Path, repo_id: str, settings: PushSettings, options: HubOptions) -> Contents:
+    """Gathers a model that this library registers with transformers."""
     local = LocalFolder(folder)
     name = next((name for name in ("model.safetensors", f"model{INDEX}") if local.has(name)), None)
     if name is None:
@@ -115,12 +171,12 @@ def encoder_contents(folder: Path, repo_id: str, settings: PushSettings, options
     facts = replace(facts, name=_name(repo_id), location=repo_id, licence=settings.licence or facts.licence, zoo=zoo)
     files, left_out = _selected(folder, folder.iterdir(), _ENCODER)
     if training is not None:
-        files.append(text_file(_TRAINING, json.dumps(_without_place(training), indent=2, sort_keys=True) + "\n"))
+        files.append(text_file(_TRAINING, json.dumps(_without_folders(training), indent=2, sort_keys=True) + "\n"))
     notices = [] if facts.licence else [_NO_LICENCE]
     if not facts.measurements:
         noun = "prior" if facts.samples else "encoder"
         notices.append(f"nothing was measured of this {noun}, and its card says so")
-    return Contents(facts, tuple(files), tuple(left_out), tuple(notices))
+    return Contents("encoder", facts, tuple(files), tuple(left_out), tuple(notices))
 
 
 def _encoder_facts(checkpoint: Checkpoint, training: Mapping[str, Any]) -> EncoderFacts:
@@ -147,22 +203,17 @@ def _zoo_on_hub(zoo: TrainingZoo | None, location: str, options: HubOptions) -> 
     return replace(zoo, hub_id=repo.repo_id, revision=repo.sha)
 
 
-def _without_place(training: Mapping[str, Any]) -> dict[str, Any]:
-    """The training record without where on this machine the zoo and other inputs lie."""
-    return {name: _placeless(str(value)) if name in _PLACES and value else value for name, value in training.items()}
+def _without_folders(training: Mapping[str, Any]) -> dict[str, Any]:
+    """The training record without the folders of this machine that the zoo and other inputs lie in."""
+
+    def published(location: str) -> str:
+        return location if is_repo_id(location.partition("@")[0]) and "@" in location else Path(location).name
+
+    return {name: published(str(value)) if name in _INPUTS and value else value for name, value in training.items()}
 
 
-def _placeless(place: str) -> str:
-    return place if is_repo_id(place.partition("@")[0]) and "@" in place else Path(place).name
-
-
-def zoo_contents(folder: Path, repo_id: str, settings: PushSettings, workspace: Path) -> Contents:
-    """Gathers a zoo; one that may not leave this machine as it is, is copied into ``workspace`` first.
-
-    Raises:
-        ZooError: the zoo is incomplete or damaged.
-        WeightspaceError: none of its models may be published.
-    """
+def _zoo_contents(folder: Path, repo_id: str, settings: PushSettings, workspace: Path) -> Contents:
+    """Gathers a zoo; one that may not leave this machine as it is, is copied into ``workspace`` first."""
     zoo = load_zoo(folder)
     obstacles = _obstacles(zoo)
     reasons = Counter(reason for reason, _ in obstacles.values())
@@ -173,23 +224,23 @@ def zoo_contents(folder: Path, repo_id: str, settings: PushSettings, workspace: 
             f"{folder}: none of its models may be published ({reason}, e.g. {shown(examples[reason])}); "
             "state licences in the metadata of your own"
         )
-    places = sum(without_folders(entry.ref) != entry.ref for entry in zoo.entries())
+    moved = sum(without_folders(entry.ref) != entry.ref for entry in zoo.entries())
     published = zoo
-    if obstacles or places:
+    if obstacles or moved:
         kept = [row for row in range(len(zoo)) if row not in obstacles]
         described = {**zoo.settings, COPY_OF: zoo.digest} if obstacles else zoo.settings
         published = copy_zoo(zoo, kept, workspace / "zoo", settings=described)
     facts = zoo_facts(published, name=_name(repo_id), location=repo_id, licence=settings.licence)
     notices = [f"{count(n, 'model')} left out: {why}, e.g. {shown(examples[why])}" for why, n in reasons.items()]
-    if places:
-        notices.append(f"of where {count(places, 'model')} lay on this machine, only folder and file are published")
+    if moved:
+        notices.append(f"of where {count(moved, 'model')} lay on this machine, only folder and file are published")
     if settings.licence is None and any(one.own for one in facts.licences):
         notices.append(_NO_LICENCE)
     files, left_out = _selected(folder, (path for path in folder.iterdir() if path.name not in _SHARDS), _TEXTS)
     left_out = [(name, reason) for name, reason in left_out if name not in _STATE]
     state = [name for name in _STATE if (published.path / name).is_file()]
     files += [_planned(published.path, name) for name in (*state, *_shard_files(published))]
-    return Contents(replace(facts, left_out=dict(reasons)), tuple(files), tuple(left_out), tuple(notices))
+    return Contents("zoo", replace(facts, left_out=dict(reasons)), tuple(files), tuple(left_out), tuple(notices))
 
 
 def _obstacles(zoo: Zoo) -> dict[int, tuple[str, str]]:
@@ -207,12 +258,8 @@ def _shard_files(zoo: Zoo) -> list[str]:
     return [f"{kind}/{shard}.parquet" for kind in kinds for shard in state["shards"]]
 
 
-def models_contents(folder: Path, repo_id: str, settings: PushSettings) -> Contents:
-    """Gathers safetensors files of any models.
-
-    Raises:
-        WeightspaceError: a file is no valid safetensors, or ``metadata.jsonl`` is malformed.
-    """
+def _models_contents(folder: Path, repo_id: str, settings: PushSettings, options: HubOptions) -> Contents:
+    """Gathers safetensors files of any models."""
     local, names = find_checkpoints(folder)
     opened = {name: open_in(local, name) for name in names}
     rows = _metadata(folder)
@@ -236,7 +283,7 @@ def models_contents(folder: Path, repo_id: str, settings: PushSettings) -> Conte
     notices = [] if facts.licence else [_NO_LICENCE]
     if "auto_map" in config:
         notices.append("config.json names code (auto_map), and code is not published")
-    return Contents(facts, tuple(files), tuple(left_out), tuple(notices))
+    return Contents("models", facts, tuple(files), tuple(left_out), tuple(notices))
 
 
 def _model_facts(name: str, checkpoint: Checkpoint, row: Mapping[str, Any]) -> ModelFacts:

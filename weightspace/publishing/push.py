@@ -27,19 +27,53 @@ from weightspace.io.header import shown
 from weightspace.io.hub import LIBRARY, HubEntry, HubOptions, RepoType, call_hub
 from weightspace.io.hub_repo import HubRepo
 from weightspace.io.locations import is_repo_id
-from weightspace.publishing.contents import (
-    WEIGHTS,
-    Contents,
-    encoder_contents,
-    kind_of,
-    models_contents,
-    text_file,
-    zoo_contents,
-)
-from weightspace.publishing.plan import Published, PushPlan, PushSettings
+from weightspace.publishing.contents import Contents, Kind, PlannedFile, PushSettings, gather, text_file
 from weightspace.zoo.writer import README
 
 _LARGEST_CARD = 2**20
+
+
+@dataclass(frozen=True)
+class PushPlan:
+    """What a push would do.
+
+    Attributes:
+        kind: what the folder holds.
+        repo_id: where it goes.
+        repo_type: ``"dataset"`` for a zoo, ``"model"`` for all else.
+        files: in the order of their paths.
+        left_out: ``(file, reason)`` of what stays here.
+        removed: files of the repository that the new ones supersede.
+        notices: what the publisher should know, one sentence each.
+        present: commit that is there now; None if there is no such repository.
+        private: whether the repository is or will be private.
+        settings: how it is published.
+        record: the facts that the card was rendered from.
+        card: the card as rendered, also where a person's own is published in its place.
+    """
+
+    kind: Kind
+    repo_id: str
+    repo_type: RepoType
+    files: tuple[PlannedFile, ...]
+    left_out: tuple[tuple[str, str], ...]
+    removed: tuple[str, ...]
+    notices: tuple[str, ...]
+    present: str | None
+    private: bool
+    settings: PushSettings
+    record: CardRecord
+    card: str
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all files together."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def makes_public(self) -> bool:
+        """Whether it makes a new public repository."""
+        return self.present is None and not self.private
 
 
 def push_folder(
@@ -49,7 +83,7 @@ def push_folder(
     *,
     options: HubOptions | None = None,
     confirm: Callable[[PushPlan], bool] | None = None,
-) -> tuple[PushPlan, Published | None]:
+) -> tuple[PushPlan, CommitInfo | None]:
     """Publishes an encoder, a zoo or plain models; nothing in the folder is changed.
 
     A repository is made if it is not there, and updated in one commit otherwise. What it holds already is not sent
@@ -63,7 +97,7 @@ def push_folder(
         confirm: is shown the plan before anything is sent, and returns whether to go on; always if left out.
 
     Returns:
-        The plan, and what was done; None if ``confirm`` stopped it.
+        The plan, and the commit; None if ``confirm`` stopped it.
 
     Raises:
         WeightspaceError: there is nothing to publish, or it is unfinished or damaged.
@@ -77,62 +111,47 @@ def push_folder(
             f"revision {settings.revision}: a pull request is opened against the default branch; leave one of them out"
         )
     with tempfile.TemporaryDirectory(prefix="weightspace-push-") as workspace:
-        plan = _planned(Path(folder).expanduser(), repo_id, settings, options, Path(workspace))
+        folder = Path(folder).expanduser()
+        contents = gather(folder, repo_id, settings, options, Path(workspace))
+        plan = _planned(folder, contents, repo_id, settings, options)
         if confirm is not None and not confirm(plan):
             return plan, None
         return plan, _carry_out(plan, options)
 
 
-def _planned(folder: Path, repo_id: str, settings: PushSettings, options: HubOptions, workspace: Path) -> PushPlan:
-    kind = kind_of(folder)
-    repo_type: RepoType = "dataset" if kind == "zoo" else "model"
-    if kind == "zoo":
-        contents = zoo_contents(folder, repo_id, settings, workspace)
-    elif kind == "encoder":
-        contents = encoder_contents(folder, repo_id, settings, options)
-    else:
-        contents = models_contents(folder, repo_id, settings)
-    remote = _find(repo_id, repo_type, settings, options)
-    card = _card(folder, contents, remote, settings)
-    record = CardRecord(contents.facts, card_digest(card.rendered), weights_digest(folder))
+def _planned(folder: Path, contents: Contents, repo_id: str, settings: PushSettings, options: HubOptions) -> PushPlan:
+    repo_type = contents.repo_type
+    info = _find(repo_id, repo_type, settings, options)
+    repo = None
+    if info is not None:
+        entries = [HubEntry(file.rfilename, file.size) for file in info.siblings or ()]
+        repo = HubRepo(repo_id, str(info.sha), entries, options, repo_type=repo_type)
+    card, own, notices = _card(folder, contents, repo, settings)
+    record = CardRecord(contents.facts, card_digest(card), weights_digest(folder))
     files = [*contents.files, text_file(RECORD, record.to_json())]
-    if card.published is not None:
-        files.append(text_file(CARD, card.published))
-    superseded = ("index/*.parquet", "weights/*.parquet") if kind == "zoo" else WEIGHTS
-    present = remote.repo.entries if remote else {}
-    removed = {path for path in present if any(fnmatchcase(path, pattern) for pattern in superseded)}
+    if own is not None:
+        files.append(text_file(CARD, own))
+    present = repo.entries if repo else ()
+    removed = {path for path in present if any(fnmatchcase(path, pattern) for pattern in contents.superseded)}
     return PushPlan(
-        kind=kind,
+        kind=contents.kind,
         repo_id=repo_id,
         repo_type=repo_type,
         files=tuple(sorted(files, key=lambda file: file.path)),
         left_out=contents.left_out,
         removed=tuple(sorted(removed - {file.path for file in files})),
-        notices=(*contents.notices, *card.notices),
-        present=remote.repo.sha if remote else None,
-        private=remote.private if remote else settings.private,
+        notices=(*contents.notices, *notices),
+        present=repo.sha if repo else None,
+        private=settings.private if info is None else bool(info.private),
         settings=settings,
         record=record,
-        card=card.rendered,
+        card=card,
     )
 
 
-@dataclass(frozen=True)
-class _Remote:
-    """A repository as it is now."""
-
-    repo: HubRepo
-    private: bool
-
-    def text(self, path: str) -> str | None:
-        """A small text file of it, or None."""
-        entry = self.repo.entries.get(path)
-        if entry is None or entry.size is None or entry.size > _LARGEST_CARD:
-            return None
-        return self.repo.local_path(path).read_text(encoding="utf-8", errors="replace")
-
-
-def _find(repo_id: str, repo_type: RepoType, settings: PushSettings, options: HubOptions) -> _Remote | None:
+def _find(
+    repo_id: str, repo_type: RepoType, settings: PushSettings, options: HubOptions
+) -> ModelInfo | DatasetInfo | None:
     """Looks at what is there now: the branch to be changed, or the default branch if it is yet to be made."""
     api = HfApi(token=options.token, library_name=LIBRARY)
     info = None
@@ -148,48 +167,45 @@ def _find(repo_id: str, repo_type: RepoType, settings: PushSettings, options: Hu
                 break
             if not isinstance(cause, RevisionNotFoundError):
                 raise
-    if info is None:
-        if settings.create_pr:
-            raise HubError(f"{repo_id}: no such {repo_type} to open a pull request in; push without --create-pr")
-        return None
-    if settings.private and not info.private:
+    if info is None and settings.create_pr:
+        raise HubError(f"{repo_id}: no such {repo_type} to open a pull request in; push without --create-pr")
+    if info is not None and settings.private and not info.private:
         raise HubError(f"{repo_id}: is public already; make it private on its page, or push without --private")
-    assert isinstance(info, ModelInfo | DatasetInfo)
-    entries = [HubEntry(file.rfilename, file.size) for file in info.siblings or ()]
-    return _Remote(HubRepo(repo_id, str(info.sha), entries, options, repo_type=repo_type), bool(info.private))
+    return info
 
 
-@dataclass(frozen=True)
-class _Card:
-    """The card as rendered, what is published in its place (None: what is there stays), and what to say of it."""
-
-    rendered: str
-    published: str | None
-    notices: tuple[str, ...] = ()
-
-
-def _card(folder: Path, contents: Contents, remote: _Remote | None, settings: PushSettings) -> _Card:
+def _card(
+    folder: Path, contents: Contents, repo: HubRepo | None, settings: PushSettings
+) -> tuple[str, str | None, tuple[str, ...]]:
     """Renders the card with the notes that people wrote, here or on the Hub, and finds out whose card is published.
 
     People's own cards win over rendered ones, and what they changed on the Hub over what lies here.
+
+    Returns:
+        The card as rendered, what is published in its place (None: what is there stays), and what to say of it.
     """
-    own, record = read_text(folder / CARD), read_text(folder / RECORD)
+
+    def on_hub(path: str) -> str | None:
+        entry = repo.entries.get(path) if repo else None
+        if repo is None or entry is None or entry.size is None or entry.size > _LARGEST_CARD:
+            return None
+        return repo.local_path(path).read_text(encoding="utf-8", errors="replace")
+
+    own, there = read_text(folder / CARD), on_hub(CARD)
     if own == README:  # what every zoo is made with says nothing
         own = None
-    there, there_record = (remote.text(CARD), remote.text(RECORD)) if remote else (None, None)
     rendered = render_card(contents.facts, notes_of(own or "") or notes_of(there or ""))
-    if settings.replace_card:
-        return _Card(rendered, rendered)
-    if there is not None and there != own and is_edited(there, there_record):
-        words = "the card on the Hub was written or changed there and stays; --replace-card replaces it"
-        return _Card(rendered, None, (words,))
-    if own is not None and is_edited(own, record):
-        words = f"{CARD} was written or changed by hand and is published as it is; --replace-card renders it anew"
-        return _Card(rendered, own, (words,))
-    return _Card(rendered, rendered)
+    if not settings.replace_card:
+        if there is not None and there != own and is_edited(there, on_hub(RECORD)):
+            words = "the card on the Hub was written or changed there and stays; --replace-card replaces it"
+            return rendered, None, (words,)
+        if own is not None and is_edited(own, read_text(folder / RECORD)):
+            words = f"{CARD} was written or changed by hand and is published as it is; --replace-card renders it anew"
+            return rendered, own, (words,)
+    return rendered, rendered, ()
 
 
-def _carry_out(plan: PushPlan, options: HubOptions) -> Published:
+def _carry_out(plan: PushPlan, options: HubOptions) -> CommitInfo:
     api = HfApi(token=options.token, library_name=LIBRARY)
     repo_id, repo_type, settings = plan.repo_id, plan.repo_type, plan.settings
     if plan.present is None:
@@ -212,7 +228,6 @@ def _carry_out(plan: PushPlan, options: HubOptions) -> Published:
         )
 
     try:
-        done = call_hub(repo_id, commit)
+        return call_hub(repo_id, commit)
     except ValueError as error:  # the Hub does not accept the metadata of the card
         raise HubError(f"{repo_id}: {shown(' '.join(str(error).split()))}; correct {CARD}") from error
-    return Published(done.oid, done.commit_url, done.pr_url)

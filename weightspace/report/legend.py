@@ -1,4 +1,4 @@
-"""Colours and marks for the datasets of a zoo, so that up to 32 of them can still be told apart."""
+"""Colours and marks for the datasets of a zoo, up to 32 of them distinguishable."""
 
 from __future__ import annotations
 

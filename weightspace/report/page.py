@@ -86,7 +86,7 @@ class Report:
         retrieval: what a joint model finds.
         explanation: whether models of one dataset cluster, and what determines the weights.
         samples: records of proof rows: their fields by name.
-        sample_bars: records of what is asked of samples.
+        sample_criteria: records of the criteria of samples.
         curves: training history.
         predictions: scatter plots to show.
         zoo_map: embeddings to draw as a map.
@@ -102,7 +102,7 @@ class Report:
     retrieval: Sequence[RetrievalRow] = ()
     explanation: Explanation | None = None
     samples: Sequence[Mapping[str, Any]] = ()
-    sample_bars: Sequence[Mapping[str, Any]] = ()
+    sample_criteria: Sequence[Mapping[str, Any]] = ()
     curves: Sequence[Curve] = ()
     predictions: Sequence[PredictedTrue] = ()
     zoo_map: ZooMap | None = None
@@ -141,7 +141,9 @@ def write_report(report: Report, folder: str | Path) -> Path:
 
 
 def _records(report: Report, points: plots.MapPoints | None) -> dict[str, Any]:
-    probes, samples, sample_bars = (json_ready(rows) for rows in (report.probes, report.samples, report.sample_bars))
+    probes, samples, sample_criteria = (
+        json_ready(rows) for rows in (report.probes, report.samples, report.sample_criteria)
+    )
     reconstruction = [
         json_ready({**asdict(row), "compression": row.weights / row.latent_size if row.latent_size else None})
         for row in report.reconstruction
@@ -157,7 +159,7 @@ def _records(report: Report, points: plots.MapPoints | None) -> dict[str, Any]:
         *probe_verdicts(probes),
         *reconstruction_verdicts(reconstruction),
         *retrieval_verdicts(retrieval),
-        *sample_verdicts(sample_bars),
+        *sample_verdicts(sample_criteria),
     ]
     zoo_map = None
     if report.zoo_map is not None and points is not None and len(points.rows):
@@ -183,7 +185,7 @@ def _records(report: Report, points: plots.MapPoints | None) -> dict[str, Any]:
             "retrieval": retrieval,
             "explanation": explanation,
             "samples": samples,
-            "sample_bars": sample_bars,
+            "sample_criteria": sample_criteria,
             "map": zoo_map,
             "predictions": [vars(one) for one in report.predictions],
             "curves": [vars(one) for one in report.curves],
@@ -223,7 +225,7 @@ def _page(records: Mapping[str, Any]) -> str:
         records,
         measures=_MEASURES,
         questions=_questions(records["explanation"]),
-        sample_tables=[*sample_tables(records["samples"]), *criterion_tables(records["sample_bars"])],
+        sample_tables=[*sample_tables(records["samples"]), *criterion_tables(records["sample_criteria"])],
         probe_tables=_tables(records["probes"], "target", _PROBE_NUMBERS, ()),
         reconstruction_tables=_tables(
             records["reconstruction"], "architecture", ("decoded_accuracy", "kept", "agreement"), ("relative_mse",)

@@ -30,7 +30,7 @@ from weightspace.report.legend import Legend
 MAX_MAP_MODELS = 1500
 # More points than this become one picture inside the SVG: a page of thousands of circles is slow to scroll.
 MAX_VECTOR_POINTS = 250
-# As many as can be told apart by colour and dash.
+# As many as can be distinguished by colour and dash.
 MAX_CURVES = 2
 # Fewer models than this have no neighbourhoods to preserve; their two main axes say all there is.
 _LEAST_TSNE_MODELS = 12
@@ -141,10 +141,10 @@ def map_by_accuracy(
         _dots(axes, places[~known], len(places), c=_UNKNOWN, linewidths=0)
         points = _dots(axes, places[known], len(places), c=accuracies[known], cmap=SCALE, linewidths=0)
         if known.any():
-            bar = figure.colorbar(points, ax=axes, orientation="horizontal", shrink=0.6, aspect=32, pad=0.03)
-            bar.outline.set_visible(False)
-            bar.set_label("accuracy")
-            bar.solids.set_rasterized(True)  # type: ignore[union-attr]
+            scale = figure.colorbar(points, ax=axes, orientation="horizontal", shrink=0.6, aspect=32, pad=0.03)
+            scale.outline.set_visible(False)
+            scale.set_label("accuracy")
+            scale.solids.set_rasterized(True)  # type: ignore[union-attr]
         return _svg(figure, name, label)
 
 

@@ -66,7 +66,7 @@ class Grid:
     style: str = "decimals"
 
 
-# --- what the weights tell of their data -----------------------------------------------------------------------------
+# --- what the weights say about their data -----------------------------------------------------------------------------
 
 
 def cluster_tables(rows: Sequence[Mapping[str, Any]]) -> list[Grid]:
@@ -174,17 +174,17 @@ def criterion_tables(criteria: Sequence[Mapping[str, Any]]) -> list[Grid]:
     for group in dict.fromkeys(row["datasets"] for row in criteria):
         own = [row for row in criteria if row["datasets"] == group]
         samplers = _names(own, "sampler")
-        found = {(row["measure"], row["subject"], row["asked"], row["sampler"]): row for row in own}
+        found = {(row["measure"], row["subject"], row["requirement"], row["sampler"]): row for row in own}
         lines = [
             Line(
                 _headed(measure),
-                (f"{difference(subject)}: {asked}",),
-                tuple(_criterion_cell(found.get((measure, subject, asked, sampler))) for sampler in samplers),
+                (f"{difference(subject)}: {requirement}",),
+                tuple(_criterion_cell(found.get((measure, subject, requirement, sampler))) for sampler in samplers),
             )
-            for measure, subject, asked in dict.fromkeys(key[:3] for key in found)
+            for measure, subject, requirement in dict.fromkeys(key[:3] for key in found)
         ]
         columns = tuple((sampler, "") for sampler in samplers)
-        tables.append(Grid(f"What is asked of samples on {group} datasets", (), "Measure", columns, tuple(lines)))
+        tables.append(Grid(f"Criteria of samples on {group} datasets", (), "Measure", columns, tuple(lines)))
     return tables
 
 

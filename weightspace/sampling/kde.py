@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.distributions import Dirichlet
 from torch.nn import functional as F
 
 from weightspace.encoder import Encoder, load_encoder
@@ -194,8 +195,10 @@ def picked(
     """Draws for each sample its own anchors, by their probabilities, and the shares that they have in it."""
     size = (count, settings.anchors)
     places = torch.multinomial(probabilities, count * settings.anchors, replacement=True, generator=generator)
-    # The public distribution draws from the global generator.
-    shares = torch._sample_dirichlet(torch.full(size, settings.concentration), generator=generator)
+    with torch.random.fork_rng(devices=[]):  # the distribution draws from the global generator
+        torch.set_rng_state(generator.get_state())
+        shares = Dirichlet(torch.full(size, settings.concentration)).sample()
+        generator.set_state(torch.get_rng_state())
     return places.view(size), shares
 
 

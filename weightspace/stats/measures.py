@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
-
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import stats
 from sklearn.metrics import r2_score, roc_auc_score
-
-from weightspace.errors import SettingsError, install_command
-
-if TYPE_CHECKING:
-    import evaluate
 
 
 def r2(targets: Float[np.ndarray, "models"], predictions: Float[np.ndarray, "models"]) -> float:
@@ -87,38 +79,3 @@ def found_correlation(
     # As many of each model as it counts, until there are ``first``.
     taken = np.clip(first - (np.cumsum(counts, axis=1) - counts), 0, counts)
     return spearman(wanted, (taken * found).sum(axis=1) / np.maximum(1, taken.sum(axis=1)))
-
-
-_METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {"r2": r2, "kendall_tau": kendall_tau}
-
-
-def evaluate_metric(name: str) -> evaluate.EvaluationModule:
-    """Builds ``"r2"`` or ``"kendall_tau"`` as a metric of the ``evaluate`` library.
-
-    It needs no download (``evaluate.load`` does) and keeps its inputs in memory: ``metric.compute(predictions=...,
-    references=...)`` returns ``{name: value}``.
-
-    Raises:
-        SettingsError: the name is unknown, or ``evaluate`` is not installed.
-    """
-    if name not in _METRICS:
-        raise SettingsError(f"metric: unknown name {name!r}; known names: {', '.join(_METRICS)}")
-    try:
-        # Importing evaluate takes seconds, which only its users should pay.
-        import datasets
-        import evaluate
-    except ImportError as error:
-        missing = f"metric {name}: the evaluate library is missing ({error}); {install_command('metrics')}"
-        raise SettingsError(missing) from error
-    function = _METRICS[name]
-
-    class Metric(evaluate.Metric):
-        def _info(self) -> evaluate.MetricInfo:
-            number = datasets.Value("float64")
-            features = datasets.Features({"predictions": number, "references": number})
-            return evaluate.MetricInfo(description=(function.__doc__ or "").strip(), citation="", features=features)
-
-        def _compute(self, *, predictions: Any, references: Any) -> dict[str, float]:
-            return {name: function(np.asarray(references, dtype=float), np.asarray(predictions, dtype=float))}
-
-    return Metric(config_name=name, keep_in_memory=True)

@@ -26,9 +26,9 @@ MIN_FREE = 10
 """Degrees of freedom that must be left to tell noise from factors."""
 
 JOINT = " + "
-"""Between the names of factors that cannot be told apart."""
+"""Between the names of factors that cannot be separated."""
 
-# Share of a factor's direction that the others must leave free; with less, they cannot be told apart.
+# Share of a factor's direction that the others must leave free; with less, they cannot be separated.
 _LEAST_FREE = 0.05
 _TOLERANCE = 1e-9
 
@@ -60,7 +60,7 @@ class VarianceShare:
     """The part that something has in an embedding's variance.
 
     Attributes:
-        name: of a factor, of factors that cannot be told apart (``"a + b"``), or of several factors.
+        name: of a factor, of factors that cannot be separated (``"a + b"``), or of several factors.
         kind: ``"data"``, ``"training"`` or ``"architecture"``; ``"mixed"`` for several of them; empty for what is left.
         part: ``"factor"``; ``"interactions"`` of factors; ``"together"`` for all factors of a kind with their
             interactions; ``"shared"`` for what the factors explain and none of them can claim (negative where they
@@ -84,7 +84,7 @@ def variance_shares(
 ) -> list[VarianceShare]:
     """Decomposes the variance of embeddings over the factors of an experiment.
 
-    Factors that cannot be told apart, because one follows from the others in all but a few runs, become one. With the
+    Factors that cannot be separated, because one follows from the others in all but a few runs, become one. With the
     factors go two groups of interactions where there are enough runs for them: those of the characteristics that a
     dataset's id names, which together say all that is particular to a dataset, and those of the architecture with
     every other factor.
@@ -140,7 +140,7 @@ def variance_shares(
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """One factor, or several that cannot be told apart: an orthonormal basis of its levels' indicators, centred."""
+    """One factor, or several that cannot be separated: an orthonormal basis of its levels' indicators, centred."""
 
     factors: tuple[Factor, ...]
     basis: Float[np.ndarray, "runs df"]
