@@ -24,7 +24,7 @@ RIDGE: dict[str, Sequence[str]] = {}
 
 
 @pytest.fixture
-def options(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def called(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the probe table is called with; probes nothing but ridge, which is what takes the time."""
     noted: dict[str, Any] = {}
     table = probes.probe_table
@@ -38,7 +38,7 @@ def options(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 class TestTable:
-    def test_has_every_baseline_and_the_encoder(self, options: Any, tiny_zoo: Zoo, tiny_encoder: Path) -> None:
+    def test_has_every_baseline_and_the_encoder(self, called: Any, tiny_zoo: Zoo, tiny_encoder: Path) -> None:
         rows = probe_zoo(tiny_zoo, tiny_encoder, ["test_accuracy", "learning_rate"], seeds=(0,))
         names = {"W", "s(W)", "s(W)+invariants", "PCA", "IncrementalPCA", ENCODER}
         found = {row.representation for row in rows}
@@ -46,19 +46,17 @@ class TestTable:
         assert {row.target for row in rows} == {"test_accuracy", "learning_rate"}
         assert all(row.models == 48 and row.seeds == (0,) for row in rows)
 
-    def test_tests_on_the_runs_that_the_encoder_never_saw(
-        self, options: Any, tiny_zoo: Zoo, tiny_encoder: Path
-    ) -> None:
+    def test_tests_on_the_runs_that_the_encoder_never_saw(self, called: Any, tiny_zoo: Zoo, tiny_encoder: Path) -> None:
         rows = probe_zoo(tiny_zoo, load_encoder(tiny_encoder), ["test_accuracy"], seeds=(0, 1))
         state = read_training(tiny_encoder)
         assert state is not None
-        assert options["test_runs"] == state.test_runs
+        assert called["test_runs"] == state.test_runs
         for row in rows:
             assert row.predictions is not None
             assert set(tiny_zoo.index["run_id"][row.predictions.rows]) == set(state.test_runs)
 
     def test_has_an_autoencoder_and_a_joint_model_side_by_side(
-        self, options: Any, tiny_zoo: Zoo, tiny_encoder: Path, tiny_clip_joint: Path
+        self, called: Any, tiny_zoo: Zoo, tiny_encoder: Path, tiny_clip_joint: Path
     ) -> None:
         rows = probe_zoo(tiny_zoo, [tiny_encoder, tiny_clip_joint], ["test_accuracy"], seeds=(0,))
         sizes = {row.representation: row.dimensions for row in rows}
@@ -78,9 +76,9 @@ class TestTable:
         with pytest.raises(SettingsError, match="a second autoencoder model; probe one of each kind"):
             probe_zoo(tiny_zoo, [tiny_encoder, tiny_encoder], ["test_accuracy"], seeds=(0,))
 
-    def test_draws_its_test_runs_without_an_encoder(self, options: Any, tiny_zoo: Zoo) -> None:
+    def test_draws_its_test_runs_without_an_encoder(self, called: Any, tiny_zoo: Zoo) -> None:
         rows = probe_zoo(tiny_zoo.path, None, ["test_accuracy"], seeds=(0,))
-        assert options["test_runs"] is None
+        assert called["test_runs"] is None
         assert ENCODER not in {row.representation for row in rows}
 
 
@@ -103,51 +101,51 @@ class TestFeatures:
 
 
 class TestUnseenDatasets:
-    def test_are_drawn_by_the_seed_without_an_encoder(self, options: Any, tiny_zoo: Zoo) -> None:
+    def test_are_drawn_by_the_seed_without_an_encoder(self, called: Any, tiny_zoo: Zoo) -> None:
         rows = probe_zoo(tiny_zoo, None, ["test_accuracy"], seeds=(0,), unseen_datasets=True)
         tested = datasets_of(tiny_zoo, rows[0])
-        assert options["test_datasets"] is None and options["test_runs"] is None
+        assert called["test_datasets"] is None and called["test_runs"] is None
         assert len(tested) == round(0.15 * tiny_zoo.index["dataset"].nunique())
 
     def test_have_been_seen_by_an_autoencoder_which_is_said(
-        self, options: Any, tiny_zoo: Zoo, tiny_encoder: Path
+        self, called: Any, tiny_zoo: Zoo, tiny_encoder: Path
     ) -> None:
         state = read_training(tiny_encoder)
         assert state is not None
         held_out = tiny_zoo.index["run_id"].isin(state.test_runs)
         seeds = [seed for seed in range(20) if draws_some_of(tiny_zoo, held_out.to_numpy(), seed)][:1]
         rows = probe_zoo(tiny_zoo, tiny_encoder, ["test_accuracy"], seeds=seeds, unseen_datasets=True)
-        assert options["test_runs"] == state.test_runs
+        assert called["test_runs"] == state.test_runs
         for row in rows:
             assert ("the encoder has seen other models" in row.note) == (row.representation == ENCODER)
 
     def test_are_those_that_a_joint_model_held_out(
-        self, options: Any, tiny_zoo: Zoo, tiny_clip_joint: Path, tmp_path: Path
+        self, called: Any, tiny_zoo: Zoo, tiny_clip_joint: Path, tmp_path: Path
     ) -> None:
         chosen = sorted(set(tiny_zoo.index["dataset"]))[:4]
         joint = holding_out(tiny_clip_joint, tmp_path / "joint", chosen)
         rows = probe_zoo(tiny_zoo, joint, ["test_accuracy"], seeds=(0,), unseen_datasets=True)
-        assert options["test_runs"] is None
+        assert called["test_runs"] is None
         assert datasets_of(tiny_zoo, rows[0]) == set(chosen)
         assert not any("encoder" in row.note for row in rows)
 
     def test_may_be_known_to_what_a_joint_model_started_from(
-        self, options: Any, tiny_zoo: Zoo, tiny_clip_joint: Path, tmp_path: Path
+        self, called: Any, tiny_zoo: Zoo, tiny_clip_joint: Path, tmp_path: Path
     ) -> None:
         state = json.loads((tiny_clip_joint / "training.json").read_text())
         tested = tiny_zoo.index["dataset"][tiny_zoo.index["run_id"].isin(state["test_runs"])]
         joint = holding_out(tiny_clip_joint, tmp_path / "joint", sorted(set(tested)), encoder="somewhere")
         rows = probe_zoo(tiny_zoo, joint, ["test_accuracy"], seeds=(0,), unseen_datasets=True)
-        assert options["test_runs"] == tuple(state["test_runs"])
+        assert called["test_runs"] == tuple(state["test_runs"])
         assert "started from one that may have seen" in rows[-1].note
 
     def test_of_an_encoder_of_another_zoo_are_not_known(
-        self, options: Any, tiny_zoo: Zoo, tiny_encoder: Path, tmp_path: Path
+        self, called: Any, tiny_zoo: Zoo, tiny_encoder: Path, tmp_path: Path
     ) -> None:
         other = shutil.copytree(tiny_encoder, tmp_path / "other")
         (other / "training.json").unlink()
         rows = probe_zoo(tiny_zoo, other, ["test_accuracy"], seeds=(0,), unseen_datasets=True)
-        assert options["test_runs"] is None and "is not known" in rows[-1].note
+        assert called["test_runs"] is None and "is not known" in rows[-1].note
 
     def test_are_refused_where_a_joint_model_has_seen_all(self, tiny_zoo: Zoo, tiny_clip_joint: Path) -> None:
         with pytest.raises(SettingsError, match=r"clip_joint: was trained on all datasets .*with held_out_datasets"):
@@ -174,7 +172,7 @@ def holding_out(joint: Path, copy: Path, datasets: list[str], **changes: Any) ->
     return copy
 
 
-def test_labels_and_numbers_stand_in_one_table(options: Any, tiny_zoo: Zoo) -> None:
+def test_labels_and_numbers_stand_in_one_table(called: Any, tiny_zoo: Zoo) -> None:
     rows = probe_zoo(tiny_zoo, None, ["test_accuracy", "activation", "classes"], seeds=(0,))
     assert [row.target for row in rows if row.representation == "s(W)"] == ["test_accuracy", "activation", "classes"]
     assert {row.labels for row in rows if row.target == "activation"} == {("relu", "tanh")}

@@ -245,7 +245,7 @@ def test_an_auc_that_is_missing_is_said() -> None:
     )
 
 
-def criterion(outcome: criteria.Outcome, **changes: Any) -> dict[str, Any]:
+def judged(outcome: criteria.Outcome, **changes: Any) -> dict[str, Any]:
     made = criteria.CriterionRow(
         sampler="kde",
         datasets="seen",
@@ -267,10 +267,10 @@ def test_outcomes_of_criteria_are_outcomes_of_findings() -> None:
 
 
 def test_every_criterion_of_a_sampler_is_named_with_its_number() -> None:
-    alone = criterion(
+    alone = judged(
         "met", measure=proof.SPEARMAN, subject=proof.SAMPLES, requirement="at least 0.8", value=0.9, low=None
     )
-    (verdict,) = sample_verdicts([alone, criterion("undecided")])
+    (verdict,) = sample_verdicts([alone, judged("undecided")])
     assert (verdict.subject, verdict.outcome) == ("Samples of kde, seen datasets", "undecided")
     assert verdict.text == (
         "Undecided: accuracy after 0 epochs, samples \N{MINUS SIGN} 95 % of zoo models of the condition "
@@ -294,9 +294,7 @@ def test_one_bar_that_is_not_met_is_enough(outcomes: Sequence[criteria.Outcome],
 
 
 def test_samplers_and_kinds_of_datasets_have_verdicts_of_their_own() -> None:
-    found = sample_verdicts(
-        [criterion("met"), criterion("met", datasets="unseen"), criterion("not met", sampler="flow")]
-    )
+    found = sample_verdicts([judged("met"), judged("met", datasets="unseen"), judged("not met", sampler="flow")])
     assert [(verdict.subject, verdict.outcome) for verdict in found] == [
         ("Samples of kde, seen datasets", "met"),
         ("Samples of kde, unseen datasets", "met"),

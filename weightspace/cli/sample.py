@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,21 @@ if TYPE_CHECKING:
     from weightspace.sampling.request import SampledModels, WrittenModel
 
 _FROM_SAMPLER = "from the sampler"
+_SETTINGS = {
+    "flow": ("dataset_guidance", "result_guidance", "steps", "solver"),
+    "codes": ("dataset_guidance", "result_guidance", "temperature"),
+    "selected": ("candidates", "images"),
+    "bootstrapped": ("candidates", "images"),
+}
+"""The options that are settings of a sampler, by its name."""
+
+_SAMPLER_OPTIONS = {"refine", *(name for names in _SETTINGS.values() for name in names)}
+
+
+def _guidance_option(condition: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    text = f"How much the {condition} counts."
+    names = f"--guidance-{condition}", f"{condition}_guidance"
+    return click.option(*names, type=float, show_default=_FROM_SAMPLER, help=text)
 
 
 @command("hub", "pickle")
@@ -44,8 +59,16 @@ _FROM_SAMPLER = "from the sampler"
 @click.option("-n", "count", type=COUNT, default=16, help="Models to sample.")
 @output_option("A new or an empty folder.")
 @click.option("--seed", type=int, default=0, help="Seed of everything random.")
-@click.option("--guidance-dataset", type=float, show_default=_FROM_SAMPLER, help="How much the dataset counts.")
-@click.option("--guidance-result", type=float, show_default=_FROM_SAMPLER, help="How much the result counts.")
+@click.option(
+    "--guidance-dataset",
+    "dataset_guidance",
+    type=float,
+    show_default=_FROM_SAMPLER,
+    help="How much the dataset counts.",
+)
+@click.option(
+    "--guidance-result", "result_guidance", type=float, show_default=_FROM_SAMPLER, help="How much the result counts."
+)
 @click.option("--steps", type=COUNT, show_default=_FROM_SAMPLER, help="Steps of the flow.")
 @click.option("--solver", type=click.Choice(["euler", "heun"]), show_default=_FROM_SAMPLER)
 @temperature_option
@@ -61,14 +84,6 @@ def sample(
     zoo: str | None,
     encoder: str | None,
     output: Path,
-    guidance_dataset: float | None,
-    guidance_result: float | None,
-    steps: int | None,
-    solver: str | None,
-    temperature: float | None,
-    candidates: int | None,
-    images: int | None,
-    refine: int | None,
     options: HubOptions,
     allow_pickle: bool,
     **values: Any,
@@ -86,24 +101,18 @@ def sample(
     from weightspace.sampling.request import SampleRequest, ensure_empty, sample_models, write_models
     from weightspace.zoo.dataset import load_zoo
 
+    chosen = {name: values.pop(name) for name in _SAMPLER_OPTIONS}
+    settings = {sampler: {name: chosen[name] for name in names} for sampler, names in _SETTINGS.items()}
+    settings["refined"] = {"steps": chosen["refine"]}
     request = SampleRequest(**values)
     ensure_empty(output)
     condition = request.open(options)
     name = sampler or ("kde" if prior is None else default_sampler(prior, options))
-    ensure_codes(temperature, [name])
-    if candidates is not None and not {"selected", "bootstrapped"} & set(name.split("+")):
+    ensure_codes(chosen["temperature"], [name])
+    if chosen["candidates"] is not None and not {"selected", "bootstrapped"} & set(name.split("+")):
         name = f"{name}+selected"
-    if refine is not None and not name.endswith("+refined"):
+    if chosen["refine"] is not None and not name.endswith("+refined"):
         name = f"{name}+refined"
-    guidance = {"dataset_guidance": guidance_dataset, "result_guidance": guidance_result}
-    selection = {"candidates": candidates, "images": images}
-    settings: dict[str, dict[str, Any]] = {
-        "flow": {**guidance, "steps": steps, "solver": solver},
-        "codes": {**guidance, "temperature": temperature},
-        "selected": selection,
-        "bootstrapped": selection,
-        "refined": {"steps": refine},
-    }
     loaded = load_encoder(joint, options)
     opened_zoo = None if zoo is None else load_zoo(zoo).usable()
     sources = Sources(loaded, () if prior is None else (prior,), opened_zoo, encoder, options)

@@ -18,6 +18,7 @@ from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.hub import cached_file
 
 from weightspace.cards.facts import EncoderFacts
 from weightspace.cards.record import CARD, RECORD, CardRecord, parse_record, weights_digest, write_card

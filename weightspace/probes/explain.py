@@ -138,9 +138,8 @@ def explain(
     """Answers both questions for each description of a zoo's runs.
 
     Columns are drawn in to their 1st and 99th percentile and standardised, for each architecture by itself unless
-    architectures are to be distinguished. They are not whitened: that would lift directions in which models hardly differ
-    to the rank of those in which they do. Clustering compares directions (cosine), the other two use the columns as
-    they are.
+    architectures are compared. They are not whitened: that would lift directions in which models hardly differ to the
+    rank of those in which they do. Clustering compares directions (cosine), the other two use the columns as they are.
 
     Args:
         table: the runs.

@@ -17,7 +17,6 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 from jaxtyping import Float, Int
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.colors import to_hex
 from sklearn.neighbors import KNeighborsRegressor
@@ -29,6 +28,7 @@ from weightspace.io.hub import HubOptions
 from weightspace.io.locations import is_repo_id
 from weightspace.report import plots
 from weightspace.report.legend import MAX_DATASETS, dataset_legend
+from weightspace.report.numbers import environment
 from weightspace.stats.clustering import nearest
 from weightspace.zoo.dataset import load_zoo
 from weightspace.zoo.storage import reading, write_text
@@ -155,20 +155,21 @@ def write_atlas(atlas: Atlas, path: str | Path) -> Path:
         ZooError: the file cannot be written.
     """
     path = Path(path)
-    environment = Environment(
-        loader=PackageLoader("weightspace.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
     script = files("weightspace.report").joinpath("templates/atlas.js").read_text(encoding="utf-8").strip()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    page = environment.get_template("atlas.html").render(
-        title=atlas.title,
-        models=len(atlas.names),
-        method=atlas.method,
-        left_out=atlas.left_out,
-        left_out_columns=atlas.left_out_columns,
-        script=Markup(script),
-        script_digest=digest,
-        records=Markup(_inert_json(_records(atlas))),
+    page = (
+        environment(escape=True)
+        .get_template("atlas.html")
+        .render(
+            title=atlas.title,
+            models=len(atlas.names),
+            method=atlas.method,
+            left_out=atlas.left_out,
+            left_out_columns=atlas.left_out_columns,
+            script=Markup(script),
+            script_digest=digest,
+            records=Markup(_inert_json(_records(atlas))),
+        )
     )
     write_text(path, page)
     return path

@@ -12,14 +12,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from weightspace.evaluation.comparison import REFINED_SCRATCH, SAMPLES, accuracy_after
 from weightspace.probes.explain import ACROSS, ALL
 from weightspace.probes.reconstruction import ALL_ARCHITECTURES
 from weightspace.probes.rows import AUC, R2, Measure
 from weightspace.probes.zoo import ENCODER, JOINT
-from weightspace.report.numbers import decimals, difference, percent, readable
+from weightspace.report.numbers import decimals, environment, percent, readable
 from weightspace.stats.clustering import NEAREST
 from weightspace.stats.resampling import Estimate
 
@@ -292,17 +290,9 @@ def _with_interval(estimate: Estimate, style: Callable[[float], str] = decimals)
 
 @cache
 def _template() -> Any:
-    environment = Environment(
-        loader=PackageLoader("weightspace.report"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    filters: dict[str, Callable[..., str]] = {
-        "estimate": lambda row: _with_interval(_estimate(row)),
-        "kept": lambda row, name="kept": _with_interval(_estimate(row, name), percent),
-        "score": _with_interval,
-        "decimals": lambda value: decimals(_number(value)),
-        "percent": percent,
-        "readable": readable,
-        "difference": difference,
-    }
-    environment.filters |= filters
-    return environment.get_template("findings.txt").module
+    templates = environment(escape=False)
+    templates.filters["estimate"] = lambda row: _with_interval(_estimate(row))
+    templates.filters["kept"] = lambda row, name="kept": _with_interval(_estimate(row, name), percent)
+    templates.filters["score"] = _with_interval
+    templates.filters["decimals"] = lambda value: decimals(_number(value))
+    return templates.get_template("findings.txt").module

@@ -1,10 +1,25 @@
-"""Numbers and names as a reader sees them."""
+"""Numbers and names as a reader sees them, and the templates that show them."""
 
 from __future__ import annotations
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 # From here on three decimals say nothing; a probe of raw weights can be off by powers of ten.
 _MANY = 100
 _RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def environment(*, escape: bool) -> Environment:
+    """Returns the environment of the report's templates; ``escape`` makes texts inert in HTML."""
+    made = Environment(
+        loader=PackageLoader("weightspace.report"),
+        autoescape=escape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters |= {"percent": percent, "readable": readable, "difference": difference}
+    return made
 
 
 def decimals(value: int | float) -> str:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from weightspace.evaluation.retrieval import RetrievalRow
@@ -31,7 +30,7 @@ from weightspace.report.findings import (
     variance_answers,
 )
 from weightspace.report.legend import Legend, dataset_legend
-from weightspace.report.numbers import decimals, percent, readable, signed
+from weightspace.report.numbers import decimals, environment, percent, readable, signed
 from weightspace.report.tables import Grid, cluster_tables, criterion_tables, sample_tables, variance_tables
 from weightspace.zoo.storage import write_text
 
@@ -141,9 +140,8 @@ def write_report(report: Report, folder: str | Path) -> Path:
 
 
 def _records(report: Report, points: plots.MapPoints | None) -> dict[str, Any]:
-    probes, samples, sample_criteria = (
-        json_ready(rows) for rows in (report.probes, report.samples, report.sample_criteria)
-    )
+    given = (report.probes, report.samples, report.sample_criteria)
+    probes, samples, criteria = map(json_ready, given)
     reconstruction = [
         json_ready({**asdict(row), "compression": row.weights / row.latent_size if row.latent_size else None})
         for row in report.reconstruction
@@ -159,7 +157,7 @@ def _records(report: Report, points: plots.MapPoints | None) -> dict[str, Any]:
         *probe_verdicts(probes),
         *reconstruction_verdicts(reconstruction),
         *retrieval_verdicts(retrieval),
-        *sample_verdicts(sample_criteria),
+        *sample_verdicts(criteria),
     ]
     zoo_map = None
     if report.zoo_map is not None and points is not None and len(points.rows):
@@ -185,7 +183,7 @@ def _records(report: Report, points: plots.MapPoints | None) -> dict[str, Any]:
             "retrieval": retrieval,
             "explanation": explanation,
             "samples": samples,
-            "sample_criteria": sample_criteria,
+            "sample_criteria": criteria,
             "map": zoo_map,
             "predictions": [vars(one) for one in report.predictions],
             "curves": [vars(one) for one in report.curves],
@@ -211,17 +209,11 @@ class _Figure:
 
 
 def _page(records: Mapping[str, Any]) -> str:
-    environment = Environment(
-        loader=PackageLoader("weightspace.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": _number, "place": _place, "readable": readable}
-    environment.tests["learned"] = is_learned
+    templates = environment(escape=True)
+    templates.filters |= {"number": _number, "place": _place}
+    templates.tests["learned"] = is_learned
     legend = dataset_legend(records["map"]["dataset"]) if records["map"] else None
-    page: str = environment.get_template("report.html").render(
+    page: str = templates.get_template("report.html").render(
         records,
         measures=_MEASURES,
         questions=_questions(records["explanation"]),

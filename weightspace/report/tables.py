@@ -66,7 +66,7 @@ class Grid:
     style: str = "decimals"
 
 
-# --- what the weights say about their data -----------------------------------------------------------------------------
+# --- what the weights say about their data ---------------------------------------------------------------------------
 
 
 def cluster_tables(rows: Sequence[Mapping[str, Any]]) -> list[Grid]:
