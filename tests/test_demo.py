@@ -118,4 +118,4 @@ class TestSamples:
         assert [verdict["subject"] for verdict in told] == [
             f"Samples of {it}, seen datasets" for it in settings.samplers
         ]
-        assert {bar["sampler"] for bar in report["sample_criteria"]} == set(settings.samplers)
+        assert {row["sampler"] for row in report["sample_criteria"]} == set(settings.samplers)

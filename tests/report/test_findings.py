@@ -193,7 +193,7 @@ def test_what_is_found_is_compared_with_chance() -> None:
     assert (verdict.subject, verdict.outcome) == ("Retrieval by the joint model", "ahead")
     assert verdict.text == (
         "D → W: R@1 is 0.900 [0.880, 0.920], by chance 0.031; W → D: R@1 is 0.800 [0.780, 0.820], by chance 0.031. "
-        "The joint model finds more than chance in all of it; no other method was asked."
+        "The joint model finds more than chance in all of it; there is no other method to compare it with."
     )
     assert retrieval_verdicts([]) == []
 
@@ -288,8 +288,8 @@ def test_every_criterion_of_a_sampler_is_named_with_its_number() -> None:
         (("met", "not met"), "not met"),
     ],
 )
-def test_one_bar_that_is_not_met_is_enough(outcomes: Sequence[criteria.Outcome], together: str) -> None:
-    (verdict,) = sample_verdicts(list(map(bar, outcomes)))
+def test_one_criterion_that_is_not_met_is_enough(outcomes: Sequence[criteria.Outcome], together: str) -> None:
+    (verdict,) = sample_verdicts(list(map(judged, outcomes)))
     assert verdict.outcome == together
 
 

@@ -324,7 +324,7 @@ def test_every_number_of_the_records_is_on_the_page_with_all_its_digits(page: Pa
     assert page.text.index(records["headlines"][0]) < page.text.index("Findings")
     for verdict in records["verdicts"]:
         assert verdict["text"] in page.text and verdict["outcome"] in page.text
-    assert [bar["outcome"] for bar in records["sample_criteria"]] == ["met", "met", "met", "not met"] * 2
+    assert [row["outcome"] for row in records["sample_criteria"]] == ["met", "met", "met", "not met"] * 2
     assert records["sample_criteria"][0]["sampler"] == "kde"
     assert "differences taken dataset by dataset" in " ".join(page.text.split())
 
