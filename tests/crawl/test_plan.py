@@ -153,6 +153,25 @@ def test_the_checkpoints_of_a_repository(hub: LoopbackHub) -> None:
     assert not repo.problems
 
 
+@pytest.mark.parametrize(
+    "shard",
+    ["model-1-of-2", "model.00001-of-00002", "part_1_of_2", "model-00001-of-00002-fp16", "consolidated.01-OF-02"],
+)
+@pytest.mark.parametrize("beside", [(), ("adapter_model.safetensors",), ("other.safetensors",)])
+def test_a_lone_shard_is_no_model(hub: LoopbackHub, shard: str, beside: tuple[str, ...]) -> None:
+    add(hub, "org/a", dict.fromkeys((f"{shard}.safetensors", *beside), WEIGHTS))
+    (repo,) = make_plan(CrawlSettings()).repos
+    assert repo.checkpoints == beside
+    assert repo.problems == ((f"org/a:{shard}.safetensors", "a part of a checkpoint whose index is missing"),)
+
+
+def test_an_index_decides_over_shards_of_any_name(hub: LoopbackHub) -> None:
+    names = ["model.safetensors.index.json", *(f"consolidated-0000{i}-of-00002.safetensors" for i in (1, 2))]
+    add(hub, "org/a", dict.fromkeys(names, WEIGHTS))
+    (repo,) = make_plan(CrawlSettings()).repos
+    assert repo.checkpoints == ("model.safetensors.index.json",) and not repo.problems
+
+
 def test_shards_are_disjoint_and_complete(hub: LoopbackHub) -> None:
     for number in range(30):
         add(hub, f"org/m{number}")

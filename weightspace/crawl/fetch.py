@@ -22,9 +22,9 @@ from weightspace.crawl.plan import CARD, TRAINER_STATE, CrawlSettings, Item
 from weightspace.crawl.spool import Fetched
 from weightspace.errors import UNFORESEEN, HubError, WeightspaceError, ZooError
 from weightspace.io.adapters import is_untrained, read_adapter
+from weightspace.io.catalogue import INDEX
 from weightspace.io.checkpoint import (
     ADAPTER_CONFIG,
-    INDEX,
     Checkpoint,
     open_in,
 )

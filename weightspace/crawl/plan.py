@@ -19,7 +19,8 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 from weightspace.crawl.card_facts import MAX_METRICS, CardFacts, as_list, as_object, card_facts, metrics_left_out
 from weightspace.dtypes import DTYPES
 from weightspace.errors import HubError, SettingsError, WeightspaceError, ZooError
-from weightspace.io.checkpoint import ADAPTER_CONFIG, INDEX
+from weightspace.io.catalogue import INDEX
+from weightspace.io.checkpoint import ADAPTER_CONFIG
 from weightspace.io.folders import is_visible
 from weightspace.io.header import load_json_object, shown
 from weightspace.io.hub import LIBRARY, HubOptions, call_hub
@@ -50,7 +51,7 @@ _TIMEOUT = 60.0
 _LONGEST_LINEAGE = 20
 _MAX_FILES = 50_000
 _SHA = re.compile(r"[0-9a-f]{40}")
-_LONE_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
+_SHARD = re.compile(r"\d{1,6}[-_]?of[-_]?\d{1,6}[^/]*\.safetensors", re.IGNORECASE)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _ADAPTERS = ("adapter_model", "pytorch_lora_weights")
 _FAMOUS = ("model", "diffusion_pytorch_model", *_ADAPTERS)
@@ -377,13 +378,11 @@ def _choose(files: Sequence[str]) -> tuple[list[str], list[str]]:
         prefix = f"{folder}/" if folder else ""
         famous = [[prefix + stem + ending for ending in (".safetensors", INDEX)] for stem in _FAMOUS]
         found = [next((name for name in names if name in present), None) for names in famous]
-        if any(found):
-            checkpoints += sorted(name for name in found if name)
-            continue
         stems = tuple(name.removesuffix(INDEX) + "-" for name in weights[folder] if name.endswith(INDEX))
         others = [name for name in weights[folder] if name.endswith(INDEX) or not name.startswith(stems)]
-        lone += [name for name in others if _LONE_SHARD.search(name)]
-        checkpoints += [name for name in others if not _LONE_SHARD.search(name)]
+        shards = [name for name in others if _SHARD.search(name)]
+        lone += [] if stems else shards  # an index may name files of any name
+        checkpoints += sorted(name for name in found if name) or [name for name in others if name not in shards]
     return checkpoints, lone
 
 

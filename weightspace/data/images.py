@@ -244,7 +244,8 @@ def _asking_caches_only_if_the_hub_is_away() -> Iterator[None]:
     if _hub_answers():
         yield
         return
-    modes = [(module, module.HF_HUB_OFFLINE) for module in (constants, datasets.config)]
+    modules: tuple[Any, ...] = (constants, datasets.config)
+    modes = [(module, module.HF_HUB_OFFLINE) for module in modules]
     try:
         for module, _ in modes:
             module.HF_HUB_OFFLINE = True
