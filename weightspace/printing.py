@@ -49,7 +49,7 @@ def emit_warnings() -> None:
         def emit(self, record: logging.LogRecord) -> None:
             emit([" ".join(record.getMessage().split())], err=True)
 
-    logging.lastResort = Handler(logging.WARNING)  # type: ignore[assignment]
+    logging.lastResort = Handler(logging.WARNING)
 
 
 def listing(title: str, items: Iterable[str | tuple[str, str]]) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, hf_hub_download
 from loopback_hub import LoopbackHub
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoProcessor
 
@@ -136,6 +136,18 @@ def test_pushing_with_transformers_keeps_what_people_wrote(hub: LoopbackHub, mea
     hub.commit("org/pushed", {"README.md": edited})
     encoder.push_to_hub("org/pushed")
     assert "Our weight encoder" in ModelCard.load("org/pushed").text
+
+
+def test_pushing_with_transformers_to_a_branch_with_tags(hub: LoopbackHub, measured: Path) -> None:
+    AutoModel.from_pretrained(measured).push_to_hub(
+        "org/branched", revision="next", tags=["mine"], commit_message="Try"
+    )
+    assert hub.repository("org/branched").at("next").title == "Try"
+    assert "model.safetensors" not in hub.repository("org/branched").at("main").files
+    files = hub.repository("org/branched").at("next").files
+    assert {"README.md", "card.json", "config.json", "model.safetensors"} <= set(files)
+    card = ModelCard.load(hf_hub_download("org/branched", "README.md", revision="next"))
+    assert "mine" in card.data.tags and "weightspace" in card.data.tags
 
 
 def test_an_encoder_of_the_hub_embeds_models_of_the_hub(on_hub: LoopbackHub, tiny_encoder: Path) -> None:

@@ -105,7 +105,7 @@ class WeightspaceModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         initialize(module)
 
-    def push_to_hub(
+    def push_to_hub(  # type: ignore[override]  # transformers declares no parameters
         self,
         repo_id: str,
         *,
@@ -113,7 +113,7 @@ class WeightspaceModel(PreTrainedModel):
         token: bool | str | None = None,
         revision: str | None = None,
         create_pr: bool = False,
-        max_shard_size: int | str = "50GB",
+        max_shard_size: int | str | None = "50GB",
         tags: list[str] | None = None,
         commit_message: str | None = None,
         commit_description: str | None = None,
@@ -146,7 +146,7 @@ class WeightspaceModel(PreTrainedModel):
 
     def _record(self, api: HfApi) -> CardRecord | None:
         """Reads the record beside the weights that the model was loaded from."""
-        path = _cached(api, self.name_or_path, RECORD, getattr(self.config, "_commit_hash", None))
+        path = _cached(api, self.name_or_path or "", RECORD, getattr(self.config, "_commit_hash", None))
         return None if path is None else parse_record(path.read_text(encoding="utf-8"), where=str(path))
 
 

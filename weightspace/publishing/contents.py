@@ -19,7 +19,8 @@ from weightspace.cards.facts import EncoderFacts, Facts, ModelFacts, ModelsFacts
 from weightspace.cards.record import CARD, RECORD, known_facts
 from weightspace.cards.rendering import count
 from weightspace.errors import WeightspaceError
-from weightspace.io.checkpoint import INDEX, Checkpoint, find_checkpoints, open_in
+from weightspace.io.catalogue import INDEX
+from weightspace.io.checkpoint import Checkpoint, find_checkpoints, open_in
 from weightspace.io.folders import LocalFolder
 from weightspace.io.header import header_of, load_json_object, shown
 from weightspace.io.hub import HubOptions, RepoType

@@ -171,6 +171,7 @@ def _find(
         raise HubError(f"{repo_id}: no such {repo_type} to open a pull request in; push without --create-pr")
     if info is not None and settings.private and not info.private:
         raise HubError(f"{repo_id}: is public already; make it private on its page, or push without --private")
+    assert info is None or isinstance(info, ModelInfo | DatasetInfo)
     return info
 
 
