@@ -238,7 +238,8 @@ def _export(module: nn.Module, example: Tensor) -> tuple[torch.fx.Graph, dict[st
     """The graph and, for each placeholder that is a stored tensor, that tensor's first name."""
     twin = copy.deepcopy(module).eval()
     # A language model would also return the keys and values of its tokens, which `torch.export` does not know.
-    if getattr(config := getattr(twin, "config", None), "use_cache", False):
+    config: Any = getattr(twin, "config", None)
+    if getattr(config, "use_cache", False):
         config.use_cache = False
     try:
         program = torch.export.export(twin, (example,), strict=False)

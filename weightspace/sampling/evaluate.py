@@ -241,15 +241,19 @@ def _runnable(
 
 def _usual(configs: Counter[FamilyConfig], activations: int) -> list[FamilyConfig]:
     """Of each family, the configs of the most frequent layout: one for each of its most frequent activations."""
-    layouts: dict[str, Counter[FamilyConfig]] = {}
+    layouts: dict[str, Counter[str]] = {}
     for config, models in configs.items():
-        layouts.setdefault(config.family, Counter())[replace(config, activation="relu")] += models
+        layouts.setdefault(config.family, Counter())[_layout(config)] += models
     usual: list[FamilyConfig] = []
     for counted in layouts.values():
         [(layout, _)] = counted.most_common(1)
-        alike = [config for config, _ in configs.most_common() if replace(config, activation="relu") == layout]
+        alike = [config for config, _ in configs.most_common() if _layout(config) == layout]
         usual += alike[:activations]
     return sorted(usual, key=repr)
+
+
+def _layout(config: FamilyConfig) -> str:
+    return repr({name: value for name, value in config.to_dict().items() if name != "activation"})
 
 
 def _spread(names: list[str], count: int) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 from weightspace.errors import SettingsError
 from weightspace.io.header import shown
 from weightspace.io.hub import HubOptions
-from weightspace.sampling.base import Sampler, SamplerStep, Sources, public_name
+from weightspace.sampling.base import Sampler, Sources, public_name
 from weightspace.sampling.kde import KdeSampler
 from weightspace.sampling.priors import CodeSampler, FlowSampler, sampler_of_prior
 from weightspace.sampling.steps import BootstrappedSampler, RefinedSampler, SelectedSampler
@@ -28,12 +28,12 @@ A class is a `Sampler` with a dataclass of settings, ``settings_class``, and a c
 sources, settings)`` that returns the sampler and the names of what it was built from, by their role.
 """
 
-STEPS: dict[str, type[SamplerStep]] = {
+STEPS: dict[str, Any] = {
     SELECTED: SelectedSampler,
     BOOTSTRAPPED: BootstrappedSampler,
     REFINED: RefinedSampler,
 }
-"""Classes of steps by name, likewise."""
+"""Classes of steps, `SamplerStep` with settings, by name; likewise."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,6 +23,11 @@ from weightspace.schema import Architecture, ImageDataset
 from weightspace.search.queries import UNNAMED, WantedResult
 from weightspace.settings import PositiveFloat, PositiveFraction, PositiveInt, Settings
 
+_BATCH = 64
+
+Decode = Callable[[Float[Tensor, "models ..."]], Float[Tensor, "models params"]]
+"""From what is refined to flat weight vectors; differentiable."""
+
 Scores = Float[Tensor, "models 2"]
 """Of each model the distance from its accuracy to the wanted range, 0 if none is wanted, and its cross-entropy.
 
@@ -205,12 +210,6 @@ def refitted(
     places, shares = picked(probabilities, count, settings, generator)
     centres = torch.einsum("ck,cknl->cnl", shares, elite[places])
     return centres + noise(elite, probabilities, count, settings, generator)
-
-
-_BATCH = 64
-
-Decode = Callable[[Float[Tensor, "models ..."]], Float[Tensor, "models params"]]
-"""From what is refined to flat weight vectors; differentiable."""
 
 
 @dataclass(frozen=True)
