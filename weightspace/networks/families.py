@@ -348,8 +348,13 @@ def run_flat(
     images: Float[Tensor, "*models images c h w"],
     rows: Int[Tensor, "models batch"] | None = None,
 ) -> Float[Tensor, "models batch classes"]:
-    """Runs models that are given as flat weight vectors; see `run_models`."""
-    return run_models(config, unflatten(flat, architecture), images, rows)
+    """Runs models that are given as flat weight vectors; see `run_models`.
+
+    The names of the tensors may begin with those of modules around the network, as of ``torch.compile``.
+    """
+    parameters, first = unflatten(flat, architecture), next(iter(config.shapes()))
+    prefix = min((name.removesuffix(first) for name in parameters if name.endswith(first)), key=len, default="")
+    return run_models(config, {name.removeprefix(prefix): own for name, own in parameters.items()}, images, rows)
 
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:
