@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from weightspace.dtypes import dtype_name
 from weightspace.errors import ArchitectureError
 from weightspace.networks.chain import find_chains
-from weightspace.networks.families import family_config, template
+from weightspace.networks.families import FamilyConfig, family_config, template
 from weightspace.networks.layers import exclusion_reason, group_layers
 from weightspace.schema import Architecture, Exclusion, TensorSpec
 
@@ -56,11 +57,7 @@ def infer_architecture(
                     f"tensor {name!r}: the config describes shape {described.get(name)}, the checkpoint has "
                     f"{stored.get(name)}; put the config.json of this checkpoint beside it, or none"
                 )
-        # On "meta": nothing is allocated, whatever the config says.
-        module: nn.Module = template(family)
-        for wrapper in reversed(wrappers):
-            module = nn.Sequential(OrderedDict({wrapper: module}))
-        return _traced(architecture, module, torch.empty(2, *family.image_shape, device="meta"))
+        return _of_family(architecture, family, tuple(wrappers))
     if aliases:
         alias, kept = aliases[0]
         note = f"Permutation groups are left out: {alias} and {kept} are one tensor, used twice."
@@ -101,6 +98,16 @@ def _unordered(specs: Sequence[TensorSpec], aliases: tuple[tuple[str, str], ...]
     reasons = {spec.name: exclusion_reason(spec) for spec in specs}
     exclusions = tuple(Exclusion(name, reason) for name, reason in reasons.items() if reason is not None)
     return Architecture(group_layers(spec for spec in specs if reasons[spec.name] is None), (), exclusions, aliases)
+
+
+@functools.lru_cache(maxsize=256)
+def _of_family(architecture: Architecture, family: FamilyConfig, wrappers: tuple[str, ...]) -> Architecture:
+    """Traces a network of a zoo: a quarter of a second, which thousands of checkpoints share."""
+    # On "meta": nothing is allocated, whatever the config says.
+    module: nn.Module = template(family)
+    for wrapper in reversed(wrappers):
+        module = nn.Sequential(OrderedDict({wrapper: module}))
+    return _traced(architecture, module, torch.empty(2, *family.image_shape, device="meta"))
 
 
 def _traced(architecture: Architecture, module: nn.Module, example: Tensor) -> Architecture:
