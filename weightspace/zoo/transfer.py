@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -17,7 +18,7 @@ from weightspace.io.header import parse_header
 from weightspace.schema import ModelRef
 from weightspace.zoo.dataset import Zoo, load_zoo
 from weightspace.zoo.importing import METADATA
-from weightspace.zoo.storage import RESULTS, check_empty, content_digest, read_skips, replacing, write_text
+from weightspace.zoo.storage import RESULTS, check_empty, content_digest, read_skips, unwritable, write_text
 from weightspace.zoo.writer import Candidate, RemoteWeights, ZooSummary, ZooWriter, cut_shards
 
 
@@ -128,12 +129,18 @@ def export_folder(zoo: Zoo, folder: str | Path, rows: Sequence[int] | np.ndarray
     for row in tqdm(chosen, desc="export", unit="model", disable=None):
         entry = zoo.entry(row)
         name = f"{row:06d}-{re.sub('[^A-Za-z0-9._-]+', '-', entry.model_id)[:80]}"
-        with replacing(folder / name / "model.safetensors") as partial:
-            partial.write_bytes(zoo.blob(row))
+        files = {"model.safetensors": zoo.blob(row)}
         if entry.config is not None:
-            write_text(folder / name / "config.json", json.dumps(entry.config, indent=1) + "\n")
+            files["config.json"] = f"{json.dumps(entry.config, indent=1)}\n".encode()
+        try:
+            (folder / name).mkdir(parents=True)
+            for file, content in files.items():
+                (folder / name / file).write_bytes(content)
+        except OSError as error:
+            raise unwritable(folder / name, error) from error
         values = {key: value for key, value in asdict(entry).items() if key not in ("config", "content")}
         known = {key: values["results"].pop(key) for key in RESULTS if key in values["results"]}
         lines.append(json.dumps({"file": f"{name}/model.safetensors", **known, **values}))
+    os.sync()  # one wait for the disk, where atomic writes would take one a file
     write_text(folder / METADATA, "".join(f"{line}\n" for line in lines))
     return len(lines)
