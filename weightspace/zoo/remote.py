@@ -13,7 +13,7 @@ from huggingface_hub import snapshot_download
 
 from weightspace.errors import HubError, ZooError
 from weightspace.io.checkpoint import open_checkpoint
-from weightspace.io.header import MAX_HEADER_BYTES, shown
+from weightspace.io.header import shown
 from weightspace.io.hub import LIBRARY, HubEntry, HubOptions, call_hub
 from weightspace.io.hub_repo import CONNECTIONS, HubRepo, open_repo
 from weightspace.io.locations import is_repo_id, parse_ref
@@ -22,6 +22,7 @@ from weightspace.schema import ZooEntry
 from weightspace.zoo.storage import read_state
 
 _AHEAD_BYTES = 256 * 2**20
+_MAX_STATE_BYTES = 2**25
 
 
 def open_zoo_repo(location: str, revision: str | None, options: HubOptions) -> HubRepo:
@@ -43,8 +44,8 @@ def open_zoo_repo(location: str, revision: str | None, options: HubOptions) -> H
     size = repo.entries["zoo.json"].size if "zoo.json" in repo.entries else None
     if size is None and "zoo.json" not in repo.entries:
         raise ZooError(f"{repo}: no zoo (there is no zoo.json); give a dataset that `weightspace push` made")
-    if size is not None and size > MAX_HEADER_BYTES:
-        raise ZooError(f"{repo}: {size} bytes of zoo.json are above the limit of {MAX_HEADER_BYTES}; not a zoo")
+    if size is not None and size > _MAX_STATE_BYTES:
+        raise ZooError(f"{repo}: {size} bytes of zoo.json are above the limit of {_MAX_STATE_BYTES}; not a zoo")
     return repo
 
 
