@@ -362,8 +362,10 @@ def test_a_row_that_is_too_long_costs_one_row(folder, output, monkeypatch):
     [
         ("sets/a", "{folder}/sets/a"),
         ("sets/a?size=8&rotation=90", "{folder}/sets/a?size=8&rotation=90"),
-        ("./gone", "{folder}/gone"),
+        ("./sets/a", "{folder}/sets/a"),
         ("../beside", "{parent}/beside"),
+        ("./gone", "./gone"),
+        (".", "."),
         ("org/name", "org/name"),
         ("digits?classes=0-1", "digits?classes=0-1"),
         ("/somewhere/else", "/somewhere/else"),
@@ -373,6 +375,7 @@ def test_a_row_that_is_too_long_costs_one_row(folder, output, monkeypatch):
 def test_datasets_are_relative_to_the_folder(folder, output, given, opened, monkeypatch, tmp_path):
     (folder / "sets" / "a").mkdir(parents=True)
     (folder / "digits").mkdir()
+    (folder.parent / "beside").mkdir()
     fill(folder, [{"file": "a.safetensors", "dataset": given}], {"a.safetensors": GOOD})
     monkeypatch.chdir(tmp_path)
     import_folder("mine", output)

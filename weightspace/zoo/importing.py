@@ -255,10 +255,10 @@ def _dataset(dataset: str | None, folder: Path) -> str | None:
     """Makes the folder in a dataset id absolute: the zoo is used from other folders than this."""
     base, mark, options = (dataset or "").partition("?")
     path = Path(base).expanduser()
-    if base in ("", "digits") or path.is_absolute():
+    if base == "digits" or not base.strip("./") or path.is_absolute():
         return dataset
     with suppress(OSError, ValueError):
-        if base.startswith(".") or (folder / path).is_dir():
+        if (folder / path).is_dir():
             return f"{(folder / path).resolve()}{mark}{options}"
     return dataset
 
