@@ -39,7 +39,7 @@ entries = st.builds(
 
 def make_zoo(path, known):
     writer = ZooWriter(path, settings={}, results=[*RESULTS, "reward"])
-    blobs = [checkpoint_bytes({"w": torch.full((1 + number % 3,), float(number))}) for number in range(len(known))]
+    blobs = [checkpoint_bytes({"w": torch.full((max(1, number % 3),), float(number))}) for number in range(len(known))]
     writer.write_shard("a", known, blobs)
     writer.finish()
     return load_zoo(path)

@@ -88,7 +88,7 @@ def _one(inspection: Inspection) -> list[str]:
 
 def _layer_rows(layers: Sequence[LayerSpec]) -> list[tuple[str, str, str, int]]:
     """One row a layer; for many, one for all that differ in the numbers in their names only."""
-    rows = [
+    rows: list[tuple[str, str, str, int]] = [
         (
             layer.name,
             layer.kind,

@@ -145,15 +145,15 @@ def read_index(folder: Folder, name: str) -> Weights:
     except CheckpointError as error:
         return Weights(name, (), problem=str(error))
     if not isinstance(weight_map, dict) or not weight_map:
-        problem = f"{where}: weight_map must map tensor names to file names, got {shown(weight_map)}"
-        return Weights(name, (), problem=problem)
+        wrong = f"{where}: weight_map must map tensor names to file names, got {shown(weight_map)}"
+        return Weights(name, (), problem=wrong)
     pickled = all(str(file).lower().endswith(PICKLES) for file in weight_map.values())
     for tensor, file in weight_map.items():
         # Shards lie beside their index; any path could lead out of the folder.
         plain = isinstance(file, str) and file.isprintable() and not set(file) & set("/\\:")
         if not plain or not (pickled or file.endswith(SAFETENSORS)):
-            problem = f"tensor {shown(tensor)}: {shown(file)} is not the name of a file in this folder"
-            return Weights(name, (), problem=f"{where}: {problem}")
+            wrong = f"{where}: tensor {shown(tensor)}: {shown(file)} is not the name of a file in this folder"
+            return Weights(name, (), problem=wrong)
     files = sorted(set(weight_map.values()))
     missing = [file for file in files[:MAX_SHARDS] if not folder.has(parent + file)]
     problem = None

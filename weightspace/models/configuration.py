@@ -95,8 +95,8 @@ def _stated(cls: type[PreTrainedConfig], values: Any, where: str) -> dict[str, A
         raise SettingsError(f"{where}: auto_map {shown(values['auto_map'])} names code, which is never run; remove it")
     if values.get("model_type", cls.model_type) != cls.model_type:
         raise SettingsError(f"{where}: model_type {shown(values['model_type'])} is not {cls.model_type}; {FIX}")
-    own = {one.name for one in fields(cls)} - set(_IGNORED) | set(_STATED)  # type: ignore[arg-type]
-    stated = {}
+    own = {one.name for one in fields(cls)} - set(_IGNORED) | set(_STATED)
+    stated: dict[str, Any] = {}
     for name, value in values.items():
         if name == "torch_dtype":
             stated.setdefault("dtype", value)

@@ -64,9 +64,10 @@ def _extractor(source: LocalFolder, kind: type[WeightFeatureExtractor]) -> Weigh
     if (values := source.read_json(EXTRACTOR)) is None:
         raise CheckpointError(f"{source.where}: no {EXTRACTOR}; {FIX}")
     try:
-        extractor: WeightFeatureExtractor = kind.from_dict(values)
+        extractor = kind.from_dict(values)
     except WeightspaceError as error:
         raise type(error)(f"{source.title(EXTRACTOR)}: {error}") from error
+    assert isinstance(extractor, WeightFeatureExtractor)
     return extractor
 
 

@@ -6,7 +6,7 @@ import math
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -77,7 +77,7 @@ class WeightspaceModel(PreTrainedModel):
             kwargs.pop(name, None)
         if not isinstance(config, PreTrainedConfig):
             assert cls.config_class is not None
-            kinds = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
+            kinds: dict[str, Any] = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
             config, kwargs = cls.config_class.from_pretrained(
                 config or location, return_unused_kwargs=True, **hub, **kwargs
             )
@@ -113,7 +113,7 @@ class WeightspaceModel(PreTrainedModel):
         token: bool | str | None = None,
         revision: str | None = None,
         create_pr: bool = False,
-        max_shard_size: int | str | None = "50GB",
+        max_shard_size: int | str = "50GB",
         tags: list[str] | None = None,
         commit_message: str | None = None,
         commit_description: str | None = None,
@@ -185,7 +185,9 @@ def _open_weights(location: str, hub: Mapping[str, Any]) -> Checkpoint:
         CheckpointError: there are none, or they are damaged.
         OSError: the repository cannot be had.
     """
-    find = partial(cached_file, location, **hub, _raise_exceptions_for_missing_entries=False)
+    find: Callable[[str], str | None] = partial(
+        cached_file, location, **hub, _raise_exceptions_for_missing_entries=False
+    )
     file = find(WEIGHTS) or find(WEIGHTS_INDEX)
     if file is None:
         raise CheckpointError(f"{location}: no {WEIGHTS}; {FIX}")

@@ -65,7 +65,8 @@ def resolve_precision(name: str) -> str:
         if torch.cuda.is_available():
             return "bf16" if torch.cuda.is_bf16_supported() else "no"
         # A torch that cannot tell trains as one without matrix units.
-        return "bf16" if getattr(torch.cpu, "get_capabilities", dict)().get("amx_tile", False) else "no"
+        capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+        return "bf16" if capabilities.get("amx_tile", False) else "no"
     if name == "fp16" and not torch.cuda.is_available():
         raise SettingsError("mixed_precision: fp16 needs a GPU; choose bf16 or no")
     return name

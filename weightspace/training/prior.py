@@ -160,6 +160,7 @@ def _prepared(
     seen = ~zoo.index["dataset"].isin(joint.held_out_datasets).to_numpy()
     training = AlignedModels.of(zoo, split.train[seen[split.train]], codec)
     torch.manual_seed(loop.seed)
+    assert prior_class.config_class is not None
     config: Any = config_from(
         prior_class.config_class,
         settings.shape,
