@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from weightspace.errors import ArchitectureError
-from weightspace.networks import tracing
+from weightspace.networks import operations
 from weightspace.networks.infer import architecture_of
 from weightspace.networks.tracing import trace, verify_groups
 from weightspace.schema import GroupAxis, PermutationGroup
@@ -247,10 +247,10 @@ def test_language_models(kind: str, tokens: list[list[int]]) -> None:
 
 
 def test_a_rule_that_does_not_expect_its_operation_fixes_the_channels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tracing._RULES, "tanh", lambda op: op["self"][:1])
+    monkeypatch.setitem(operations._RULES, "tanh", lambda op: op["self"][:1])
     module = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
     assert [group.size for group in verified(module, ROWS)] == [4]
-    monkeypatch.setitem(tracing._RULES, "tanh", lambda op: op["self"][7])
+    monkeypatch.setitem(operations._RULES, "tanh", lambda op: op["self"][7])
     assert [group.size for group in verified(module, ROWS)] == [4]
 
 
