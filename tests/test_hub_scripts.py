@@ -66,6 +66,7 @@ def test_training_script_equals_the_command(tmp_path: Path, tiny_zoo: Any) -> No
     assert script == same
 
 
+@pytest.mark.slow
 def test_training_script_names_what_is_wrong(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, ROOT / "hub_scripts/train_autoencoder.py", "--zoo", tmp_path / "no", "--output", tmp_path],

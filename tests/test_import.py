@@ -84,6 +84,7 @@ print(len(sys.meta_path) - count, "transformers" in sys.modules)
     assert run(code) == "0 False"
 
 
+@pytest.mark.slow
 def test_modules_of_the_auto_classes_still_show_their_source() -> None:
     code = """
 import inspect, weightspace

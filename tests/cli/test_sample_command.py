@@ -211,6 +211,7 @@ def test_other_samplers(
     assert record["sampler"] == "flow+selected"
 
 
+@pytest.mark.slow
 def test_codes_are_drawn_at_a_temperature(
     words: list[str], tiny_code_prior: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

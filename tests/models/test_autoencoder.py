@@ -197,6 +197,7 @@ class TestEveryModel:
 
 @pytest.mark.parametrize("model_type", ENCODERS)
 class TestEveryEncoder:
+    @pytest.mark.slow
     def test_embeddings_survive_saving_to_the_bit(self, model_type: str, tmp_path: Path) -> None:
         model = build(model_type)
         model.save_pretrained(tmp_path / "model")

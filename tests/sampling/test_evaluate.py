@@ -132,6 +132,7 @@ def test_samplers_stand_beside_controls(
     assert rows == again
 
 
+@pytest.mark.slow
 def test_refined_samplers_stand_beside_untrained_weights_refined_alike(
     tiny_zoo: Zoo, tiny_clip_joint: Path, tiny_encoder: Path
 ) -> None:
@@ -208,6 +209,7 @@ class TestRefinedFromScratch:
         assert list(found["kde"]) == [key for key in found["kde+refined"] if key[1] != REFINED_SCRATCH]
         assert found == rows()
 
+    @pytest.mark.slow
     def test_is_worth_what_its_steps_and_images_are(self, rows: Any) -> None:
         def zero_shot(found: Any, subject: str) -> float:
             return float(found["kde+refined"][accuracy_after(0), subject].value)
@@ -306,6 +308,7 @@ class TestCommand:
         assert main([*map(str, words), "--output", str(tmp_path / "comparison.json"), "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["rows"] == kept["rows"]
 
+    @pytest.mark.slow
     def test_codes_are_drawn_at_a_temperature(
         self,
         tiny_zoo: Zoo,

@@ -396,6 +396,7 @@ class TestHeldOut:
 
 
 class TestSaved:
+    @pytest.mark.slow
     def test_loading_a_trained_model_warns_of_nothing(self, tiny_clip_joint: Path) -> None:
         # In a process of its own: what transformers says on the way to the terminal.
         code = "import sys, weightspace, transformers; transformers.AutoModel.from_pretrained(sys.argv[1])"
@@ -429,6 +430,7 @@ class TestPickledImageEncoder:
     def train(self, *words: str) -> int:
         return main(["train", "joint", *words])
 
+    @pytest.mark.slow
     def test_consent_is_needed_and_enough(
         self,
         hub: LoopbackHub,

@@ -67,7 +67,7 @@ def test_chosen_rows_become_plain_folders(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "files" / "metadata.jsonl").read_text().splitlines()]
     assert [line["file"] for line in lines] == [f"00000{n}-..-up-{n}/model.safetensors" for n in (3, 1)]
     model = open_checkpoint(tmp_path / "files" / "000001-..-up-1")
-    assert model.config == {"n": 1} and model.tensor("w").tolist() == [1.0, 1.0]
+    assert model.config == {"n": 1} and model.tensor("w").tolist() == [1.0]
 
 
 def test_refuses_folders_in_use_and_no_rows(tmp_path):

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from weightspace.data.features import DatasetFeatures
-from weightspace.errors import WeightspaceError
+from weightspace.errors import ZooError
 from weightspace.training.batches import Batch, ViewBatches, seeded_generator
 from weightspace.training.classes import StepOrders, renumbered_labels
 from weightspace.zoo.splits import Split
@@ -34,7 +34,7 @@ def opened_datasets(names: Iterable[Any], open_one: Callable[[str], T]) -> tuple
     for name in sorted({name for name in names if isinstance(name, str)}):
         try:
             opened[name] = open_one(name)
-        except WeightspaceError as error:
+        except ZooError as error:
             left_out[name] = str(error)
     return opened, left_out
 
