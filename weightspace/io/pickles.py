@@ -1,8 +1,9 @@
 """State dicts in pickles (``.bin``, ``.pt``, ``.pth``), for callers who agreed to read one.
 
 The pickle is never run as a program: ``torch.load(weights_only=True)`` interprets it with a short list of allowed
-globals and refuses all others. What that loader does not check is checked here: archives that unpack to more than they
-are, tensors that claim more entries than their file has bytes, and names that could not be printed.
+globals and refuses all others. What that loader does not check is checked before, here and in `pickle_check`: archives
+that unpack to more than they are, pickles that ask for memory or take steps without end, tensors that claim more
+entries than their file has bytes, and names that could not be printed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 from weightspace.dtypes import DTYPES
 from weightspace.errors import CheckpointError
 from weightspace.io.header import MAX_HEADER_BYTES, MAX_TENSORS, shown
+from weightspace.io.pickle_check import MAX_PICKLE_BYTES, PickleCheck, UnreadableError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 """How the names of pickled weights end."""
@@ -32,6 +34,7 @@ MAX_EXPANSION = 4
 """Most bytes of tensors a byte of file may stand for; views of shared memory make it more than one."""
 
 _ZIP, _PICKLE, _TAR = b"PK\x03\x04", b"\x80", b"ustar"
+_MAGIC = 0x1950A86A20F9469CFC6C  # what the files of old versions begin with
 _MAX_ENTRIES = MAX_TENSORS + 64  # torch adds a handful of its own
 _END, _ZIP64_END, _ZIP64_LOCATOR = 22, 56, 20  # bytes of the records that close a zip archive
 _FIX = "load it where you trust it and write it with safetensors.torch.save_model"
@@ -97,6 +100,10 @@ def _check_archive(path: Path, size: int, where: str) -> None:
     if any(entry.filename.endswith("/constants.pkl") for entry in entries):
         raise CheckpointError(f"{where}: a TorchScript archive is a program and not a state dict; {_FIX}")
     for entry in entries:
+        if entry.filename.lower().endswith("data.pkl") and entry.file_size > MAX_PICKLE_BYTES:
+            raise CheckpointError(
+                f"{where}: a pickle of {entry.file_size} bytes is above the limit of {MAX_PICKLE_BYTES}; {_FIX}"
+            )
         if entry.compress_type != zipfile.ZIP_STORED:
             raise CheckpointError(
                 f"{where}: zip entry {shown(entry.filename)} is compressed, as torch.save never does; export it again"
@@ -122,11 +129,32 @@ def _directory_bytes(path: Path, size: int, where: str) -> int:
 
 def _load(path: Path, zipped: bool, where: str) -> Any:
     try:
+        _check_program(path, zipped)
+    except OSError:
+        raise
+    except UnreadableError as error:
+        raise CheckpointError(f"{where}: {error}; nothing was executed; {_FIX}") from error
+    except Exception as error:  # torch's reader of archives has errors of its own
+        raise CheckpointError(f"{where}: {_reason(error)}; nothing was executed; {_FIX}") from error
+    try:
         return torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=zipped)
     except OSError:
         raise
     except Exception as error:  # a malformed pickle can fail in any way inside of torch's interpreter
         raise CheckpointError(f"{where}: {_reason(error)}; nothing was executed; {_FIX}") from error
+
+
+def _check_program(path: Path, zipped: bool) -> None:
+    """Follows the pickles that torch is about to interpret, read the way torch reads them."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if zipped:
+            PickleCheck(torch._C.PyTorchFileReader(file).get_record("data.pkl"), size).follow()
+            return
+        check = PickleCheck(file.read(MAX_PICKLE_BYTES), size)
+    if check.follow() == _MAGIC:
+        for _ in ("version", "machine", "content", "keys of storages"):
+            check.follow()
 
 
 def _reason(error: Exception) -> str:
@@ -142,6 +170,7 @@ def _reason(error: Exception) -> str:
 def _state_dict(content: Any, where: str) -> Mapping[Any, Any]:
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{where}: expected a state dict, got {type(content).__name__}; save model.state_dict()")
+    content = _plain(content)
     nested = [key for key, value in content.items() if _holds_tensors(value)]
     usual = [key for key in STATE_DICT_KEYS if key in nested]
     if usual:
@@ -155,11 +184,16 @@ def _state_dict(content: Any, where: str) -> Mapping[Any, Any]:
     else:
         raise CheckpointError(f"{where}: holds no tensor under any name; save model.state_dict()")
     _log_left_out(content, [kept], where)
-    return content[kept]
+    return _plain(content[kept])
 
 
 def _holds_tensors(value: Any) -> bool:
-    return isinstance(value, Mapping) and any(isinstance(entry, Tensor) for entry in value.values())
+    return isinstance(value, Mapping) and any(isinstance(value[key], Tensor) for key in value)
+
+
+def _plain(content: Mapping[Any, Any]) -> dict[Any, Any]:
+    """A copy without the attributes that a pickle may set, as ``items``, on an ordered dict."""
+    return {key: content[key] for key in content}
 
 
 def _tensors_of(state: Mapping[Any, Any], where: str) -> dict[str, Tensor]:
