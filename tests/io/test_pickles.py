@@ -240,6 +240,45 @@ def test_the_size_in_a_zip64_record_counts(tmp_path: Path, monkeypatch: pytest.M
     assert f"{2**62} bytes of zip directory are above the limit" in refusal(path)
 
 
+def program(path: Path, change: Any) -> Path:
+    """A file of tensors whose pickle is another one."""
+    saved(path, small())
+    with zipfile.ZipFile(path) as archive:
+        name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+        raw = archive.read(name)
+    return rewritten(path, more={name: change(raw)})
+
+
+def test_a_storage_that_claims_more_than_the_file_is_refused(tmp_path: Path) -> None:
+    claimed = pickle.BININT + struct.pack("<i", 1_250_000_000)
+    path = program(tmp_path / "m.bin", lambda raw: raw.replace(pickle.BININT1 + bytes([12]), claimed))
+    assert f"its storages claim 5000000000 bytes, the file has {path.stat().st_size}" in refusal(path)
+
+
+def test_a_tensor_beyond_its_storage_is_refused(tmp_path: Path) -> None:
+    path = program(tmp_path / "m.bin", lambda raw: raw.replace(b"K\x04K\x03\x86", b"M\xff\xffK\x03\x86"))
+    assert "its storage has 12" in refusal(path)
+
+
+def test_instructions_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weightspace.io.pickle_check.MAX_STEPS", 1000)
+    path = program(tmp_path / "m.bin", lambda raw: raw[:2] + b"]q\x00h\x00" + b"h\x00a" * 600 + raw[2:])
+    assert "more than 1000 instructions" in refusal(path)
+
+
+def test_a_key_that_doubles_is_refused(tmp_path: Path) -> None:
+    doubled = b"K\x01\x85q\x00" + b"h\x00h\x00\x86q\x00" * 40  # a tuple of itself twice, forty times
+    path = program(tmp_path / "m.bin", lambda raw: raw[:2] + b"}" + doubled + b"K\x01s." + raw[2:])
+    assert "parts" in refusal(path)
+
+
+@pytest.mark.parametrize("name", ["builtins\nbytearray", "numpy\nzeros", "torch\nempty", "torch\nFloatTensor"])
+def test_a_call_that_allocates_what_it_is_given_is_refused(tmp_path: Path, name: str) -> None:
+    call = f"c{name}\n".encode() + b"\x8a\x05" + (5 * 10**9).to_bytes(5, "little") + b"\x85R0"
+    path = program(tmp_path / "m.bin", lambda raw: raw[:2] + call + raw[2:])
+    assert name.replace("\n", ".") in refusal(path)
+
+
 def test_strides_of_zero_do_not_blow_up_a_file(tmp_path: Path) -> None:
     path = saved(tmp_path / "model.bin", {"weight": torch.ones(1).expand(10**12)})
     message = refusal(path)

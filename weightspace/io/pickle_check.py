@@ -210,8 +210,8 @@ class PickleCheck:
             self.stack.append(self._pop())
             self.memo[int.from_bytes(data, "little")] = self.stack[-1]
         elif code != op.PROTO:
-            number = _OPAQUE if code == op.BINFLOAT else int.from_bytes(data, "little", signed=code == op.BININT)
-            self.stack.append(number)
+            whole = int.from_bytes(data, "little", signed=code == op.BININT)
+            self.stack.append(_OPAQUE if code == op.BINFLOAT else whole)
 
     def _global(self) -> None:
         names = []
