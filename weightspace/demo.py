@@ -57,11 +57,11 @@ _SECONDS_FILE = "seconds.json"
 _COSTS = {
     "train the zoo": 60.0,
     "import its files": 23.0,
-    "train the autoencoder": 130.0,
-    "train the joint model": 88.0,
+    "train the autoencoder": 123.0,
+    "train the joint model": 76.0,
     "reconstruct, probe, retrieve and explain": 92.0,
-    "sample and evaluate models": 72.0,
-    "write the report": 13.0,
+    "sample and evaluate models": 66.0,
+    "write the report": 12.0,
 }
 """The steps, and the seconds that each takes on two cores; their ratios tell how long is left on other machines."""
 
