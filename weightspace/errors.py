@@ -17,6 +17,11 @@ def install_command(extra: str = "") -> str:
     return f"pip install '{requirement}'"
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of what an error of another library says, or its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class WeightspaceError(Exception):
     """Base of every error that weightspace raises on purpose."""
 

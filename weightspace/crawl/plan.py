@@ -25,6 +25,7 @@ from weightspace.io.folders import is_visible
 from weightspace.io.header import load_json_object, shown
 from weightspace.io.hub import LIBRARY, HubOptions, call_hub
 from weightspace.io.locations import is_inside, is_repo_id
+from weightspace.io.pickles import PICKLES
 from weightspace.settings import PositiveInt, Settings, settings_from_mapping
 from weightspace.zoo.storage import write_text
 
@@ -52,7 +53,6 @@ _LONGEST_LINEAGE = 20
 _MAX_FILES = 50_000
 _SHA = re.compile(r"[0-9a-f]{40}")
 _SHARD = re.compile(r"\d{1,6}[-_]?of[-_]?\d{1,6}[^/]*\.safetensors", re.IGNORECASE)
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _ADAPTERS = ("adapter_model", "pytorch_lora_weights")
 _FAMOUS = ("model", "diffusion_pytorch_model", *_ADAPTERS)
 """Names that libraries give to the weights of a folder. Beside one of them, other files are variants of it."""
@@ -358,7 +358,7 @@ def _with_files(repo_id: str, sha: str, names: Sequence[str], lora: bool) -> Pla
     if len(checkpoints) > MAX_CHECKPOINTS:
         return _refused(repo_id, f"{len(checkpoints)} checkpoints are above the limit of {MAX_CHECKPOINTS}")
     if not checkpoints and not problems:
-        pickle = next((name for name in sorted(names) if name.lower().endswith(_PICKLES)), None)
+        pickle = next((name for name in sorted(names) if name.lower().endswith(PICKLES)), None)
         reason = f"only {shown(pickle)}: pickles can run any code and are never opened in a crawl; " if pickle else ""
         return _refused(repo_id, f"{reason}it has no safetensors file", sha=sha, files=tuple(kept))
     folders = {name.removesuffix(ADAPTER_CONFIG) for name in kept if name.rpartition("/")[2] == ADAPTER_CONFIG}

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from weightspace.errors import HubError, SettingsError, install_command
+from weightspace.errors import HubError, SettingsError, first_line, install_command
 from weightspace.io.folders import Folder
 from weightspace.io.header import shown
 from weightspace.io.hub import HubOptions, is_transient
@@ -197,7 +197,7 @@ class _TransformersEncoder(ImageEncoder):
             return pooled.flatten(1)
         except (AttributeError, IndexError, TypeError, ValueError) as error:
             raise SettingsError(
-                f"{self.name}: {type(model).__name__} has no features of single images ({_first_line(error)}); "
+                f"{self.name}: {type(model).__name__} has no features of single images ({first_line(error)}); "
                 f"{_FIX_KIND}"
             ) from error
 
@@ -254,7 +254,7 @@ class _TransformersEncoder(ImageEncoder):
             return auto.from_pretrained(self._directory, trust_remote_code=False, local_files_only=True, **options)
         except Exception as error:  # untrusted files fail in any way inside of transformers
             raise SettingsError(
-                f"{self._folder.where}: {auto.__name__} cannot read it ({_first_line(error)}); {_FIX_KIND}"
+                f"{self._folder.where}: {auto.__name__} cannot read it ({first_line(error)}); {_FIX_KIND}"
             ) from error
 
 
@@ -286,7 +286,3 @@ def file_sha256(path: Path) -> str:
 def encoder_digest(files: Mapping[str, str]) -> str:
     """Returns the digest of an encoder from the sha256 of its files, by name."""
     return hashlib.sha256(json.dumps([_VERSION, sorted(files.items())]).encode()).hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

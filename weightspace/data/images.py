@@ -31,7 +31,7 @@ from jaxtyping import Float, Int
 from PIL.Image import Image
 from torch import Tensor
 
-from weightspace.errors import ZooError
+from weightspace.errors import ZooError, first_line
 from weightspace.schema import ImageDataset
 
 ROTATIONS = (0, 90, 180, 270)
@@ -219,9 +219,8 @@ def _load_source(source: DatasetVariant) -> ImageDataset:
             with _asking_caches_only_if_the_hub_is_away():
                 splits = datasets.load_dataset(source.base, source.config, revision=source.revision)
     except Exception as error:  # loaders of many formats meet untrusted files here: each raises what it likes
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
         fix = f"; {_FIX_OFFLINE}" if isinstance(error, ConnectionError) else ""
-        raise ZooError(f"{name}: datasets.load_dataset cannot open it: {first_line}{fix}") from error
+        raise ZooError(f"{name}: datasets.load_dataset cannot open it: {first_line(error)}{fix}") from error
     if "train" not in splits:
         raise ZooError(f"{name}: no split named 'train' among {', '.join(splits)}; rename one to 'train'")
     train = splits["train"]

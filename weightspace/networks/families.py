@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
-from weightspace.errors import SettingsError
+from weightspace.errors import SettingsError, first_line
 from weightspace.networks.flat import unflatten
 from weightspace.schema import Architecture, ImageDataset
 from weightspace.settings import settings_from_mapping
@@ -234,8 +234,9 @@ def template(config: FamilyConfig) -> Network:
         with torch.device("meta"):
             return Network(config)
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:  # sizes may be a stranger's
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise SettingsError(f"{config.family} config: layers cannot be built ({line}); correct its sizes") from error
+        raise SettingsError(
+            f"{config.family} config: layers cannot be built ({first_line(error)}); correct its sizes"
+        ) from error
 
 
 def family_config(config: Mapping[str, Any]) -> FamilyConfig | None:

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
-from weightspace.errors import SettingsError
+from weightspace.errors import SettingsError, first_line
 from weightspace.networks.bounded import FREE_NUMBERS, LARGEST_PICTURE, build_on_meta, check_numbers
 
 # What a network registers beside the tensors that it is stored with: tied and missing ones, positions, statistics.
@@ -91,8 +91,9 @@ def preprocessed(folder: Path, images: Float[Tensor, "n c h w"]) -> Float[Tensor
             "pixel_values"
         ]
     except Exception as error:  # untrusted files fail in any way inside of transformers
-        line = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise SettingsError(f"{folder / PREPROCESSOR}: cannot prepare the images ({line}); correct it") from error
+        raise SettingsError(
+            f"{folder / PREPROCESSOR}: cannot prepare the images ({first_line(error)[:120]}); correct it"
+        ) from error
     return pixels
 
 
@@ -106,7 +107,7 @@ def _classifier(config: Mapping[str, Any]) -> PreTrainedModel:
         raise
     except Exception as error:  # an untrusted config meets the code of any model here: each raises what it likes
         raise SettingsError(
-            f"config: transformers builds no image classifier of it ({(str(error).splitlines() or [''])[0][:120]!a}); "
+            f"config: transformers builds no image classifier of it ({first_line(error)[:120]!a}); "
             "give one with the model_type of an image classifier"
         ) from error
     return model

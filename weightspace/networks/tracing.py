@@ -20,7 +20,7 @@ from torch.func import functional_call
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from weightspace.errors import ArchitectureError
+from weightspace.errors import ArchitectureError, first_line
 from weightspace.networks.operations import Axes, Operation, Spaces, rule_of
 from weightspace.networks.permutation import reorder
 from weightspace.schema import GroupAxis, PermutationGroup
@@ -115,7 +115,9 @@ def verify_groups(
     try:
         before = outputs(state)
     except Exception as error:  # the code of any module
-        raise ArchitectureError(f"{type(module).__name__} does not run in float64 ({_first_line(error)})") from error
+        raise ArchitectureError(
+            f"{type(module).__name__} does not run in float64 ({first_line(error)[:200]})"
+        ) from error
     held = []
     for group in groups:
         moved = _moved(state, group, generator)
@@ -170,15 +172,11 @@ def _export(module: nn.Module, example: Tensor) -> tuple[torch.fx.Graph, dict[st
     try:
         program = torch.export.export(twin, (example,), strict=False)
     except Exception as error:
-        raise ArchitectureError(f"{type(module).__name__} cannot be traced ({_first_line(error)})") from error
+        raise ArchitectureError(f"{type(module).__name__} cannot be traced ({first_line(error)[:200]})") from error
     signature = program.graph_signature
     first = ties(module)
     targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     return program.graph, {node: first[name] for node, name in targets.items() if name in first}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _apply(spaces: Spaces, known: dict[Node, Axes], node: Node) -> None:

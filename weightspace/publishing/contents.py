@@ -25,6 +25,7 @@ from weightspace.io.folders import LocalFolder
 from weightspace.io.header import header_of, load_json_object, shown
 from weightspace.io.hub import HubOptions, RepoType
 from weightspace.io.locations import is_repo_id
+from weightspace.io.pickles import PICKLES
 from weightspace.io.reader import open_file
 from weightspace.zoo.dataset import Zoo, load_zoo
 from weightspace.zoo.facts import architecture_name, obstacle, zoo_facts
@@ -42,7 +43,6 @@ _MODELS = (
     *(*_ENCODER, "adapter_config.json", "generation_config.json", _METADATA, "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "vocab.json", "vocab.txt", "merges.txt"),
 )
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _REASONS = {
     "checkpoints": "state of the training",
     "logs": "log of the training",
@@ -146,7 +146,7 @@ def _kind_of(folder: Path) -> Kind:
     if training is not None and training.get("complete") is not True:
         raise WeightspaceError(f"{folder}: its training is not finished; run the command that trains it again")
     if not any(folder.rglob("*.safetensors")):
-        pickled = next((path for path in sorted(folder.rglob("*")) if path.suffix in _PICKLES), None)
+        pickled = next((path for path in sorted(folder.rglob("*")) if path.suffix in PICKLES), None)
         found = f"only pickles such as {pickled.name!r}" if pickled else "no zoo.json and no safetensors file"
         raise WeightspaceError(f"{folder}: nothing to publish ({found}); give the folder of an encoder, zoo or models")
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -334,7 +334,7 @@ def _selected(
             if path.suffix == ".safetensors":
                 header_of(open_file(path))  # refuses what only bears the name
             files.append(_planned(folder, name))
-        elif path.suffix in _PICKLES:
+        elif path.suffix in PICKLES:
             left_out[name] = "a pickle; only safetensors are published"
         elif path.is_file():
             left_out[name] = "not among the kinds of files that are published"
