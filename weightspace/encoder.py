@@ -287,15 +287,16 @@ def embed(
     left_out: list[list[str]] = []
     for location in locations:
         try:
-            zoo, (folder, names) = _opened(location, options, allow_pickle)
-            if zoo is not None:
-                frames.append(_embedded_zoo(loaded, zoo, left_out))
+            opened = _opened(location, options, allow_pickle)
+            if isinstance(opened, Zoo):
+                frames.append(_embedded_zoo(loaded, opened, left_out))
                 continue
         except WeightspaceError as error:
             if len(locations) == 1:
                 raise
             left_out.append([location, str(error)])
             continue
+        folder, names = opened
         rows = []
         for name in tqdm(names, desc="embed", unit="model", leave=False, disable=len(names) < 2):
             try:
@@ -312,19 +313,16 @@ def embed(
     return frame
 
 
-def _opened(
-    location: str, options: HubOptions | None, allow_pickle: bool
-) -> tuple[Zoo | None, tuple[Folder, list[str]]]:
+def _opened(location: str, options: HubOptions | None, allow_pickle: bool) -> Zoo | tuple[Folder, list[str]]:
     """Opens a zoo, or else finds the checkpoints that a location stands for."""
-    nothing: tuple[Folder, list[str]] = (LocalFolder(Path(location)), [])
     if (Path(location) / "zoo.json").exists():
-        return load_zoo(location), nothing
+        return load_zoo(location)
     try:
-        return None, find_checkpoints(location, options=options, allow_pickle=allow_pickle)
+        return find_checkpoints(location, options=options, allow_pickle=allow_pickle)
     except HubError:
         if (zoo := _zoo_on_hub(location, options or HubOptions())) is None:
             raise
-        return zoo, nothing
+        return zoo
 
 
 def _embedded_zoo(encoder: Encoder, zoo: Zoo, left_out: list[list[str]]) -> pd.DataFrame:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,12 +37,6 @@ _SETTINGS = {
 """The options that are settings of a sampler, by its name."""
 
 _SAMPLER_OPTIONS = {"refine", *(name for names in _SETTINGS.values() for name in names)}
-
-
-def _guidance_option(condition: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    text = f"How much the {condition} counts."
-    names = f"--guidance-{condition}", f"{condition}_guidance"
-    return click.option(*names, type=float, show_default=_FROM_SAMPLER, help=text)
 
 
 @command("hub", "pickle")

@@ -23,6 +23,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from codecs import BOM_UTF8
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -49,7 +50,6 @@ MAX_ROW_BYTES = 2**24
 _BESIDE = ("config.json", ADAPTER_CONFIG)
 _INDEXES = "*.index*.json"
 _SOURCES = ("*.safetensors", _INDEXES, *_BESIDE)
-_BOM = b"\xef\xbb\xbf"
 _KEYS = {
     *("file", "model_id", "run_id", "run", "dataset", "licence", "license", "base_model", "lineage", "ref"),
     *("task", "datasets", "metrics"),
@@ -171,7 +171,7 @@ def _read_metadata(folder: Path) -> tuple[list[_Row], list[Skip]]:
         try:
             if len(line) > MAX_ROW_BYTES:
                 raise ZooError(f"the row is longer than {MAX_ROW_BYTES} bytes; shorten it")
-            values = load_json_object(line.removeprefix(_BOM), where="the row")
+            values = load_json_object(line.removeprefix(BOM_UTF8), where="the row")
             file = _text(values, "file")
             if file is None:
                 raise ZooError("the row has no 'file'")
